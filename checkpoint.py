@@ -1,0 +1,135 @@
+"""Write and read a checkpoint, safely and whole.
+
+A checkpoint is a plain dict of tensors and plain values, read with `weights_only=True`, so that a stranger's file can
+run no code:
+
+    format, version    "awd-lstm" and the number of the layout described here
+    flags              the command line that trained the model, by flag name
+    vocabulary         the V words, in the order of their ids
+    model              the state dict; where averaging runs, of the averaged weights in the best model's file
+    loss, epoch        validation loss (nats per token) of these weights and the epoch that ended with it
+    state              only in the file for resuming: optimizer, progress and random generators (see `training.py`)
+
+A run keeps two files: `SAVE`, the best model, for evaluation, and `last_path(SAVE)`, the state to resume from.
+"""
+
+import os
+import pickle
+import tempfile
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import torch
+
+from model import ARCHITECTURE, DROPOUTS, RNNModel
+from utils import BadInput
+
+FORMAT, VERSION = "awd-lstm", 1
+CONTENT = {"flags": dict, "vocabulary": list, "model": dict, "loss": float, "epoch": int}
+
+
+def last_path(path):
+    """Where the state to resume from lies, given the path of the best model: PTB.pt -> PTB.last.pt."""
+    path = Path(path)
+    return path.with_name(f"{path.stem}.last{path.suffix}")
+
+
+def metrics_path(path):
+    """Where the figures of a run are recorded, given the path of the best model: PTB.pt -> PTB.metrics.jsonl."""
+    return Path(path).with_suffix(".metrics.jsonl")
+
+
+def check_writable(path):
+    """Raise BadInput unless a file can be written at `path`: said before training and not after it."""
+    path = Path(path)
+    if path.is_dir():
+        raise BadInput(f"{path}: cannot be written: it is a folder")
+    try:
+        tempfile.TemporaryFile(dir=path.parent).close()
+    except OSError as error:
+        raise BadInput(f"{path}: cannot be written: {error.strerror}") from error
+
+
+@contextmanager
+def replacing(path, mode="wb", **how):
+    """`with replacing(path) as file`: what is written appears under `path` whole, or, on an exception, not at all.
+
+    Written under another name in the same folder, flushed to the disk, then renamed.
+    """
+    partial = f"{path}.partial"
+    try:
+        with open(partial, mode, **how) as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except BaseException:
+        with suppress(OSError):
+            os.unlink(partial)
+        raise
+
+
+def save(path, model, flags, vocabulary, loss, epoch, state=None):
+    """Write a checkpoint; at every instant either the old file or the whole new one lies at `path`."""
+    content = {"format": FORMAT, "version": VERSION, "flags": flags, "vocabulary": vocabulary,
+               "model": model.state_dict(), "loss": loss, "epoch": epoch}
+    if state is not None:
+        content["state"] = state
+    with replacing(path, "wb") as file:
+        torch.save(content, file)
+
+
+def load(path, device="cpu"):
+    """Read a checkpoint into a dict as described above; raises BadInput for a file that is none."""
+    try:
+        content = torch.load(path, map_location=device, weights_only=True)
+    except OSError as error:
+        raise BadInput(f"{path}: cannot be read: {error.strerror or error}") from error
+    except pickle.UnpicklingError as error:
+        raise BadInput(f"{path}: not a checkpoint of this toolkit (a pickled model, as the original toolkit wrote them, "
+                       "is not loaded: it could run any code)") from error
+    except Exception as error:  # torch.load raises whatever a damaged archive makes it stumble over
+        raise BadInput(f"{path}: not a checkpoint, or damaged ({type(error).__name__})") from error
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        raise BadInput(f"{path}: not a checkpoint of this toolkit")
+    if content.get("version") != VERSION:
+        raise BadInput(f"{path}: checkpoint version {content.get('version')!r}; this toolkit reads version {VERSION}")
+    if not all(isinstance(content.get(key), kind) for key, kind in CONTENT.items()):
+        raise BadInput(f"{path}: damaged checkpoint")
+    return content
+
+
+def restore_model(content, path, flags=None, device="cpu"):
+    """The model of the checkpoint `content`, built from `flags` (default: those that trained it), on `device`."""
+    flags = content["flags"] if flags is None else flags
+    try:
+        model = RNNModel(len(content["vocabulary"]), **{name: flags[name] for name in ARCHITECTURE + DROPOUTS}).to(device)
+        model.load_state_dict(content["model"])
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise BadInput(f"{path}: damaged checkpoint: its flags do not describe its weights") from error
+    return model
+
+
+def keep_flags(args, given, content, path, names):
+    """Set each flag in `names` that the command line did not give to the value it has in the checkpoint `content`.
+
+    Raises BadInput when a given flag contradicts the shapes of the weights; returns the other given flags whose value is
+    a new one, as text for the log.
+    """
+    changed = []
+    for name in names:
+        ours, theirs = getattr(args, name), content["flags"].get(name)
+        if name not in given:
+            setattr(args, name, theirs)
+        elif ours != theirs and name in ARCHITECTURE:
+            raise BadInput(f"--{name} {ours} contradicts {path}, which was trained with {name} {theirs}")
+        elif ours != theirs:
+            changed.append(f"{name} {theirs} -> {ours}")
+    return changed
+
+
+def check_vocabulary(content, path, dictionary, data):
+    """Raise BadInput unless the corpus numbers its words as the checkpoint does; ids would mean other words."""
+    if content["vocabulary"] != dictionary.idx2word:
+        raise BadInput(f"{path}: its vocabulary ({len(content['vocabulary'])} words) is not that of {data} "
+                       f"({len(dictionary)} words): the model was trained on another corpus")

@@ -1,0 +1,67 @@
+"""Fine-tune a trained model: the same training with averaged SGD from the first step, until it stops getting better.
+
+    python finetune.py --data data/penn --save PTB.pt                    (fine-tunes PTB.pt in place)
+    python finetune.py --data data/penn --load PTB.pt --save PTB.tuned.pt --epochs 300 --seed 404
+
+Every flag of main.py may be repeated. Paper: arXiv 1708.02182, section 5.
+"""
+
+import shutil
+from pathlib import Path
+
+import checkpoint
+import training
+from model import ARCHITECTURE, DROPOUTS
+from utils import Parser, add_training_flags, pick_device, run_script, score
+
+LR = 30.0
+
+# The flags that are the model's own unless given.
+INHERITED = (*ARCHITECTURE, *DROPOUTS, "data", "alpha", "beta", "wdecay", "clip", "batch_size", "bptt")
+
+
+class ModelsOwn:
+    """The default of an inherited flag, as the help names it."""
+
+    def __str__(self):
+        return "as the model was trained"
+
+
+def parse_flags(argv):
+    """The flags, and the names of those that the command line gave."""
+    parser = Parser(description="Fine-tune a trained AWD-LSTM language model with averaged SGD.")
+    add_training_flags(parser, max_bptt="bptt + 10", plateau="training ends", save="that of --load")
+    parser.add_argument("--load", metavar="FILE", help="the model to fine-tune (default: that of --save)")
+    parser.set_defaults(**dict.fromkeys(INHERITED, ModelsOwn()))
+    args, given = parser.parse_given(argv)
+    if not (args.load or args.save or args.resume):
+        parser.error("which model? --save FILE fine-tunes it in place, --load FILE --save OTHER keeps it as it is")
+    return args, given
+
+
+def main(argv=None):
+    args, given = parse_flags(argv)
+    device = pick_device(args.cuda)
+    if args.resume:
+        return training.train(args, "finetune", *training.resume(args, given, "finetune", device))
+    args.load, args.save, args.lr = args.load or args.save, args.save or args.load, args.lr or LR
+    checkpoint.check_writable(args.save)
+    content = checkpoint.load(args.load, device)
+    checkpoint.keep_flags(args, given, content, args.load, INHERITED)
+    args.max_bptt = args.bptt + 10 if args.max_bptt is None else args.max_bptt
+    dictionary, batches = training.open_corpus(args, device)
+    checkpoint.check_vocabulary(content, args.load, dictionary, args.data)
+    training.seed_everything(args.seed)
+    model = checkpoint.restore_model(content, args.load, vars(args), device)
+    optimizer = training.make_optimizer("asgd", model, args.lr, args.wdecay)
+    progress = training.Progress(best_loss=training.evaluate(model, batches.valid, args.bptt))
+    training.say(f"| {args.load} as loaded | {score('valid', progress.best_loss)}")
+    if Path(args.save) == Path(args.load):
+        progress.metrics_bytes = training.Metrics.size_at(checkpoint.metrics_path(args.save))
+    else:
+        shutil.copyfile(args.load, args.save)  # the best so far, until an epoch is better
+    return training.train(args, "finetune", dictionary, batches, model, optimizer, progress)
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,49 @@
+"""Train an AWD-LSTM (or GRU) language model.
+
+    python main.py --batch_size 20 --data data/penn --dropouti 0.4 --dropouth 0.25 --seed 141 --epochs 500 --save PTB.pt
+    python main.py --data data/penn --save PTB.pt --resume PTB.pt         (goes on where the first command stopped)
+
+SGD that turns into averaged SGD when the validation loss stops falling (NT-ASGD), or Adam with drops of the learning
+rate. Papers: arXiv 1708.02182 and 1803.08240.
+"""
+
+import time
+
+import checkpoint
+import training
+from model import ARCHITECTURE, DROPOUTS, RNNModel
+from utils import Parser, add_training_flags, count, pick_device, run_script
+
+DEFAULT_LR = {"sgd": 30.0, "adam": 1e-3}
+
+
+def parse_flags(argv):
+    """The flags, and the names of those that the command line gave."""
+    parser = Parser(description="Train an AWD-LSTM language model.")
+    add_training_flags(parser, max_bptt="no limit", plateau="SGD turns into ASGD", save="a name made from the time")
+    group = parser.add_argument_group("schedule")
+    group.add_argument("--optimizer", choices=list(DEFAULT_LR), default="sgd",
+                       help="sgd, which turns into ASGD at a plateau, or adam (default: %(default)s)")
+    group.add_argument("--when", type=count, nargs="+", default=[], metavar="E",
+                       help="epochs after which the learning rate is divided by 10 and a copy of the model is kept as SAVE.eE "
+                            "(default: none; no longer once ASGD runs)")
+    return parser.parse_given(argv)
+
+
+def main(argv=None):
+    args, given = parse_flags(argv)
+    device = pick_device(args.cuda)
+    if args.resume:
+        return training.train(args, "train", *training.resume(args, given, "train", device))
+    args.lr = args.lr or DEFAULT_LR[args.optimizer]
+    args.save = args.save or f"{time.time_ns() // 10**6}.pt"
+    checkpoint.check_writable(args.save)
+    dictionary, batches = training.open_corpus(args, device)
+    training.seed_everything(args.seed)
+    model = RNNModel(len(dictionary), **{name: getattr(args, name) for name in ARCHITECTURE + DROPOUTS}).to(device)
+    optimizer = training.make_optimizer(args.optimizer, model, args.lr, args.wdecay)
+    return training.train(args, "train", dictionary, batches, model, optimizer, training.Progress())
+
+
+if __name__ == "__main__":
+    run_script(main)

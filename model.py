@@ -1,0 +1,91 @@
+"""The language model: embedding, recurrent layers with their dropouts, softmax.
+
+Papers: Merity, Keskar, Socher, "Regularizing and Optimizing LSTM Language Models" (arXiv 1708.02182), and "An Analysis
+of Neural Language Modeling at Multiple Scales" (arXiv 1803.08240).
+
+The shape alphabet of the whole project:
+
+    T  time steps          E  embedding size (--emsize)      V  vocabulary, words
+    B  batch columns       H  hidden units (--nhid)          L  layers (--nlayers)
+
+Token ids travel as (T, B), activations as (T, B, H): time first.
+"""
+
+from torch import nn
+from torch.nn import functional
+
+from embed_regularize import embedded_dropout
+from locked_dropout import locked_dropout
+from weight_drop import weight_drop
+
+# Layer type, and the name of the weight that weight drop acts on.
+LAYERS = {
+    "LSTM": (nn.LSTM, "weight_hh_l0"),
+    "GRU": (nn.GRU, "weight_hh_l0"),
+}
+
+# The flags that fix the shapes of the parameters, and those that may change from one run on a model to the next.
+ARCHITECTURE = ("model", "emsize", "nhid", "nlayers", "tied")
+DROPOUTS = ("dropout", "dropouth", "dropouti", "dropoute", "wdrop")
+
+
+class RNNModel(nn.Module):
+    """A recurrent language model over `ntoken` words; the other arguments are the command line's flags, by name.
+
+    Layers have the sizes E -> H -> ... -> H -> E when the softmax shares its weight with the embedding (`tied`), and
+    E -> H -> ... -> H when not. The parameters are `encoder.weight` (V, E), `rnns.{l}.*` as PyTorch names them, and
+    `decoder.weight`, `decoder.bias` (V).
+    """
+
+    def __init__(self, ntoken, model="LSTM", emsize=400, nhid=1150, nlayers=3, tied=True,
+                 dropout=0.4, dropouth=0.3, dropouti=0.65, dropoute=0.1, wdrop=0.5):
+        super().__init__()
+        self.dropout, self.dropouth, self.dropouti, self.dropoute, self.wdrop = dropout, dropouth, dropouti, dropoute, wdrop
+        layer, self.dropped_weight = LAYERS[model]
+        sizes = [emsize] + [nhid] * (nlayers - 1) + [emsize if tied else nhid]
+        self.encoder = nn.Embedding(ntoken, emsize)
+        self.rnns = nn.ModuleList(layer(n, m) for n, m in zip(sizes, sizes[1:]))
+        self.decoder = nn.Linear(sizes[-1], ntoken)
+        if tied:
+            self.decoder.weight = self.encoder.weight
+        self.init_weights()
+
+    def init_weights(self):
+        """Embedding and softmax weights uniform in (-0.1, 0.1), softmax bias 0; the layers keep PyTorch's own."""
+        nn.init.uniform_(self.encoder.weight, -0.1, 0.1)
+        nn.init.uniform_(self.decoder.weight, -0.1, 0.1)
+        nn.init.zeros_(self.decoder.bias)
+
+    def init_hidden(self, batch_size):
+        """The zero hidden state for B columns: one entry a layer, (h, c) each (1, B, H) for an LSTM, else h."""
+        def zeros(rnn):
+            return self.decoder.bias.new_zeros(1, batch_size, rnn.hidden_size)
+        return [(zeros(rnn), zeros(rnn)) if isinstance(rnn, nn.LSTM) else zeros(rnn) for rnn in self.rnns]
+
+    def forward(self, words, hidden):
+        """Run `words` (T, B) from `hidden`; returns the last layer's output with dropout, the new hidden state, and
+        the last layer's output without dropout, both outputs (T, B, E or H).
+
+        The masks are drawn in the order: embedding rows, input, then for each layer its weight and its output
+        (`dropouth`; after the last layer `dropout`).
+        """
+        output = embedded_dropout(self.encoder.weight, words, self.dropoute, self.training)
+        output = locked_dropout(output, self.dropouti, self.training)
+        new_hidden = []
+        for layer, (rnn, state) in enumerate(zip(self.rnns, hidden), 1):
+            raw, state = weight_drop(rnn, self.dropped_weight, self.wdrop, output, state)
+            new_hidden.append(state)
+            output = locked_dropout(raw, self.dropout if layer == len(self.rnns) else self.dropouth, self.training)
+        return output, new_hidden, raw
+
+    def loss(self, output, targets):
+        """Mean cross entropy of `output` (T, B, E or H) against `targets` (T, B), in nats per token."""
+        return functional.cross_entropy(self.decoder(output).flatten(0, -2), targets.flatten())
+
+    def logprob(self, output):
+        """Log-probabilities (..., V), in nats, of the word that follows each `output` (..., E or H)."""
+        return functional.log_softmax(self.decoder(output), dim=-1)
+
+    def parameter_count(self):
+        """Trainable values, a shared weight counted once."""
+        return sum(p.numel() for p in self.parameters())

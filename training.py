@@ -1,0 +1,350 @@
+"""The one loop that `main.py` and `finetune.py` share: epochs of variable-length BPTT, evaluation, averaged weights, the
+non-monotonic plateau rule, checkpoints and the record of figures.
+
+Papers: "Regularizing and Optimizing LSTM Language Models" (1708.02182), sections 3 (NT-ASGD), 4.1 (variable-length
+BPTT) and 4.6 (AR and TAR); learning-rate drops (`--when`) from 1803.08240. Shapes are in the alphabet of `model.py`.
+"""
+
+import json
+import math
+import platform
+import shutil
+import subprocess
+import sys
+import time
+from collections import namedtuple
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import numpy
+import torch
+from torch.nn.utils import clip_grad_norm_
+from tqdm import tqdm
+
+import checkpoint
+from data import Corpus
+from utils import BadInput, batchify, figures, get_batch, repackage_hidden, score
+
+EVAL_BATCH_SIZE, TEST_BATCH_SIZE = 10, 1
+
+
+@dataclass
+class Progress:
+    """What the loop changes besides weights, optimizer and random generators; saved and restored as a whole."""
+    epoch: int = 0                                  # epochs completed
+    history: list = field(default_factory=list)     # validation loss after each of them
+    best_loss: float = math.inf                     # validation loss of the model at --save, nats per token
+    best_epoch: int = 0
+    metrics_bytes: int = 0                          # length of the metrics file that belongs to this progress
+
+
+# --- optimisation ----------------------------------------------------------------------------------------------------
+
+def make_optimizer(name, model, lr, wdecay):
+    """The optimizer `name` ("sgd", "asgd" or "adam") over every trainable parameter of `model`.
+
+    ASGD averages from its first step (t0 = 0) and never decays the learning rate (lambd = 0). PyTorch's ASGD steps with
+    the learning rate that it was given one step earlier; under variable-length BPTT that is the rate scaled for the
+    batch before. The published numbers were made that way, so it is kept.
+    """
+    if name == "sgd":
+        return torch.optim.SGD(model.parameters(), lr=lr, weight_decay=wdecay)
+    if name == "asgd":
+        return torch.optim.ASGD(model.parameters(), lr=lr, t0=0, lambd=0.0, weight_decay=wdecay)
+    return torch.optim.Adam(model.parameters(), lr=lr, weight_decay=wdecay)
+
+
+def is_averaging(optimizer):
+    return isinstance(optimizer, torch.optim.ASGD)
+
+
+@contextmanager
+def averaged_weights(optimizer):
+    """`with averaged_weights(optimizer)`: the parameters hold their ASGD averages, and their own values again after it,
+    also when the block raises. Under another optimizer nothing changes."""
+    averages = {}
+    if is_averaging(optimizer):
+        averages = {parameter: state["ax"] for parameter, state in optimizer.state.items()}
+    current = {parameter: parameter.detach().clone() for parameter in averages}
+    try:
+        for parameter, average in averages.items():
+            parameter.data.copy_(average)
+        yield
+    finally:
+        for parameter, value in current.items():
+            parameter.data.copy_(value)
+
+
+def at_plateau(history, nonmono):
+    """Whether the last of the validation losses `history` is worse than the best of those at least `nonmono` + 1 epochs
+    older: the non-monotonic trigger, as the authors corrected Algorithm 1 of 1708.02182 in their code."""
+    earlier = history[:-1]
+    return len(earlier) > nonmono and history[-1] > min(earlier[:len(earlier) - nonmono])
+
+
+def sample_seq_len(bptt, max_bptt=None):
+    """A length for the next batch, in time steps: N(bptt, 5), with probability 0.05 N(bptt / 2, 5), at least 5; from
+    numpy's generator. 1708.02182, section 4.1."""
+    base = bptt if numpy.random.random() < 0.95 else bptt / 2
+    seq_len = max(5, int(numpy.random.normal(base, 5)))
+    return min(seq_len, max_bptt) if max_bptt else seq_len
+
+
+def train_step(model, optimizer, words, targets, hidden, args, lr_scale):
+    """One step of the optimizer on the batch `words`, `targets` (T, B) from the state `hidden`, with the learning rate
+    times `lr_scale`; returns the new hidden state and the cross entropy, nats per token, without AR and TAR."""
+    output, hidden, raw = model(words, hidden)
+    cross_entropy = objective = model.loss(output, targets)
+    if args.alpha:
+        objective = objective + args.alpha * output.pow(2).mean()
+    if args.beta:
+        objective = objective + args.beta * (raw[1:] - raw[:-1]).pow(2).mean()
+    optimizer.zero_grad()
+    objective.backward()
+    if args.clip:
+        clip_grad_norm_(model.parameters(), args.clip)
+    group = optimizer.param_groups[0]
+    lr = group["lr"]
+    group["lr"] = lr * lr_scale
+    optimizer.step()
+    group["lr"] = lr
+    return hidden, cross_entropy.item()
+
+
+def train_epoch(model, optimizer, source, args):
+    """Train over `source` (N, B) once; yields after each batch the rows read and its loss in nats per token.
+
+    A longer batch takes a proportionally larger step, so that no part of the text weighs more than another.
+    """
+    model.train()
+    hidden = model.init_hidden(source.size(1))
+    row = 0
+    while row < len(source) - 2:
+        seq_len = sample_seq_len(args.bptt, args.max_bptt)
+        words, targets = get_batch(source, row, seq_len)
+        hidden, loss = train_step(model, optimizer, words, targets, repackage_hidden(hidden), args, seq_len / args.bptt)
+        yield len(words), loss
+        row += seq_len
+
+
+@torch.no_grad()
+def evaluate(model, source, bptt):
+    """Cross entropy over `source` (N, B) in nats per predicted token, the hidden state carried from batch to batch."""
+    model.eval()
+    hidden = model.init_hidden(source.size(1))
+    total = 0.0
+    for row in range(0, len(source) - 1, bptt):
+        words, targets = get_batch(source, row, bptt)
+        output, hidden, _ = model(words, hidden)
+        total += len(words) * model.loss(output, targets).item()
+    return total / (len(source) - 1)
+
+
+# --- the record of a run ---------------------------------------------------------------------------------------------
+
+class Metrics:
+    """`NAME.metrics.jsonl` beside the checkpoint NAME.pt: one JSON object a line. A line of kind "run" (or "resume")
+    describes the run, then come "batch" lines each log interval, "epoch", "switch" and "decay" lines, "test" at the end;
+    `pointer.py` adds "pointer" lines. Losses are in nats per token. What is there beyond `keep` bytes is dropped."""
+
+    def __init__(self, save, keep=0):
+        self.path = checkpoint.metrics_path(save)
+        with open(self.path, "ab") as file:
+            file.truncate(keep)
+
+    def write(self, kind, **values):
+        with open(self.path, "a", encoding="utf-8") as file:
+            file.write(json.dumps({"kind": kind, **values}) + "\n")
+
+    def size(self):
+        return self.path.stat().st_size
+
+
+def say(line):
+    """Print a log line, above the progress bar where there is one."""
+    tqdm.write(line)
+    sys.stdout.flush()
+
+
+def describe_run(args, model, device):
+    """What has to be known to repeat a run: flags, versions, device, commit."""
+    try:
+        commit = subprocess.run(["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
+                                cwd=Path(__file__).parent, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        commit = None  # not a git checkout, or no git
+    return {
+        "flags": vars(args), "seed": args.seed, "parameters": model.parameter_count(),
+        "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": numpy.__version__},
+        "device": torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads",
+        "commit": commit,
+    }
+
+
+def seed_everything(seed):
+    numpy.random.seed(seed)
+    torch.manual_seed(seed)  # seeds CUDA too
+
+
+def generator_states():
+    """The states of all random generators that training draws from, as tensors and plain values."""
+    name, keys, *position = numpy.random.get_state()
+    return {"numpy": [name, torch.from_numpy(keys.astype(numpy.int64)), *position], "torch": torch.get_rng_state(),
+            "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []}
+
+
+def restore_generators(states):
+    name, keys, *position = states["numpy"]
+    numpy.random.set_state((name, keys.numpy().astype(numpy.uint32), *position))
+    torch.set_rng_state(states["torch"].cpu())
+    for device, state in enumerate(states["cuda"][:torch.cuda.device_count()]):
+        torch.cuda.set_rng_state(state.cpu(), device)
+
+
+def training_state(stage, progress, optimizer):
+    """What a checkpoint needs besides the model so that training can go on as if it had never stopped."""
+    return {"stage": stage, "progress": asdict(progress), "averaging": is_averaging(optimizer),
+            "optimizer": optimizer.state_dict(), "generators": generator_states()}
+
+
+def resume(args, given, stage, device):
+    """Dictionary, batches, model, optimizer and progress of the run `args.resume`, and the random generators as it left them.
+
+    Flags in `given` (those of the command line) take the place of the run's own, the others in `args` become the run's.
+    Raises BadInput when there is no such state, or a flag or the corpus contradicts it.
+    """
+    path = checkpoint.last_path(args.resume)
+    content = checkpoint.load(path, device)
+    state = content.get("state", {})
+    if state.get("stage") != stage:
+        raise BadInput(f"{path}: not the state of a run of this script (its stage is {state.get('stage')!r}, not {stage!r})")
+    changed = checkpoint.keep_flags(args, given, content, path, content["flags"].keys() - {"save", "resume", "cuda"})
+    args.save = args.save or args.resume
+    checkpoint.check_writable(args.save)
+    dictionary, batches = open_corpus(args, device)
+    checkpoint.check_vocabulary(content, path, dictionary, args.data)
+    model = checkpoint.restore_model(content, path, vars(args), device)
+    try:
+        progress = Progress(**state["progress"])
+        optimizer = make_optimizer("asgd" if state["averaging"] else args.optimizer, model, args.lr, args.wdecay)
+        optimizer.load_state_dict(state["optimizer"])
+        restore_generators(state["generators"])
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise BadInput(f"{path}: damaged checkpoint: its state cannot be restored") from error
+    for group in optimizer.param_groups:
+        group["weight_decay"] = args.wdecay
+        if "lr" in given:
+            group["lr"] = args.lr
+    if Path(args.save) != Path(args.resume):  # the run goes on under another name, with all it has so far
+        for here, there in ((args.resume, args.save), map(checkpoint.metrics_path, (args.resume, args.save))):
+            shutil.copyfile(here, there)
+    say(f"resuming {path} after epoch {progress.epoch}" + "".join(f"; {change}" for change in changed))
+    return dictionary, batches, model, optimizer, progress
+
+
+# --- the loop --------------------------------------------------------------------------------------------------------
+
+Batches = namedtuple("Batches", "train valid test")
+
+
+def open_corpus(args, device):
+    """The dictionary of the corpus at `args.data`, and its splits laid out as (N, B) with the batch sizes of training
+    (`args.batch_size`), validation and test. Raises BadInput when a split is missing, malformed or too short."""
+    corpus = Corpus(args.data)
+    say(f"corpus: {len(corpus.train):,} / {len(corpus.valid):,} / {len(corpus.test):,} tokens, {len(corpus.dictionary):,} words")
+    return corpus.dictionary, Batches(batchify(corpus.train, args.batch_size, device, rows=3),
+                                      batchify(corpus.valid, EVAL_BATCH_SIZE, device),
+                                      batchify(corpus.test, TEST_BATCH_SIZE, device))
+
+
+def train(args, stage, dictionary, batches, model, optimizer, progress):
+    """Train `model` on from `progress` for `args.epochs` epochs or until Ctrl-C, then test the best model.
+
+    The `stage` "train" turns SGD into ASGD at a plateau (NT-ASGD); the stage "finetune" ends there. The best model is
+    kept at `args.save`, the state to resume from and the metrics beside it. Returns the exit status of the script;
+    raises BadInput when a loss is no longer finite.
+    """
+    device = batches.train.device
+    metrics = Metrics(args.save, keep=progress.metrics_bytes)
+    description = describe_run(args, model, device)
+    metrics.write("resume" if progress.epoch else "run", stage=stage, **description)
+    say(f"{stage}: {' '.join(f'{name}={value}' for name, value in vars(args).items())}")
+    say(f"model: {args.model}, {model.parameter_count():,} parameters, on {description['device']}")
+
+    def save(path, loss, **extra):
+        checkpoint.save(path, model, vars(args), dictionary.idx2word, loss, progress.epoch, **extra)
+
+    status = 0
+    try:
+        while progress.epoch < args.epochs and not (stage == "finetune" and at_plateau(progress.history, args.nonmono)):
+            start = time.perf_counter()
+            log_epoch(model, optimizer, batches.train, args, progress.epoch + 1, metrics)
+            seconds = time.perf_counter() - start
+            progress.epoch += 1
+            with averaged_weights(optimizer):
+                loss = evaluate(model, batches.valid, args.bptt)
+                check_finite(loss, f"the validation loss after epoch {progress.epoch}")
+                if loss < progress.best_loss:
+                    progress.best_loss, progress.best_epoch = loss, progress.epoch
+                    save(args.save, loss)
+            progress.history.append(loss)
+            metrics.write("epoch", epoch=progress.epoch, optimizer=type(optimizer).__name__, seconds=seconds,
+                          best_epoch=progress.best_epoch, **figures(loss))
+            say(f"| end of epoch {progress.epoch:3d} | time: {seconds:8.2f}s | {score('valid', loss)}")
+            optimizer = after_epoch(args, model, optimizer, progress, save, metrics)
+            progress.metrics_bytes = metrics.size()
+            save(checkpoint.last_path(args.save), loss, state=training_state(stage, progress, optimizer))
+    except KeyboardInterrupt:
+        say(f"interrupted in epoch {progress.epoch + 1}")
+        status = 130  # 128 + SIGINT, as a shell has it
+    if progress.best_loss == math.inf:
+        say("no epoch was completed: there is no model to test")
+        return status
+    best = checkpoint.restore_model(checkpoint.load(args.save, device), args.save, device=device)
+    loss = evaluate(best, batches.test, args.bptt)
+    metrics.write("test", epoch=progress.best_epoch, **figures(loss))
+    say(f"| end of training | best epoch {progress.best_epoch:3d} | {score('test', loss)}")
+    return status
+
+
+def log_epoch(model, optimizer, source, args, epoch, metrics):
+    """Train for one epoch; a log line and a metrics line for each `args.log_interval` batches."""
+    batches, rows, loss_sum, start = 0, 0, 0.0, time.perf_counter()
+    expected = len(source) // args.bptt
+    bar = tqdm(total=len(source), unit="row", desc=f"epoch {epoch}", leave=False, disable=not sys.stdout.isatty(), file=sys.stdout)
+    with bar:
+        for batch, (length, loss) in enumerate(train_epoch(model, optimizer, source, args), 1):
+            check_finite(loss, f"the training loss of epoch {epoch}, batch {batch}")
+            bar.update(length)
+            batches, rows, loss_sum = batches + 1, rows + length, loss_sum + loss
+            if batches == args.log_interval:
+                mean, lr = loss_sum / batches, optimizer.param_groups[0]["lr"]
+                ms = (time.perf_counter() - start) * 1000 / batches
+                metrics.write("batch", epoch=epoch, batch=batch, tokens=rows * source.size(1), lr=lr, ms_per_batch=ms,
+                              **figures(mean))
+                say(f"| epoch {epoch:3d} | {batch:5d}/{expected:5d} batches | lr {lr:8.5f} | ms/batch {ms:8.2f} | {score('', mean)}")
+                batches, rows, loss_sum, start = 0, 0, 0.0, time.perf_counter()
+
+
+def check_finite(loss, what):
+    if not math.isfinite(loss):
+        raise BadInput(f"{what} is {loss}; the best checkpoint is as it was (a smaller --lr or --clip may help)")
+
+
+def after_epoch(args, model, optimizer, progress, save, metrics):
+    """The schedule between epochs: the learning-rate drops of `--when` and the NT-ASGD trigger, both over once ASGD
+    runs. Returns the optimizer to go on with."""
+    if is_averaging(optimizer):
+        return optimizer
+    if progress.epoch in args.when:
+        save(f"{args.save}.e{progress.epoch}", progress.history[-1])
+        for group in optimizer.param_groups:
+            group["lr"] /= 10
+        metrics.write("decay", epoch=progress.epoch, lr=optimizer.param_groups[0]["lr"])
+        say(f"| after epoch {progress.epoch} | learning rate divided by 10")
+    if args.optimizer == "sgd" and at_plateau(progress.history, args.nonmono):
+        optimizer = make_optimizer("asgd", model, args.lr, args.wdecay)
+        metrics.write("switch", epoch=progress.epoch)
+        say(f"| after epoch {progress.epoch} | switching to ASGD")
+    return optimizer

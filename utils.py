@@ -1,0 +1,156 @@
+"""What the scripts share: batches out of a stream of token ids, flags, and how a script ends on bad input."""
+
+import argparse
+import math
+import sys
+
+import torch
+
+
+class BadInput(ValueError):
+    """Something that a person handed over cannot be used; the message is one line that says what and why."""
+
+
+def run_script(main):
+    """Run a script's `main` and exit: status 2 and one line on stderr for bad input; a bug keeps its traceback."""
+    try:
+        sys.exit(main())
+    except BadInput as error:
+        print(f"{sys.argv[0]}: error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+# --- batches ---------------------------------------------------------------------------------------------------------
+
+def batchify(ids, batch_size, device="cpu", rows=2):
+    """Lay a stream of token ids out as B parallel texts, read top to bottom; returns (N, B), N = len(ids) // B.
+
+        a b c d e f g h i j k l m  with B = 3   ->   a e i
+                                                     b f j
+                                                     c g k
+                                                     d h l     (m, the remainder, is left out)
+
+    Columns are independent for the model, so that it cannot learn how e follows d: the price of the parallel batch.
+    Raises BadInput when there are fewer than `rows` rows, too few to predict anything.
+    """
+    length = len(ids) // batch_size
+    if length < rows:
+        raise BadInput(f"{len(ids)} tokens are too few for a batch of {batch_size}: it needs {rows * batch_size} or more")
+    return ids[:length * batch_size].view(batch_size, length).t().to(device)
+
+
+def get_batch(source, row, seq_len):
+    """Up to `seq_len` rows of `source` (N, B) from `row` on, and the same shifted by one: (T, B) words, (T, B) targets."""
+    seq_len = min(seq_len, len(source) - 1 - row)
+    return source[row:row + seq_len].long(), source[row + 1:row + 1 + seq_len].long()
+
+
+def repackage_hidden(hidden):
+    """The same hidden state cut off from its history: backpropagation stops at the batch's first step."""
+    if isinstance(hidden, torch.Tensor):
+        return hidden.detach()
+    return type(hidden)(repackage_hidden(h) for h in hidden)
+
+
+# --- figures ---------------------------------------------------------------------------------------------------------
+
+def figures(loss):
+    """A loss in nats per token as the field reads it: loss, perplexity e^loss, bits per character loss / ln 2."""
+    return {"loss": loss, "ppl": math.exp(loss) if loss < 700 else math.inf, "bpc": loss / math.log(2)}
+
+
+def score(name, loss):
+    """The fixed-width text of a loss for log lines, each figure labelled with `name`."""
+    return "{0}loss {loss:5.2f} | {0}ppl {ppl:8.2f} | {0}bpc {bpc:8.3f}".format(f"{name} " if name else "", **figures(loss))
+
+
+# --- flags -----------------------------------------------------------------------------------------------------------
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser that complains in one line and knows which flags were given."""
+
+    def error(self, message):
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+    def parse_given(self, argv=None):
+        """The flags, and the names of those that the command line gave."""
+        args = self.parse_args(argv)
+        marked = self.parse_args(argv, argparse.Namespace(**dict.fromkeys(vars(args), self)))
+        return args, {name for name, value in vars(marked).items() if value is not self}
+
+
+def number(kind, low, below=math.inf):
+    """A flag's type: an int or float `kind` with low <= value < below."""
+    def convert(text):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not low <= value < below:
+            limit = "" if below == math.inf else f" and below {below}"
+            noun = "a whole number" if kind is int else "a number"
+            raise argparse.ArgumentTypeError(f"must be {noun} of {low} or more{limit}, not {text!r}")
+        return value
+    return convert
+
+
+count, natural = number(int, 1), number(int, 0)
+amount, rate = number(float, 0), number(float, 0, 1)
+positive = number(float, sys.float_info.min)
+
+
+def add_run_flags(parser):
+    """Flags that every script has."""
+    parser.add_argument("--cuda", action=argparse.BooleanOptionalAction, default=torch.cuda.is_available(),
+                        help="run on the GPU (default: if there is one)")
+
+
+def add_training_flags(parser, max_bptt, plateau, save):
+    """The flags that main.py and finetune.py share; the other arguments are what differs in their help."""
+    group = parser.add_argument_group("data")
+    group.add_argument("--data", default="data/penn", metavar="DIR", help="folder of the corpus (default: %(default)s)")
+    group = parser.add_argument_group("model")
+    group.add_argument("--model", choices=["LSTM", "GRU"], default="LSTM", help="recurrent layer (default: %(default)s)")
+    group.add_argument("--emsize", type=count, default=400, metavar="E", help="embedding size, units (default: %(default)s)")
+    group.add_argument("--nhid", type=count, default=1150, metavar="H", help="hidden units per layer (default: %(default)s)")
+    group.add_argument("--nlayers", type=count, default=3, metavar="L", help="recurrent layers (default: %(default)s)")
+    group.add_argument("--tied", action=argparse.BooleanOptionalAction, default=True,
+                       help="share the softmax weight with the embedding (default: yes)")
+    group = parser.add_argument_group("dropout", "probabilities of dropping, from 0 (off) to below 1")
+    for name, default, what in (
+            ("dropout", 0.4, "the last layer's output"), ("dropouth", 0.3, "the other layers' outputs"),
+            ("dropouti", 0.65, "the embedded words"), ("dropoute", 0.1, "whole words of the vocabulary"),
+            ("wdrop", 0.5, "the hidden-to-hidden weights")):
+        group.add_argument(f"--{name}", type=rate, default=default, metavar="P", help=f"on {what} (default: %(default)s)")
+    group = parser.add_argument_group("regularisation")
+    group.add_argument("--alpha", type=amount, default=2, metavar="A",
+                       help="AR: weight of the squared dropped output in the loss (0: off; default: %(default)s)")
+    group.add_argument("--beta", type=amount, default=1, metavar="B",
+                       help="TAR: weight of the squared change of the output over time in the loss (0: off; default: %(default)s)")
+    group.add_argument("--wdecay", type=amount, default=1.2e-6, metavar="W",
+                       help="weight decay on all parameters (0: off; default: %(default)s)")
+    group = parser.add_argument_group("optimisation")
+    group.add_argument("--lr", type=positive, metavar="LR", help="learning rate (default: 30; 0.001 for Adam)")
+    group.add_argument("--clip", type=amount, default=0.25, metavar="C",
+                       help="largest norm of the gradient (0: no clipping; default: %(default)s)")
+    group.add_argument("--epochs", type=natural, default=8000, metavar="N", help="upper limit of epochs (default: %(default)s)")
+    group.add_argument("--batch_size", type=count, default=80, metavar="B", help="columns of a batch (default: %(default)s)")
+    group.add_argument("--bptt", type=count, default=70, metavar="T",
+                       help="mean length of a training batch, time steps (default: %(default)s)")
+    group.add_argument("--max-bptt", type=natural, metavar="T",
+                       help=f"longest training batch, time steps (0: no limit; default: {max_bptt})")
+    group.add_argument("--nonmono", type=natural, default=5, metavar="N",
+                       help=f"epochs that may pass without a better validation loss before {plateau} (default: %(default)s)")
+    group = parser.add_argument_group("run")
+    group.add_argument("--seed", type=number(int, 0, 2**32), default=1111, metavar="N", help="random seed (default: %(default)s)")
+    group.add_argument("--log-interval", type=count, default=200, metavar="N", help="batches between log lines (default: %(default)s)")
+    group.add_argument("--save", metavar="FILE", help=f"where the best model goes (default: {save})")
+    group.add_argument("--resume", metavar="FILE", help="the --save of an earlier run, to go on where it stopped")
+    add_run_flags(group)
+
+
+def pick_device(cuda):
+    """The device that `--cuda` or `--no-cuda` asks for; raises BadInput when there is none."""
+    if cuda and not torch.cuda.is_available():
+        raise BadInput("--cuda: PyTorch finds no CUDA device on this machine")
+    return torch.device("cuda" if cuda else "cpu")
