@@ -113,10 +113,10 @@ def restore_model(content, path, flags=None, device="cpu"):
 def keep_flags(args, given, content, path, names):
     """Set each flag in `names` that the command line did not give to the value it has in the checkpoint `content`.
 
-    Raises BadInput when a given flag contradicts the shapes of the weights; returns the other given flags whose value is
-    a new one, as text for the log.
+    Raises BadInput when a given flag contradicts the shapes of the weights; returns the other given flags that change a
+    value, as {name: (value in the checkpoint, value given)}.
     """
-    changed = []
+    changed = {}
     for name in names:
         ours, theirs = getattr(args, name), content["flags"].get(name)
         if name not in given:
@@ -124,7 +124,7 @@ def keep_flags(args, given, content, path, names):
         elif ours != theirs and name in ARCHITECTURE:
             raise BadInput(f"--{name} {ours} contradicts {path}, which was trained with {name} {theirs}")
         elif ours != theirs:
-            changed.append(f"{name} {theirs} -> {ours}")
+            changed[name] = theirs, ours
     return changed
 
 

@@ -8,12 +8,14 @@ Cache" (arXiv 1612.04426); 1708.02182, section 6. Shapes are in the alphabet of 
 """
 
 import math
+import time
 
 import torch
 
 import checkpoint
+import training
 from data import Corpus
-from utils import BadInput, Parser, add_run_flags, amount, batchify, count, get_batch, pick_device, positive, rate, run_script, score
+from utils import Parser, add_run_flags, amount, batchify, count, figures, get_batch, pick_device, rate, run_script, score
 
 QUERY_ROWS = 512  # predictions scored at once: a block of QUERY_ROWS x (window + QUERY_ROWS) similarities is in memory
 
@@ -21,12 +23,15 @@ QUERY_ROWS = 512  # predictions scored at once: a block of QUERY_ROWS x (window 
 def parse_flags(argv):
     """The flags, and the names of those that the command line gave."""
     parser = Parser(description="Score a trained model together with a continuous neural cache.")
-    parser.add_argument("--data", default="data/penn", metavar="DIR", help="folder of the corpus (default: %(default)s)")
-    parser.add_argument("--save", default="best.pt", metavar="FILE", help="the trained model (default: %(default)s)")
+    parser.add_argument("--data", default="data/penn", metavar="DIR",
+                        help="folder of the corpus (default: %(default)s)")
+    parser.add_argument("--save", default="best.pt", metavar="FILE",
+                        help="the trained model (default: %(default)s)")
     parser.add_argument("--model", help="recurrent layer; has to be that of the trained model")
     parser.add_argument("--bptt", type=count, default=2000, metavar="T",
-                        help="time steps per pass of the model; memory only, the result does not depend on it (default: %(default)s)")
-    parser.add_argument("--window", type=count, default=3785, metavar="N", help="words that the cache remembers (default: %(default)s)")
+                        help="time steps per pass of the model: more memory, same result (default: %(default)s)")
+    parser.add_argument("--window", type=count, default=3785, metavar="N",
+                        help="words that the cache remembers (default: %(default)s)")
     parser.add_argument("--theta", type=amount, default=0.6625523432485668, metavar="X",
                         help="sharpness of the cache: factor of the similarities (0: flat; default: %(default)s)")
     parser.add_argument("--lambdasm", type=rate, default=0.12785920428335693, metavar="P",
@@ -55,7 +60,8 @@ def cache_logprob(queries, keys, targets, followers, first, window, theta):
     query q is key number `first` + q, and sees the `window` keys before it: softmax over them of theta * query . key,
     summed where the follower is the target. -inf where it is none of them.
     """
-    place = torch.arange(len(keys), device=keys.device) - torch.arange(first, first + len(queries), device=keys.device).unsqueeze(1)
+    numbers = torch.arange(len(keys), device=keys.device)
+    place = numbers - numbers[first:first + len(queries)].unsqueeze(1)
     weight = (theta * queries @ keys.t()).masked_fill((place < -window) | (place >= 0), -math.inf)
     found = weight.masked_fill(followers != targets.unsqueeze(1), -math.inf)
     return found.logsumexp(1) - weight.logsumexp(1)
@@ -67,6 +73,7 @@ def mixture_loss(chunks, window, theta, lambdasm):
     As in the published numbers the cache joins once more than `window` predictions lie behind; until then the model
     stands alone.
     """
+    log_lambdasm = math.log(lambdasm) if lambdasm else -math.inf
     keys = followers = None
     seen, total = 0, 0.0  # predictions so far
     for outputs, targets, logprob in chunks:
@@ -77,9 +84,10 @@ def mixture_loss(chunks, window, theta, lambdasm):
             block = slice(start, start + QUERY_ROWS)
             first = past + start
             near = slice(max(0, first - window), first + QUERY_ROWS)
-            cached = cache_logprob(outputs[block], keys[near], targets[block], followers[near], first - near.start, window, theta)
+            cached = cache_logprob(outputs[block], keys[near], targets[block], followers[near], first - near.start,
+                                   window, theta)
             alone = logprob[block]
-            mixed = torch.logaddexp(alone + math.log1p(-lambdasm), cached + (math.log(lambdasm) if lambdasm else -math.inf))
+            mixed = torch.logaddexp(alone + math.log1p(-lambdasm), cached + log_lambdasm)
             behind = torch.arange(seen, seen + len(alone), device=alone.device)
             total -= torch.where(behind > window, mixed, alone).double().sum().item()
             seen += len(alone)
@@ -95,10 +103,21 @@ def main(argv=None):
     corpus = Corpus(args.data)
     checkpoint.check_vocabulary(content, args.save, corpus.dictionary, args.data)
     model = checkpoint.restore_model(content, args.save, device=device)
-    print(f"pointer: window={args.window} theta={args.theta} lambdasm={args.lambdasm}", flush=True)
-    for name, ids in (("valid", corpus.valid), ("test", corpus.test)):
+    training.say(f"pointer: window={args.window} theta={args.theta} lambdasm={args.lambdasm}")
+    lines = []
+    for split, ids in (("valid", corpus.valid), ("test", corpus.test)):
+        start = time.perf_counter()
         chunks = scored_chunks(model, batchify(ids, 1, device), args.bptt)
-        print(f"| pointer | {score(name, mixture_loss(chunks, args.window, args.theta, args.lambdasm))}", flush=True)
+        loss = mixture_loss(chunks, args.window, args.theta, args.lambdasm)
+        lines.append({"split": split, "window": args.window, "theta": args.theta, "lambdasm": args.lambdasm,
+                      "seconds": time.perf_counter() - start, **figures(loss)})
+        training.say(f"| pointer | {score(split, loss)}")
+    try:
+        metrics = training.Metrics(args.save)
+        for line in lines:
+            metrics.write("pointer", **line)
+    except OSError as error:  # a model in a folder that may only be read is still a model to score
+        training.say(f"not recorded in {checkpoint.metrics_path(args.save)}: {error.strerror}")
 
 
 if __name__ == "__main__":

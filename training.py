@@ -44,9 +44,10 @@ class Progress:
 def make_optimizer(name, model, lr, wdecay):
     """The optimizer `name` ("sgd", "asgd" or "adam") over every trainable parameter of `model`.
 
-    ASGD averages from its first step (t0 = 0) and never decays the learning rate (lambd = 0). PyTorch's ASGD steps with
-    the learning rate that it was given one step earlier; under variable-length BPTT that is the rate scaled for the
-    batch before. The published numbers were made that way, so it is kept.
+    ASGD averages from the start (t0 = 0; in PyTorch's the second step overwrites the first) and never decays the
+    learning rate (lambd = 0). PyTorch's ASGD steps with the learning rate that it was given one step earlier; under
+    variable-length BPTT that is the rate scaled for the batch before. The published numbers were made that way, so it
+    is kept.
     """
     if name == "sgd":
         return torch.optim.SGD(model.parameters(), lr=lr, weight_decay=wdecay)
@@ -145,17 +146,17 @@ def evaluate(model, source, bptt):
 
 class Metrics:
     """`NAME.metrics.jsonl` beside the checkpoint NAME.pt: one JSON object a line. A line of kind "run" (or "resume")
-    describes the run, then come "batch" lines each log interval, "epoch", "switch" and "decay" lines, "test" at the end;
-    `pointer.py` adds "pointer" lines. Losses are in nats per token. What is there beyond `keep` bytes is dropped."""
+    describes the run, then come "batch" lines each log interval, "epoch", "switch" and "decay" lines, "test" at the end.
+    Losses are in nats per token, `time` in seconds since 1970. What is there beyond `keep` bytes is dropped."""
 
-    def __init__(self, save, keep=0):
+    def __init__(self, save, keep=None):
         self.path = checkpoint.metrics_path(save)
         with open(self.path, "ab") as file:
             file.truncate(keep)
 
     def write(self, kind, **values):
         with open(self.path, "a", encoding="utf-8") as file:
-            file.write(json.dumps({"kind": kind, **values}) + "\n")
+            file.write(json.dumps({"kind": kind, "time": round(time.time(), 3), **values}) + "\n")
 
     def size(self):
         return self.path.stat().st_size
@@ -234,12 +235,12 @@ def resume(args, given, stage, device):
         raise BadInput(f"{path}: damaged checkpoint: its state cannot be restored") from error
     for group in optimizer.param_groups:
         group["weight_decay"] = args.wdecay
-        if "lr" in given:
+        if "lr" in changed:
             group["lr"] = args.lr
     if Path(args.save) != Path(args.resume):  # the run goes on under another name, with all it has so far
         for here, there in ((args.resume, args.save), map(checkpoint.metrics_path, (args.resume, args.save))):
             shutil.copyfile(here, there)
-    say(f"resuming {path} after epoch {progress.epoch}" + "".join(f"; {change}" for change in changed))
+    say(f"resuming {path} after epoch {progress.epoch}" + "".join(f"; {name} {theirs} -> {ours}" for name, (theirs, ours) in changed.items()))
     return dictionary, batches, model, optimizer, progress
 
 
@@ -252,7 +253,8 @@ def open_corpus(args, device):
     """The dictionary of the corpus at `args.data`, and its splits laid out as (N, B) with the batch sizes of training
     (`args.batch_size`), validation and test. Raises BadInput when a split is missing, malformed or too short."""
     corpus = Corpus(args.data)
-    say(f"corpus: {len(corpus.train):,} / {len(corpus.valid):,} / {len(corpus.test):,} tokens, {len(corpus.dictionary):,} words")
+    say(f"corpus: {len(corpus.train):,} / {len(corpus.valid):,} / {len(corpus.test):,} tokens, "
+        f"{len(corpus.dictionary):,} words")
     return corpus.dictionary, Batches(batchify(corpus.train, args.batch_size, device, rows=3),
                                       batchify(corpus.valid, EVAL_BATCH_SIZE, device),
                                       batchify(corpus.test, TEST_BATCH_SIZE, device))
@@ -312,8 +314,8 @@ def log_epoch(model, optimizer, source, args, epoch, metrics):
     """Train for one epoch; a log line and a metrics line for each `args.log_interval` batches."""
     batches, rows, loss_sum, start = 0, 0, 0.0, time.perf_counter()
     expected = len(source) // args.bptt
-    bar = tqdm(total=len(source), unit="row", desc=f"epoch {epoch}", leave=False, disable=not sys.stdout.isatty(), file=sys.stdout)
-    with bar:
+    with tqdm(total=len(source), unit="row", desc=f"epoch {epoch}", leave=False, file=sys.stdout,
+              disable=not sys.stdout.isatty()) as bar:
         for batch, (length, loss) in enumerate(train_epoch(model, optimizer, source, args), 1):
             check_finite(loss, f"the training loss of epoch {epoch}, batch {batch}")
             bar.update(length)
@@ -321,9 +323,10 @@ def log_epoch(model, optimizer, source, args, epoch, metrics):
             if batches == args.log_interval:
                 mean, lr = loss_sum / batches, optimizer.param_groups[0]["lr"]
                 ms = (time.perf_counter() - start) * 1000 / batches
-                metrics.write("batch", epoch=epoch, batch=batch, tokens=rows * source.size(1), lr=lr, ms_per_batch=ms,
-                              **figures(mean))
-                say(f"| epoch {epoch:3d} | {batch:5d}/{expected:5d} batches | lr {lr:8.5f} | ms/batch {ms:8.2f} | {score('', mean)}")
+                metrics.write("batch", epoch=epoch, batch=batch, tokens=rows * source.size(1), lr=lr,
+                              ms_per_batch=ms, **figures(mean))
+                say(f"| epoch {epoch:3d} | {batch:5d}/{expected:5d} batches | lr {lr:8.5f} | ms/batch {ms:8.2f} | "
+                    f"{score('', mean)}")
                 batches, rows, loss_sum, start = 0, 0, 0.0, time.perf_counter()
 
 

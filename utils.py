@@ -126,7 +126,7 @@ def add_training_flags(parser, max_bptt, plateau, save):
     group.add_argument("--alpha", type=amount, default=2, metavar="A",
                        help="AR: weight of the squared dropped output in the loss (0: off; default: %(default)s)")
     group.add_argument("--beta", type=amount, default=1, metavar="B",
-                       help="TAR: weight of the squared change of the output over time in the loss (0: off; default: %(default)s)")
+                       help="TAR: weight of the output's squared change over time in the loss (0: off; default: %(default)s)")
     group.add_argument("--wdecay", type=amount, default=1.2e-6, metavar="W",
                        help="weight decay on all parameters (0: off; default: %(default)s)")
     group = parser.add_argument_group("optimisation")
@@ -142,8 +142,10 @@ def add_training_flags(parser, max_bptt, plateau, save):
     group.add_argument("--nonmono", type=natural, default=5, metavar="N",
                        help=f"epochs that may pass without a better validation loss before {plateau} (default: %(default)s)")
     group = parser.add_argument_group("run")
-    group.add_argument("--seed", type=number(int, 0, 2**32), default=1111, metavar="N", help="random seed (default: %(default)s)")
-    group.add_argument("--log-interval", type=count, default=200, metavar="N", help="batches between log lines (default: %(default)s)")
+    group.add_argument("--seed", type=number(int, 0, 2**32), default=1111, metavar="N",
+                       help="random seed (default: %(default)s)")
+    group.add_argument("--log-interval", type=count, default=200, metavar="N",
+                       help="batches between log lines (default: %(default)s)")
     group.add_argument("--save", metavar="FILE", help=f"where the best model goes (default: {save})")
     group.add_argument("--resume", metavar="FILE", help="the --save of an earlier run, to go on where it stopped")
     add_run_flags(group)

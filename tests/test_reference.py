@@ -3,6 +3,11 @@
 The cases are those of `tests/reference`, or of the folder named in REFERENCE_DIR: any number of NAME.json with
 NAME.init.npz and NAME.best.npz, and `corpus/`. Each is trained with `main.py` from the recorded weights and seed; every
 batch, validation, test and cache loss has to come out as recorded.
+
+Training at learning rate 30 is chaotic: a CPU that rounds otherwise than the recorder's follows a run for so many
+batches and then parts from it. So the first 50 batches have to agree strictly anywhere. Later ones may part, but no
+further than twin runs do on the same machine, whose first weights differ in the sixth decimal; the twins are run only
+when a trajectory parts, and the summary says where it did.
 """
 
 import json
@@ -21,10 +26,13 @@ from training import evaluate, seed_everything
 from utils import batchify
 
 FOLDER = Path(os.environ.get("REFERENCE_DIR", Path(__file__).parent / "reference"))
-CASES = {path.stem: json.loads(path.read_text()) for path in sorted(FOLDER.glob("*.json")) if path.with_suffix(".init.npz").exists()}
-RAN = []
+CASES = {path.stem: json.loads(path.read_text()) for path in sorted(FOLDER.glob("*.json"))
+         if path.with_suffix(".init.npz").exists()}
+FOLLOWED = {}  # case: batches that agree to LOSS_TOLERANCE, of how many
 
 LOSS_TOLERANCE, CACHE_TOLERANCE = 1e-4, 1e-5
+STRICT_BATCHES = 50
+TWINS, TWIN_DIFFERENCE, TWIN_FACTOR = (1, 2), 1e-6, 5
 
 
 def set_weights(model, path):
@@ -32,7 +40,44 @@ def set_weights(model, path):
     with numpy.load(path) as arrays, torch.no_grad():
         assert set(arrays) == {name for name, _ in model.named_parameters()}
         for name, parameter in model.named_parameters():
+            assert parameter.shape == arrays[name].shape
             parameter.copy_(torch.from_numpy(arrays[name]))
+
+
+def command_line(flags):
+    """Flags as they are recorded, as a person would type them."""
+    for name, value in flags.items():
+        if value != []:
+            yield from [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
+
+
+def train(case, save, monkeypatch, twin=None):
+    """Run main.py on a case, from its recorded weights or those of a twin; the metrics by their kind."""
+    def start_as_recorded(model):
+        set_weights(model, FOLDER / f"{case['name']}.init.npz")
+        if twin is not None:
+            torch.manual_seed(twin)
+            with torch.no_grad():
+                for parameter in model.parameters():
+                    parameter.mul_(1 + TWIN_DIFFERENCE * torch.randn_like(parameter))
+        seed_everything(case["flags"]["seed"])
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RNNModel, "init_weights", start_as_recorded)
+        status = main.main(["--no-cuda", "--data", str(FOLDER / "corpus"), "--save", str(save), "--log-interval", "1",
+                            *command_line(case["flags"])])
+    assert status == 0
+    lines = [json.loads(line) for line in save.with_suffix(".metrics.jsonl").read_text().splitlines()]
+    return {kind: [line for line in lines if line["kind"] == kind] for kind in ("run", "batch", "epoch", "switch", "test")}
+
+
+def losses(lines):
+    return numpy.array([line["loss"] for line in lines])
+
+
+def furthest(difference):
+    """The largest absolute difference so far, batch by batch."""
+    return numpy.maximum.accumulate(abs(difference))
 
 
 @pytest.fixture(params=CASES)
@@ -43,45 +88,35 @@ def case(request):
     return recorded
 
 
-def command_line(flags):
-    """Flags as they are recorded, as a person would type them."""
-    for name, value in flags.items():
-        if value != []:
-            yield from [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
-
-
 def test_training_follows_the_original(case, tmp_path, monkeypatch):
-    def start_as_recorded(model):
-        set_weights(model, FOLDER / f"{case['name']}.init.npz")
-        seed_everything(case["flags"]["seed"])
+    run = train(case, tmp_path / "run.pt", monkeypatch)
+    assert run["run"][0]["parameters"] == case["parameters"]
+    assert [line["tokens"] // case["flags"]["batch_size"] for line in run["batch"]] == case["seq_lens"]
+    assert [line["epoch"] + 1 for line in run["switch"]] == [e for e in [case["first_asgd_epoch"]] if e is not None]
 
-    monkeypatch.setattr(RNNModel, "init_weights", start_as_recorded)
-    save = tmp_path / "model.pt"
-    status = main.main(["--no-cuda", "--data", str(FOLDER / "corpus"), "--save", str(save), "--log-interval", "1",
-                        *command_line(case["flags"])])
-    lines = [json.loads(line) for line in (tmp_path / "model.metrics.jsonl").read_text().splitlines()]
-    of = {kind: [line for line in lines if line["kind"] == kind] for kind in ("run", "batch", "epoch", "switch", "test")}
-
-    assert status == 0
-    assert of["run"][0]["parameters"] == case["parameters"]
-    assert [line["tokens"] // case["flags"]["batch_size"] for line in of["batch"]] == case["seq_lens"]
-    losses = numpy.array([line["loss"] for line in of["batch"]])
-    numpy.testing.assert_allclose(losses, case["train_losses"], atol=LOSS_TOLERANCE, rtol=0)
-    numpy.testing.assert_allclose([line["loss"] for line in of["epoch"]], case["valid_losses"], atol=LOSS_TOLERANCE, rtol=0)
-    assert [line["epoch"] + 1 for line in of["switch"]] == ([case["first_asgd_epoch"]] if case["first_asgd_epoch"] else [])
-    assert of["test"][0]["loss"] == pytest.approx(case["test_loss"], abs=LOSS_TOLERANCE)
-    RAN.append(case["name"])
+    batches = furthest(losses(run["batch"]) - case["train_losses"])
+    epochs = abs(losses(run["epoch"] + run["test"]) - [*case["valid_losses"], case["test_loss"]])
+    assert batches[:STRICT_BATCHES].max() <= LOSS_TOLERANCE
+    FOLLOWED[case["name"]] = f"{(batches <= LOSS_TOLERANCE).sum()} of {len(batches)}"
+    allowed_batches = allowed_epochs = LOSS_TOLERANCE
+    if batches.max() > LOSS_TOLERANCE:
+        for twin in (train(case, tmp_path / "twin.pt", monkeypatch, twin) for twin in TWINS):
+            twin_batches = furthest(losses(twin["batch"]) - losses(run["batch"]))
+            twin_epochs = abs(losses(twin["epoch"] + twin["test"]) - losses(run["epoch"] + run["test"]))
+            allowed_batches = numpy.maximum(allowed_batches, TWIN_FACTOR * twin_batches)
+            allowed_epochs = max(allowed_epochs, TWIN_FACTOR * twin_epochs.max())
+    assert (batches - allowed_batches).max() <= 0
+    assert epochs.max() <= allowed_epochs
 
 
-def test_cache_scores_as_the_original(case):
+def test_evaluation_and_cache_score_as_the_original(case):
     corpus = Corpus(FOLDER / "corpus")
-    model = RNNModel(len(corpus.dictionary), **{name: case["flags"][name] for name in ARCHITECTURE + DROPOUTS if name != "tied"})
+    flags = {name: case["flags"][name] for name in ARCHITECTURE + DROPOUTS if name in case["flags"]}
+    model = RNNModel(len(corpus.dictionary), **flags)
     set_weights(model, FOLDER / f"{case['name']}.best.npz")
-    for split in ("valid", "test"):
-        source = batchify(getattr(corpus, split), 1)
-        if split == "test":
-            assert evaluate(model, source, 70) == pytest.approx(case["test_loss"], abs=CACHE_TOLERANCE)
-        for setting in case["pointer"]:
-            chunks = pointer.scored_chunks(model, source, bptt=300)
+    assert evaluate(model, batchify(corpus.test, 1), 70) == pytest.approx(case["test_loss"], abs=CACHE_TOLERANCE)
+    for setting in case["pointer"]:
+        for split in ("valid", "test"):
+            chunks = pointer.scored_chunks(model, batchify(getattr(corpus, split), 1), bptt=300)
             loss = pointer.mixture_loss(chunks, setting["window"], setting["theta"], setting["lambdasm"])
             assert loss == pytest.approx(setting[f"{split}_loss"], abs=CACHE_TOLERANCE)

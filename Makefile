@@ -1,0 +1,39 @@
+# make demo     a small AWD-LSTM from nothing: corpus, training, fine-tuning, cache, text; no network after the install
+# make test     all tests and the linter
+# make clean    forget both
+
+PYTHON ?= python3
+VENV ?= .venv
+DEMO ?= demo
+PY = $(VENV)/bin/python
+
+.PHONY: demo test clean
+
+demo: $(VENV)/.installed
+	mkdir -p $(DEMO)
+	PYTHON=$(PY) DATA_DIR=$(DEMO) ./getdata.sh sample
+	$(PY) main.py --data $(DEMO)/sample --emsize 160 --nhid 320 --nlayers 2 --batch_size 20 --bptt 35 --lr 20 \
+	    --dropout 0.2 --dropouth 0.1 --dropouti 0.2 --dropoute 0.02 --wdrop 0.2 --epochs 8 --seed 1 --save $(DEMO)/demo.pt
+	$(PY) finetune.py --data $(DEMO)/sample --epochs 3 --save $(DEMO)/demo.pt
+	$(PY) pointer.py --data $(DEMO)/sample --window 1000 --theta 0.6 --lambdasm 0.15 --save $(DEMO)/demo.pt
+	$(PY) generate.py --checkpoint $(DEMO)/demo.pt --words 120 --outf $(DEMO)/generated.txt
+	@echo
+	@$(PY) benchmarks/table.py $(DEMO)/demo.metrics.jsonl
+	@echo
+	@cat $(DEMO)/generated.txt
+
+test: $(VENV)/.installed-test
+	$(PY) -m ruff check .
+	$(PY) -m pytest
+
+clean:
+	rm -rf $(VENV) $(DEMO)
+
+$(VENV)/.installed: requirements.txt
+	$(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install --quiet -r requirements.txt
+	touch $@
+
+$(VENV)/.installed-test: requirements-test.txt $(VENV)/.installed
+	$(PY) -m pip install --quiet -r requirements-test.txt
+	touch $@

@@ -1,0 +1,252 @@
+"""The pieces of the loop: batch lengths, optimizers, averages, the plateau rule, losses, the record of a run."""
+
+import json
+import math
+from argparse import Namespace
+
+import numpy
+import pytest
+import torch
+from torch.nn import functional
+
+import checkpoint
+import main
+import training
+from model import RNNModel
+from utils import BadInput, batchify, figures, repackage_hidden
+
+OFF = dict.fromkeys(("dropout", "dropouth", "dropouti", "dropoute", "wdrop"), 0)
+TINY = ["--no-cuda", "--emsize", "5", "--nhid", "6", "--nlayers", "2", "--batch_size", "4", "--bptt", "7", "--lr", "1"]
+
+
+def small_model():
+    torch.manual_seed(4)
+    return RNNModel(11, emsize=5, nhid=6, nlayers=2, **OFF)
+
+
+def args(**changes):
+    return Namespace(**{"alpha": 0, "beta": 0, "clip": 0, "bptt": 7, "max_bptt": None, **changes})
+
+
+def train(corpus_dir, save, *flags):
+    """Run main.py on a tiny model; returns its exit status and the metrics by kind."""
+    status = main.main([*TINY, "--data", str(corpus_dir), "--save", str(save), *flags])
+    lines = [json.loads(line) for line in save.with_suffix(".metrics.jsonl").read_text().splitlines()]
+    return status, {kind: [line for line in lines if line["kind"] == kind] for kind in {line["kind"] for line in lines}}
+
+
+# --- batch lengths ---------------------------------------------------------------------------------------------------
+
+def test_sequence_lengths_have_the_distribution_of_the_paper():
+    numpy.random.seed(0)
+    lengths = numpy.array([training.sample_seq_len(70) for _ in range(40_000)])
+    long = lengths > 52
+    assert lengths.min() >= 5
+    assert long.mean() == pytest.approx(0.95, abs=0.005)
+    assert lengths[long].mean() == pytest.approx(69.5, abs=0.1) and lengths[long].std() == pytest.approx(5, abs=0.1)
+    assert lengths[~long].mean() == pytest.approx(34.5, abs=0.5)
+
+
+def test_sequence_lengths_have_a_floor_and_a_cap():
+    numpy.random.seed(0)
+    assert {training.sample_seq_len(1) for _ in range(100)} >= {5}
+    assert max(training.sample_seq_len(70, 72) for _ in range(1000)) == 72
+
+
+def test_an_epoch_reads_every_row_but_the_last_once(monkeypatch):
+    source = batchify(torch.arange(400, dtype=torch.int32) % 11, 4)
+    rows = []
+    monkeypatch.setattr(training, "train_step", lambda model, optimizer, words, targets, hidden, args, scale: (
+        rows.append((words, targets, scale)), (hidden, 0.0))[1])
+    numpy.random.seed(1)
+    lengths = [length for length, _ in training.train_epoch(small_model(), None, source, args())]
+    numpy.random.seed(1)
+    sampled = [training.sample_seq_len(7) for _ in lengths]
+    assert torch.equal(torch.cat([words for words, _, _ in rows]), source[:-1].long())
+    assert torch.equal(torch.cat([targets for _, targets, _ in rows]), source[1:].long())
+    assert lengths[:-1] == sampled[:-1] and lengths[-1] <= sampled[-1]
+    assert [scale for _, _, scale in rows] == [length / 7 for length in sampled], "scaled by the sampled length"
+
+
+# --- steps -----------------------------------------------------------------------------------------------------------
+
+def test_a_step_is_sgd_on_the_regularised_loss_with_the_scaled_rate():
+    model, oracle = small_model(), small_model()
+    words, targets = torch.randint(11, (6, 3)), torch.randint(11, (6, 3))
+    optimizer = training.make_optimizer("sgd", model, 0.5, 0.01)
+    _, loss = training.train_step(model, optimizer, words, targets, model.init_hidden(3),
+                                  args(alpha=2, beta=3, clip=0.1), lr_scale=0.7)
+
+    output, _, raw = oracle(words, oracle.init_hidden(3))
+    cross_entropy = functional.cross_entropy(oracle.decoder(output).view(-1, 11), targets.view(-1))
+    ar = sum(output[t].square().sum() for t in range(6)) / output.numel()
+    tar = sum((raw[t + 1] - raw[t]).square().sum() for t in range(5)) / (5 * 3 * 5)
+    (cross_entropy + 2 * ar + 3 * tar).backward()
+    norm = math.sqrt(sum(p.grad.square().sum().item() for p in oracle.parameters()))
+    assert norm > 0.1 and loss == pytest.approx(cross_entropy.item())
+    for ours, p in zip(model.parameters(), oracle.parameters()):
+        torch.testing.assert_close(ours, p - 0.5 * 0.7 * (p.grad * 0.1 / norm + 0.01 * p), rtol=1e-4, atol=1e-6)
+    assert optimizer.param_groups[0]["lr"] == 0.5
+
+
+def test_asgd_steps_with_the_rate_of_the_batch_before_and_averages_what_follows():
+    """Four steps by hand on one parameter w with gradient 1: w falls by the rates 2 (its own, being the first), 2, 4, 8.
+    PyTorch's average takes the first value over by the second, so it is that of the last three."""
+    model = torch.nn.Linear(1, 1, bias=False).double()
+    with torch.no_grad():
+        model.weight.zero_()
+    optimizer = training.make_optimizer("asgd", model, 1.0, 0.0)
+    for rate in (2, 4, 8, 16):
+        optimizer.param_groups[0]["lr"] = rate
+        model.weight.grad = torch.ones_like(model.weight)
+        optimizer.step()
+    assert model.weight.item() == -(2 + 2 + 4 + 8)
+    with training.averaged_weights(optimizer):
+        assert model.weight.item() == pytest.approx(-(4 + 8 + 16) / 3)
+
+
+@pytest.mark.parametrize("name", ["sgd", "asgd", "adam"])
+def test_the_optimizer_owns_every_trainable_parameter(name):
+    model = RNNModel(11, emsize=5, nhid=6, nlayers=2, tied=False)
+    owned = {id(p) for group in training.make_optimizer(name, model, 1, 0).param_groups for p in group["params"]}
+    assert owned == {id(p) for p in model.parameters() if p.requires_grad}
+
+
+def test_averages_are_put_back_when_the_block_raises():
+    model = small_model()
+    optimizer = training.make_optimizer("asgd", model, 1.0, 0.0)
+    for _ in range(3):
+        for p in model.parameters():
+            p.grad = torch.ones_like(p)
+        optimizer.step()
+    before = [p.detach().clone() for p in model.parameters()]
+    with pytest.raises(KeyError), training.averaged_weights(optimizer):
+        assert not torch.equal(next(model.parameters()), before[0])
+        raise KeyError
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before))
+
+
+@pytest.mark.parametrize("history, nonmono, expected", [
+    ([], 5, False), ([3.0], 0, False),
+    ([3.0, 3.1], 0, True), ([3.0, 3.0], 0, False),
+    ([3.0, 2.0, 2.5], 1, False),              # worse than the last, but better than all before it
+    ([2.0, 3.0, 2.5], 1, True),
+    ([2.0, 3.0, 3.0, 3.0, 3.0, 3.0], 5, False),  # five before it: not more than --nonmono
+    ([2.0, 3.0, 3.0, 3.0, 3.0, 3.0, 2.1], 5, True),
+])
+def test_plateau_rule_by_hand(history, nonmono, expected):
+    assert training.at_plateau(history, nonmono) is expected
+
+
+# --- evaluation ------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("bptt", [1, 7, 1000])
+def test_evaluation_is_nats_per_predicted_token(bptt):
+    model = small_model()
+    source = batchify(torch.randint(11, (101,)), 4)
+    with torch.no_grad():
+        model.eval()
+        output, _, _ = model(source[:-1], model.init_hidden(4))
+        expected = -model.logprob(output).gather(-1, source[1:].unsqueeze(-1)).mean().item()
+    assert training.evaluate(model, source, bptt) == pytest.approx(expected, abs=1e-6)
+
+
+def test_figures():
+    assert figures(math.log(8)) == {"loss": math.log(8), "ppl": pytest.approx(8), "bpc": pytest.approx(3)}
+    assert figures(1000.0)["ppl"] == math.inf
+
+
+# --- whole runs ------------------------------------------------------------------------------------------------------
+
+def test_log_lines_average_their_own_batches(corpus_dir, tmp_path):
+    _, one = train(corpus_dir, tmp_path / "one.pt", "--epochs", "1", "--log-interval", "1")
+    _, three = train(corpus_dir, tmp_path / "three.pt", "--epochs", "1", "--log-interval", "3")
+    losses = [line["loss"] for line in one["batch"]]
+    assert len(three["batch"]) == len(losses) // 3 > 1
+    for line, start in zip(three["batch"], range(0, len(losses), 3)):
+        assert line["loss"] == pytest.approx(sum(losses[start:start + 3]) / 3)
+        assert line["batch"] == start + 3
+        assert line["tokens"] == sum(batch["tokens"] for batch in one["batch"][start:start + 3])
+
+
+def test_when_keeps_a_copy_and_divides_the_rate(corpus_dir, tmp_path):
+    _, metrics = train(corpus_dir, tmp_path / "m.pt", "--epochs", "3", "--optimizer", "adam", "--lr", "0.01",
+                       "--when", "1", "2", "--log-interval", "1")
+    rates = [[line["lr"] for line in metrics["batch"] if line["epoch"] == epoch][0] for epoch in (1, 2, 3)]
+    assert rates == pytest.approx([0.01, 0.001, 0.0001])
+    assert [checkpoint.load(tmp_path / f"m.pt.e{epoch}")["epoch"] for epoch in (1, 2)] == [1, 2]
+
+
+def test_the_saved_model_is_the_best_one_with_its_average(corpus_dir, tmp_path):
+    """What lies at --save scores the best validation loss of the run, to the last digit that evaluation gives."""
+    _, metrics = train(corpus_dir, tmp_path / "m.pt", "--epochs", "6", "--nonmono", "0", "--lr", "20")
+    assert metrics["switch"]
+    content = checkpoint.load(tmp_path / "m.pt")
+    best = min(metrics["epoch"], key=lambda line: line["loss"])
+    assert best["optimizer"] == "ASGD"
+    model = checkpoint.restore_model(content, "m.pt")
+    _, batches = training.open_corpus(Namespace(data=corpus_dir, batch_size=4), "cpu")
+    assert training.evaluate(model, batches.valid, 7) == pytest.approx(best["loss"], abs=1e-7)
+    assert (content["loss"], content["epoch"]) == (best["loss"], best["epoch"])
+
+
+@pytest.mark.parametrize("flags", [
+    ["--model", "LSTM", "--nonmono", "0", "--lr", "20"],                # switches to ASGD on the way
+    ["--model", "GRU", "--optimizer", "adam", "--lr", "0.01", "--when", "2"],
+    ["--model", "LSTM", "--no-tied", "--when", "1", "3"],
+])
+def test_a_resumed_run_is_the_run_that_never_stopped(corpus_dir, tmp_path, flags):
+    _, whole = train(corpus_dir, tmp_path / "whole.pt", *flags, "--epochs", "5", "--log-interval", "2")
+    for epochs in (1, 3, 5):
+        resume = [] if epochs == 1 else ["--resume", str(tmp_path / "parts.pt")]
+        _, parts = train(corpus_dir, tmp_path / "parts.pt", *flags, "--epochs", str(epochs), "--log-interval", "2", *resume)
+    for kind in ("batch", "epoch", "switch", "decay"):
+        strip = [[{k: v for k, v in line.items() if k not in ("time", "seconds", "ms_per_batch")} for line in run.get(kind, [])]
+                 for run in (whole, parts)]
+        assert strip[0] == strip[1]
+    for name in ("{}.pt", "{}.last.pt"):
+        one, other = (checkpoint.load(tmp_path / name.format(run))["model"] for run in ("whole", "parts"))
+        assert all(torch.equal(one[key], other[key]) for key in one)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_best_model(corpus_dir, tmp_path):
+    train(corpus_dir, tmp_path / "m.pt", "--epochs", "1")
+    before = (tmp_path / "m.pt").read_bytes()
+    with pytest.raises(BadInput, match=r"the training loss of epoch 2, batch \d+ is nan"):
+        train(corpus_dir, tmp_path / "m.pt", "--resume", str(tmp_path / "m.pt"), "--epochs", "2", "--lr", "1e38", "--clip", "0")
+    assert (tmp_path / "m.pt").read_bytes() == before
+
+
+def test_ctrl_c_ends_training_and_reports_the_best_model(corpus_dir, tmp_path, monkeypatch):
+    steps = iter(range(1000))
+    step = training.train_step
+
+    def interrupted(*arguments):
+        if next(steps) == 20:
+            raise KeyboardInterrupt
+        return step(*arguments)
+
+    monkeypatch.setattr(training, "train_step", interrupted)
+    status, metrics = train(corpus_dir, tmp_path / "m.pt", "--epochs", "100")
+    assert status == 130
+    assert metrics["epoch"] and metrics["test"][0]["epoch"] == metrics["epoch"][-1]["best_epoch"]
+
+
+def test_hidden_state_is_carried_from_batch_to_batch(monkeypatch):
+    """Each batch starts from the state that the batch before ended with, cut off from its history."""
+    source = batchify(torch.arange(200, dtype=torch.int32) % 11, 4)
+    states, step = [], training.train_step
+
+    def recorded(model, optimizer, words, targets, hidden, *rest):
+        states.append(hidden)
+        result = step(model, optimizer, words, targets, hidden, *rest)
+        states.append(repackage_hidden(result[0]))
+        return result
+
+    monkeypatch.setattr(training, "train_step", recorded)
+    model = small_model()
+    list(training.train_epoch(model, training.make_optimizer("sgd", model, 0.1, 0), source, args()))
+    starts, ends = states[::2], states[1::2]
+    assert all(not part.any() for pair in starts[0] for part in pair)
+    for start, end in zip(starts[1:], ends):
+        assert all(torch.equal(a, b) and not a.requires_grad for p, q in zip(start, end) for a, b in zip(p, q))
