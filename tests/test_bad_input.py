@@ -1,0 +1,155 @@
+"""Bad input ends with one clear line on stderr and exit status 2, and changes no file."""
+
+import hashlib
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import finetune
+import generate
+import main
+import pointer
+from utils import run_script
+
+SCRIPTS = {"main": main.main, "finetune": finetune.main, "pointer": pointer.main, "generate": generate.main}
+TINY = ["--no-cuda", "--emsize", "5", "--nhid", "6", "--batch_size", "4", "--bptt", "7", "--epochs", "1", "--lr", "1"]
+
+
+@pytest.fixture
+def place(corpus_dir, tmp_path, monkeypatch, capsys):
+    """A folder with a corpus and a model trained on it, as the working directory."""
+    monkeypatch.chdir(tmp_path)
+    main.main([*TINY, "--data", "corpus", "--save", "good.pt"])
+    capsys.readouterr()
+    return tmp_path
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """Run a script in this process; returns exit status, stdout, stderr."""
+    def call(script, *arguments):
+        monkeypatch.setattr(sys, "argv", [f"{script}.py", *arguments])
+        with pytest.raises(SystemExit) as end:
+            run_script(SCRIPTS[script])
+        printed = capsys.readouterr()
+        return end.value.code or 0, printed.out, printed.err
+    return call
+
+
+def files(folder):
+    return {path: hashlib.md5(path.read_bytes()).hexdigest() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def refused(run, folder, script, *arguments):
+    """The line on stderr with which a script refuses its arguments, having changed nothing."""
+    before = files(folder)
+    status, _, err = run(script, *arguments)
+    assert (status, err.count("\n")) == (2, 1), err
+    assert err.startswith(f"{script}.py: error: ")
+    assert files(folder) == before
+    return err
+
+
+@pytest.mark.parametrize("script, flags", [
+    ("main", "--dropout 1.2"), ("main", "--dropouti 1"), ("main", "--wdrop -0.1"), ("main", "--dropoute nan"),
+    ("main", "--nlayers 0"), ("main", "--bptt 0"), ("main", "--nhid -3"), ("main", "--emsize 2.5"), ("main", "--batch_size x"),
+    ("main", "--lr 0"), ("main", "--lr inf"), ("main", "--clip -1"), ("main", "--nonmono -1"), ("main", "--when 0"),
+    ("main", "--model CNN"), ("main", "--optimizer lbfgs"), ("main", "--seed -1"), ("main", "--no-such-flag"),
+    ("main", "--log-interval 0"), ("main", "--alpha -2"), ("main", "--wdecay inf"), ("main", "--max-bptt -1"),
+    ("finetune", "--dropouth 1.2"), ("finetune", "--epochs -1"), ("finetune", ""),
+    ("pointer", "--window 0"), ("pointer", "--theta -1"), ("pointer", "--lambdasm 1"), ("pointer", "--bptt 0"),
+    ("generate", "--temperature 0"), ("generate", "--words 0"), ("generate", "--top-k -1"),
+])
+def test_flags_out_of_range(run, tmp_path, script, flags):
+    flag = flags.split(" ")[0]
+    assert flag in refused(run, tmp_path, script, *flags.split())
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has CUDA")
+def test_cuda_where_there_is_none(run, place):
+    assert "no CUDA device" in refused(run, place, "main", "--cuda", "--data", "corpus", "--save", "m.pt")
+
+
+def test_missing_corpus_names_the_command_that_gets_it(run, place):
+    assert "./getdata.sh penn" in refused(run, place, "main", "--data", "data/penn", "--save", "m.pt")
+
+
+@pytest.mark.parametrize("script", ["main", "finetune", "pointer"])
+@pytest.mark.parametrize("split", ["train", "valid", "test"])
+@pytest.mark.parametrize("content, message", [
+    (None, "No such file"), (b"", "is empty"), (b"\xff\xfe\n", "line 1 is not UTF-8"),
+])
+def test_broken_split(run, place, script, split, content, message):
+    path = place / "corpus" / f"{split}.txt"
+    path.unlink()
+    if content is not None:
+        path.write_bytes(content)
+    err = refused(run, place, script, "--no-cuda", "--data", "corpus", "--save", "good.pt")
+    assert f"{split}.txt" in err and message in err
+
+
+def test_too_few_tokens_for_the_batch(run, place):
+    err = refused(run, place, "main", *TINY, "--data", "corpus", "--save", "m.pt", "--batch_size", "500")
+    assert "540 tokens are too few for a batch of 500: it needs 1500 or more" in err
+    (place / "corpus" / "valid.txt").write_text("the cat\n")
+    assert "too few for a batch of 10" in refused(run, place, "main", *TINY, "--data", "corpus", "--save", "m.pt")
+
+
+@pytest.mark.parametrize("save", ["missing/m.pt", "corpus", "corpus/train.txt/m.pt"])
+def test_unwritable_save_is_found_before_training(run, place, save):
+    assert "cannot be written" in refused(run, place, "main", *TINY, "--data", "corpus", "--save", save)
+    assert "cannot be written" in refused(run, place, "finetune", "--data", "corpus", "--load", "good.pt", "--save", save)
+    assert "cannot be written" in refused(run, place, "generate", "--checkpoint", "good.pt", "--outf", save)
+
+
+@pytest.mark.parametrize("script, flag", [
+    ("main", "--resume"), ("finetune", "--save"), ("pointer", "--save"), ("generate", "--checkpoint"),
+])
+def test_files_that_are_no_checkpoint(run, place, script, flag):
+    torch.save([torch.nn.LSTM(2, 2)], "pickle.pt")
+    Path("text.pt").write_text("hello\n")
+    Path("tensors.pt").write_bytes(b"")
+    for name in ("pickle", "text", "tensors", "missing"):
+        if script == "main" and name != "missing":
+            shutil.copy(f"{name}.pt", f"{name}.last.pt")
+        assert name in refused(run, place, script, flag, f"{name}.pt", *(["--data", "corpus"] * (script != "generate")))
+
+
+@pytest.mark.parametrize("script, flag", [("main", "--resume"), ("finetune", "--save"), ("pointer", "--save")])
+def test_a_vocabulary_that_is_not_that_of_the_data(run, place, script, flag):
+    (place / "corpus" / "train.txt").write_text("some other words\n" * 100)
+    assert "vocabulary" in refused(run, place, script, flag, "good.pt", "--data", "corpus")
+
+
+@pytest.mark.parametrize("given, named", [
+    (["--nhid", "7"], "--nhid 7 contradicts good.pt, which was trained with nhid 6"),
+    (["--model", "GRU"], "--model GRU contradicts good.pt, which was trained with model LSTM"),
+    (["--no-tied"], "--tied False contradicts good.pt, which was trained with tied True"),
+])
+def test_an_architecture_that_contradicts_the_checkpoint(run, place, given, named):
+    assert named in refused(run, place, "finetune", "--data", "corpus", "--save", "good.pt", *given)
+    if given[0] == "--model":
+        assert named in refused(run, place, "pointer", "--data", "corpus", "--save", "good.pt", *given)
+
+
+def test_the_state_of_another_script(run, place):
+    assert "not the state of a run of this script" in refused(run, place, "finetune", "--resume", "good.pt")
+
+
+def test_a_loss_that_is_not_finite_names_epoch_and_batch(run, place):
+    before = (place / "good.pt").read_bytes()
+    status, _, err = run("main", "--resume", "good.pt", "--epochs", "2", "--lr", "1e38", "--clip", "0")
+    assert status == 2 and "epoch 2, batch" in err and err.count("\n") == 1
+    assert (place / "good.pt").read_bytes() == before
+
+
+def test_a_whole_process_ends_like_that(place):
+    """The one check that goes through a shell: what a person sees."""
+    script = Path(main.__file__)
+    ended = subprocess.run([sys.executable, script, "--data", "nowhere", "--save", "m.pt"], capture_output=True, text=True)
+    assert (ended.returncode, ended.stdout, ended.stderr.count("\n")) == (2, "", 1)
+    assert "nowhere: no such folder" in ended.stderr and "Traceback" not in ended.stderr

@@ -1,0 +1,103 @@
+"""A checkpoint is whole or not there, holds no code, and says what it is."""
+
+import pickle
+
+import pytest
+import torch
+
+import checkpoint
+from model import RNNModel
+from utils import BadInput
+
+FLAGS = {"model": "LSTM", "emsize": 5, "nhid": 6, "nlayers": 2, "tied": True,
+         "dropout": 0.1, "dropouth": 0.1, "dropouti": 0.1, "dropoute": 0.1, "wdrop": 0.5}
+
+
+def save(path, **changes):
+    model = RNNModel(3, **FLAGS)
+    checkpoint.save(path, model, FLAGS, ["a", "b", "<eos>"], 1.5, 2)
+    if changes:
+        torch.save({**torch.load(path), **changes}, path)
+    return model
+
+
+class Payload:
+    """What a hostile pickle does when it is loaded."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (str(self.path), "w")
+
+
+def test_a_model_comes_back_as_it_was_saved(tmp_path):
+    model = save(tmp_path / "m.pt")
+    content = checkpoint.load(tmp_path / "m.pt")
+    restored = checkpoint.restore_model(content, "m.pt")
+    words = torch.randint(3, (7, 2))
+    assert torch.equal(model.eval()(words, model.init_hidden(2))[0], restored.eval()(words, restored.init_hidden(2))[0])
+    assert restored.decoder.weight is restored.encoder.weight
+    assert (content["vocabulary"], content["loss"], content["epoch"]) == (["a", "b", "<eos>"], 1.5, 2)
+
+
+@pytest.mark.parametrize("content, message", [
+    (b"", "not a checkpoint"), (b"hello\n", "not a checkpoint"), (b"PK\x03\x04 broken zip", "not a checkpoint"),
+])
+def test_a_file_that_is_no_checkpoint_is_refused(tmp_path, content, message):
+    (tmp_path / "m.pt").write_bytes(content)
+    with pytest.raises(BadInput, match=message):
+        checkpoint.load(tmp_path / "m.pt")
+
+
+@pytest.mark.parametrize("legacy", [True, False])
+def test_a_pickled_model_is_refused_and_not_run(tmp_path, legacy):
+    path, trace = tmp_path / "m.pt", tmp_path / "trace"
+    torch.save([RNNModel(3, **FLAGS), Payload(trace)], path, _use_new_zipfile_serialization=not legacy)
+    with pytest.raises(BadInput, match="a pickled model, as the original toolkit wrote them, is not loaded"):
+        checkpoint.load(path)
+    path.write_bytes(pickle.dumps(Payload(trace)))
+    with pytest.raises(BadInput):
+        checkpoint.load(path)
+    assert not trace.exists()
+
+
+@pytest.mark.parametrize("changes, message", [
+    ({"version": 99}, "checkpoint version 99; this toolkit reads version 1"),
+    ({"format": "other"}, "not a checkpoint of this toolkit"),
+    ({"vocabulary": None}, "damaged"), ({"loss": "low"}, "damaged"),
+    ({"flags": {}}, "damaged"), ({"flags": {**FLAGS, "nhid": 7}}, "damaged"), ({"model": {}}, "damaged"),
+])
+def test_a_checkpoint_with_other_content_is_refused(tmp_path, changes, message):
+    save(tmp_path / "m.pt", **changes)
+    with pytest.raises(BadInput, match=message):
+        checkpoint.restore_model(checkpoint.load(tmp_path / "m.pt"), "m.pt")
+
+
+def test_a_truncated_checkpoint_is_refused(tmp_path):
+    save(tmp_path / "m.pt")
+    whole = (tmp_path / "m.pt").read_bytes()
+    for length in range(0, len(whole), 997):
+        (tmp_path / "m.pt").write_bytes(whole[:length])
+        with pytest.raises(BadInput):
+            checkpoint.load(tmp_path / "m.pt")
+
+
+def test_a_write_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
+    save(tmp_path / "m.pt")
+    before = (tmp_path / "m.pt").read_bytes()
+
+    def full_disk(content, file):
+        file.write(b"half of it")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", full_disk)
+    with pytest.raises(OSError):
+        save(tmp_path / "m.pt")
+    assert (tmp_path / "m.pt").read_bytes() == before
+    assert [path.name for path in tmp_path.iterdir()] == ["m.pt"]
+
+
+def test_names_of_the_files_of_a_run():
+    assert str(checkpoint.last_path("runs/PTB.pt")) == "runs/PTB.last.pt"
+    assert str(checkpoint.metrics_path("runs/WT103.12hr.QRNN.pt")) == "runs/WT103.12hr.QRNN.metrics.jsonl"

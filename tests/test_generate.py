@@ -1,0 +1,73 @@
+"""Text is sampled from the model's own distribution, and written whole."""
+
+import pytest
+import torch
+
+import generate
+import main
+from data import Dictionary
+from model import RNNModel
+from utils import BadInput
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(2)
+    model = RNNModel(6, emsize=5, nhid=6, nlayers=2)
+    with torch.no_grad():
+        model.encoder.weight.mul_(10)  # far from uniform
+    return model
+
+
+@pytest.fixture
+def trained(corpus_dir, tmp_path):
+    save = tmp_path / "m.pt"
+    main.main(["--no-cuda", "--data", str(corpus_dir), "--emsize", "5", "--nhid", "6", "--batch_size", "4", "--bptt", "7",
+               "--epochs", "1", "--lr", "1", "--save", str(save)])
+    return save
+
+
+def distribution(model, context):
+    model.eval()
+    with torch.no_grad():
+        output, _, _ = model(context.unsqueeze(1), model.init_hidden(1))
+        return model.logprob(output[-1, 0])
+
+
+@pytest.mark.parametrize("temperature, top_k", [(1.0, 0), (0.5, 0), (2.0, 0), (1.0, 2), (0.7, 100)])
+def test_words_follow_the_models_softmax(model, temperature, top_k):
+    context = torch.tensor([3, 1, 4])
+    expected = torch.softmax(distribution(model, context) / temperature, 0)
+    if top_k == 2:
+        kept = expected.argsort()[-2:]
+        expected = torch.zeros(6).index_copy(0, kept, expected[kept] / expected[kept].sum())
+    torch.manual_seed(0)
+    first = torch.tensor([next(generate.sample(model, context, 1, temperature, top_k)) for _ in range(3000)])
+    torch.testing.assert_close(first.bincount(minlength=6) / 3000, expected, atol=0.03, rtol=0)
+
+
+def test_each_word_is_sampled_after_all_words_before_it(model):
+    """With only the likeliest word to choose, the text is the greedy one, computed from the whole context each time."""
+    context = torch.tensor([3, 1])
+    sampled = list(generate.sample(model, context, 8, top_k=1))
+    for _ in range(8):
+        context = torch.cat([context, distribution(model, context).argmax().unsqueeze(0)])
+    assert sampled == context[2:].tolist()
+
+
+def test_text_has_the_words_asked_for_and_a_line_for_each_sentence(trained, tmp_path, capsys):
+    out = tmp_path / "text.txt"
+    arguments = ["--no-cuda", "--checkpoint", str(trained), "--words", "70", "--prompt", "the cat", "--log-interval", "20"]
+    generate.main([*arguments, "--outf", str(out)])
+    text = out.read_text()
+    assert capsys.readouterr().out.count("| generated") == 3
+    assert len(text.split()) == 72 and text.startswith("the cat ") and text.endswith("\n")
+    assert all(line.split()[-1] == "<eos>" for line in text.splitlines()[:-1])
+    generate.main([*arguments, "--outf", "-"])
+    assert capsys.readouterr().out == text, "a seed gives the same text"
+
+
+def test_unknown_prompt_words():
+    assert generate.encode("a zebra", Dictionary(["a", "<unk>"])) == [0, 1]
+    with pytest.raises(BadInput, match="do not include 'zebra'"):
+        generate.encode("a zebra", Dictionary(["a", "b"]))

@@ -1,0 +1,66 @@
+"""The cache in blocks is the cache of its definition, whatever the blocks are."""
+
+import json
+import math
+
+import pytest
+import torch
+
+import main
+import pointer
+
+
+def naive_loss(outputs, targets, logprob, window, theta, lambdasm):
+    """The definition, a prediction at a time: p(w) = (1 - lambda) p_model(w) + lambda sum_i 1[w = x_{i+1}] softmax_i."""
+    total = 0.0
+    for t in range(len(outputs)):
+        p = logprob[t].exp()
+        if t > window:
+            attention = torch.softmax(theta * outputs[t - window:t] @ outputs[t], 0)
+            p = (1 - lambdasm) * p + lambdasm * attention[targets[t - window:t] == targets[t]].sum()
+        total -= math.log(p)
+    return total / len(outputs)
+
+
+def stream(tokens, bptt, words=7, size=4):
+    """Outputs, targets and log-probabilities as a model would give them, in chunks of `bptt`."""
+    torch.manual_seed(0)
+    outputs, targets = torch.randn(tokens, size, dtype=torch.double), torch.randint(words, (tokens,))
+    logprob = torch.randn(tokens, words, dtype=torch.double).log_softmax(1).gather(1, targets.unsqueeze(1)).squeeze(1)
+    return [(outputs[i:i + bptt], targets[i:i + bptt], logprob[i:i + bptt]) for i in range(0, tokens, bptt)]
+
+
+@pytest.mark.parametrize("bptt", [1, 13, 64, 1000])
+@pytest.mark.parametrize("window", [1, 10, 63, 150, 500])
+def test_blocks_are_the_definition(bptt, window, monkeypatch):
+    monkeypatch.setattr(pointer, "QUERY_ROWS", 16)
+    (whole,) = stream(200, 1000)
+    expected = naive_loss(*whole, window, 0.7, 0.2)
+    assert pointer.mixture_loss(stream(200, bptt), window, 0.7, 0.2) == pytest.approx(expected, abs=1e-12)
+
+
+def test_without_the_cache_it_is_the_model():
+    (whole,) = stream(200, 1000)
+    assert pointer.mixture_loss([whole], 20, 1.0, 0.0) == pytest.approx(-whole[2].mean().item(), abs=1e-12)
+
+
+def test_a_flat_cache_counts_the_words_of_the_window():
+    """With theta = 0 the cache is the share of the target among the last words."""
+    outputs, targets, logprob = torch.randn(6, 4), torch.tensor([1, 2, 1, 1, 3, 1]), torch.full((6,), -1.0)
+    p = [math.exp(-1)] * 4 + [0.5 * math.exp(-1) + 0.5 * share for share in (0 / 3, 2 / 3)]
+    expected = -sum(map(math.log, p)) / 6
+    assert pointer.mixture_loss([(outputs, targets, logprob)], 3, 0.0, 0.5) == pytest.approx(expected, abs=1e-6)
+
+
+def test_the_script_scores_and_records(corpus_dir, tmp_path, capsys):
+    save = str(tmp_path / "m.pt")
+    main.main(["--no-cuda", "--data", str(corpus_dir), "--emsize", "5", "--nhid", "6", "--batch_size", "4", "--bptt", "7",
+               "--epochs", "1", "--lr", "1", "--save", save])
+    for bptt in ("3", "5000"):
+        pointer.main(["--no-cuda", "--data", str(corpus_dir), "--save", save, "--model", "LSTM", "--lambdasm", "0.1",
+                      "--theta", "1.0", "--window", "20", "--bptt", bptt])
+    assert capsys.readouterr().out.count("| pointer | test loss") == 2
+    lines = [json.loads(line) for line in (tmp_path / "m.metrics.jsonl").read_text().splitlines()]
+    cache = [line for line in lines if line["kind"] == "pointer"]
+    assert [line["split"] for line in cache] == ["valid", "test"] * 2
+    assert [line["loss"] for line in cache[:2]] == pytest.approx([line["loss"] for line in cache[2:]], abs=1e-6)
