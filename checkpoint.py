@@ -86,8 +86,8 @@ def load(path, device="cpu"):
     except OSError as error:
         raise BadInput(f"{path}: cannot be read: {error.strerror or error}") from error
     except pickle.UnpicklingError as error:
-        raise BadInput(f"{path}: not a checkpoint of this toolkit (a pickled model, as the original toolkit wrote them, "
-                       "is not loaded: it could run any code)") from error
+        raise BadInput(f"{path}: not a checkpoint of this toolkit (a pickled model, as the original toolkit wrote "
+                       "them, is not loaded: it could run any code)") from error
     except Exception as error:  # torch.load raises whatever a damaged archive makes it stumble over
         raise BadInput(f"{path}: not a checkpoint, or damaged ({type(error).__name__})") from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
@@ -103,7 +103,8 @@ def restore_model(content, path, flags=None, device="cpu"):
     """The model of the checkpoint `content`, built from `flags` (default: those that trained it), on `device`."""
     flags = content["flags"] if flags is None else flags
     try:
-        model = RNNModel(len(content["vocabulary"]), **{name: flags[name] for name in ARCHITECTURE + DROPOUTS}).to(device)
+        flags = {name: flags[name] for name in ARCHITECTURE + DROPOUTS}
+        model = RNNModel(len(content["vocabulary"]), **flags).to(device)
         model.load_state_dict(content["model"])
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         raise BadInput(f"{path}: damaged checkpoint: its flags do not describe its weights") from error
@@ -113,8 +114,8 @@ def restore_model(content, path, flags=None, device="cpu"):
 def keep_flags(args, given, content, path, names):
     """Set each flag in `names` that the command line did not give to the value it has in the checkpoint `content`.
 
-    Raises BadInput when a given flag contradicts the shapes of the weights; returns the other given flags that change a
-    value, as {name: (value in the checkpoint, value given)}.
+    Raises BadInput when a given flag contradicts the shapes of the weights; returns the other given flags that change
+    a value, as {name: (value in the checkpoint, value given)}.
     """
     changed = {}
     for name in names:

@@ -57,7 +57,7 @@ def main(argv=None):
     progress = training.Progress(best_loss=training.evaluate(model, batches.valid, args.bptt))
     training.say(f"| {args.load} as loaded | {score('valid', progress.best_loss)}")
     if Path(args.save) == Path(args.load):
-        progress.metrics_bytes = training.Metrics.size_at(checkpoint.metrics_path(args.save))
+        progress.metrics_bytes = None  # the record of fine-tuning follows that of training
     else:
         shutil.copyfile(args.load, args.save)  # the best so far, until an epoch is better
     return training.train(args, "finetune", dictionary, batches, model, optimizer, progress)

@@ -27,7 +27,7 @@ def parse_flags(argv):
     parser.add_argument("--prompt", default="", metavar="TEXT",
                         help="words to go on from (default: none, the start of a line)")
     parser.add_argument("--temperature", type=positive, default=1.0, metavar="X",
-                        help="above 1 more varied, below 1 more likely words (1: the model's own; default: %(default)s)")
+                        help="above 1 more varied, below 1 likelier words (1: the model's own; default: %(default)s)")
     parser.add_argument("--top-k", type=natural, default=0, metavar="K",
                         help="sample among the K likeliest words (0: all; default: %(default)s)")
     parser.add_argument("--seed", type=number(int, 0, 2**32), default=1111, metavar="N",

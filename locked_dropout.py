@@ -6,7 +6,7 @@ after Gal and Ghahramani, 2016). Shapes are in the alphabet of `model.py`.
 
 
 def dropout_mask(like, shape, p):
-    """A mask of `shape` that is 0 with probability `p` and 1/(1 - p) otherwise, on the device and in the type of `like`.
+    """A mask of `shape`, 0 with probability `p` and 1/(1 - p) otherwise, on the device and in the type of `like`.
 
     It draws as `Tensor.bernoulli_` does, so that a seed gives the same masks as the trajectories of the original.
     """

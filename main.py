@@ -25,8 +25,8 @@ def parse_flags(argv):
     group.add_argument("--optimizer", choices=list(DEFAULT_LR), default="sgd",
                        help="sgd, which turns into ASGD at a plateau, or adam (default: %(default)s)")
     group.add_argument("--when", type=count, nargs="+", default=[], metavar="E",
-                       help="epochs after which the learning rate is divided by 10 and a copy of the model is kept as SAVE.eE "
-                            "(default: none; no longer once ASGD runs)")
+                       help="epochs after which a copy of the model is kept as SAVE.eE and the learning rate divided by "
+                            "10 (default: none; no longer once ASGD runs)")
     return parser.parse_given(argv)
 
 
@@ -40,7 +40,8 @@ def main(argv=None):
     checkpoint.check_writable(args.save)
     dictionary, batches = training.open_corpus(args, device)
     training.seed_everything(args.seed)
-    model = RNNModel(len(dictionary), **{name: getattr(args, name) for name in ARCHITECTURE + DROPOUTS}).to(device)
+    flags = {name: getattr(args, name) for name in ARCHITECTURE + DROPOUTS}
+    model = RNNModel(len(dictionary), **flags).to(device)
     optimizer = training.make_optimizer(args.optimizer, model, args.lr, args.wdecay)
     return training.train(args, "train", dictionary, batches, model, optimizer, training.Progress())
 

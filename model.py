@@ -40,7 +40,8 @@ class RNNModel(nn.Module):
     def __init__(self, ntoken, model="LSTM", emsize=400, nhid=1150, nlayers=3, tied=True,
                  dropout=0.4, dropouth=0.3, dropouti=0.65, dropoute=0.1, wdrop=0.5):
         super().__init__()
-        self.dropout, self.dropouth, self.dropouti, self.dropoute, self.wdrop = dropout, dropouth, dropouti, dropoute, wdrop
+        self.dropout, self.dropouth, self.dropouti = dropout, dropouth, dropouti
+        self.dropoute, self.wdrop = dropoute, wdrop
         layer, self.dropped_weight = LAYERS[model]
         sizes = [emsize] + [nhid] * (nlayers - 1) + [emsize if tied else nhid]
         self.encoder = nn.Embedding(ntoken, emsize)

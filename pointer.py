@@ -15,7 +15,19 @@ import torch
 import checkpoint
 import training
 from data import Corpus
-from utils import Parser, add_run_flags, amount, batchify, count, figures, get_batch, pick_device, rate, run_script, score
+from utils import (
+    Parser,
+    add_run_flags,
+    amount,
+    batchify,
+    count,
+    figures,
+    get_batch,
+    pick_device,
+    rate,
+    run_script,
+    score,
+)
 
 QUERY_ROWS = 512  # predictions scored at once: a block of QUERY_ROWS x (window + QUERY_ROWS) similarities is in memory
 

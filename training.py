@@ -1,5 +1,5 @@
-"""The one loop that `main.py` and `finetune.py` share: epochs of variable-length BPTT, evaluation, averaged weights, the
-non-monotonic plateau rule, checkpoints and the record of figures.
+"""The one loop that `main.py` and `finetune.py` share: epochs of variable-length BPTT, evaluation, averaged weights,
+the non-monotonic plateau rule, checkpoints and the record of figures.
 
 Papers: "Regularizing and Optimizing LSTM Language Models" (1708.02182), sections 3 (NT-ASGD), 4.1 (variable-length
 BPTT) and 4.6 (AR and TAR); learning-rate drops (`--when`) from 1803.08240. Shapes are in the alphabet of `model.py`.
@@ -36,7 +36,7 @@ class Progress:
     history: list = field(default_factory=list)     # validation loss after each of them
     best_loss: float = math.inf                     # validation loss of the model at --save, nats per token
     best_epoch: int = 0
-    metrics_bytes: int = 0                          # length of the metrics file that belongs to this progress
+    metrics_bytes: int | None = 0                   # length of the metrics file that belongs to it (None: all there is)
 
 
 # --- optimisation ----------------------------------------------------------------------------------------------------
@@ -146,8 +146,10 @@ def evaluate(model, source, bptt):
 
 class Metrics:
     """`NAME.metrics.jsonl` beside the checkpoint NAME.pt: one JSON object a line. A line of kind "run" (or "resume")
-    describes the run, then come "batch" lines each log interval, "epoch", "switch" and "decay" lines, "test" at the end.
-    Losses are in nats per token, `time` in seconds since 1970. What is there beyond `keep` bytes is dropped."""
+    describes the run, then come "batch" lines each log interval, "epoch", "switch" and "decay" lines, "test" at the
+    end.
+    Losses are in nats per token, `time` in seconds since 1970. What a file that is there has beyond `keep` bytes is
+    dropped."""
 
     def __init__(self, save, keep=None):
         self.path = checkpoint.metrics_path(save)
@@ -210,7 +212,8 @@ def training_state(stage, progress, optimizer):
 
 
 def resume(args, given, stage, device):
-    """Dictionary, batches, model, optimizer and progress of the run `args.resume`, and the random generators as it left them.
+    """Dictionary, batches, model, optimizer and progress of the run `args.resume`, with the random generators as it
+    left them.
 
     Flags in `given` (those of the command line) take the place of the run's own, the others in `args` become the run's.
     Raises BadInput when there is no such state, or a flag or the corpus contradicts it.
@@ -219,7 +222,7 @@ def resume(args, given, stage, device):
     content = checkpoint.load(path, device)
     state = content.get("state", {})
     if state.get("stage") != stage:
-        raise BadInput(f"{path}: not the state of a run of this script (its stage is {state.get('stage')!r}, not {stage!r})")
+        raise BadInput(f"{path}: not the state of a run of this script: its stage is {state.get('stage')!r}, not {stage!r}")
     changed = checkpoint.keep_flags(args, given, content, path, content["flags"].keys() - {"save", "resume", "cuda"})
     args.save = args.save or args.resume
     checkpoint.check_writable(args.save)
@@ -240,7 +243,8 @@ def resume(args, given, stage, device):
     if Path(args.save) != Path(args.resume):  # the run goes on under another name, with all it has so far
         for here, there in ((args.resume, args.save), map(checkpoint.metrics_path, (args.resume, args.save))):
             shutil.copyfile(here, there)
-    say(f"resuming {path} after epoch {progress.epoch}" + "".join(f"; {name} {theirs} -> {ours}" for name, (theirs, ours) in changed.items()))
+    say("; ".join([f"resuming {path} after epoch {progress.epoch}",
+                   *(f"{name} {theirs} -> {ours}" for name, (theirs, ours) in changed.items())]))
     return dictionary, batches, model, optimizer, progress
 
 

@@ -35,12 +35,13 @@ def batchify(ids, batch_size, device="cpu", rows=2):
     """
     length = len(ids) // batch_size
     if length < rows:
-        raise BadInput(f"{len(ids)} tokens are too few for a batch of {batch_size}: it needs {rows * batch_size} or more")
+        raise BadInput(f"{len(ids)} tokens are too few for a batch of {batch_size}: "
+                       f"it needs {rows * batch_size} or more")
     return ids[:length * batch_size].view(batch_size, length).t().to(device)
 
 
 def get_batch(source, row, seq_len):
-    """Up to `seq_len` rows of `source` (N, B) from `row` on, and the same shifted by one: (T, B) words, (T, B) targets."""
+    """Up to `seq_len` rows of `source` (N, B) from `row` on, and those one further: words (T, B), targets (T, B)."""
     seq_len = min(seq_len, len(source) - 1 - row)
     return source[row:row + seq_len].long(), source[row + 1:row + 1 + seq_len].long()
 
@@ -61,7 +62,8 @@ def figures(loss):
 
 def score(name, loss):
     """The fixed-width text of a loss for log lines, each figure labelled with `name`."""
-    return "{0}loss {loss:5.2f} | {0}ppl {ppl:8.2f} | {0}bpc {bpc:8.3f}".format(f"{name} " if name else "", **figures(loss))
+    label = f"{name} " if name else ""
+    return "{0}loss {loss:5.2f} | {0}ppl {ppl:8.2f} | {0}bpc {bpc:8.3f}".format(label, **figures(loss))
 
 
 # --- flags -----------------------------------------------------------------------------------------------------------
@@ -108,12 +110,17 @@ def add_run_flags(parser):
 def add_training_flags(parser, max_bptt, plateau, save):
     """The flags that main.py and finetune.py share; the other arguments are what differs in their help."""
     group = parser.add_argument_group("data")
-    group.add_argument("--data", default="data/penn", metavar="DIR", help="folder of the corpus (default: %(default)s)")
+    group.add_argument("--data", default="data/penn", metavar="DIR",
+                       help="folder of the corpus (default: %(default)s)")
     group = parser.add_argument_group("model")
-    group.add_argument("--model", choices=["LSTM", "GRU"], default="LSTM", help="recurrent layer (default: %(default)s)")
-    group.add_argument("--emsize", type=count, default=400, metavar="E", help="embedding size, units (default: %(default)s)")
-    group.add_argument("--nhid", type=count, default=1150, metavar="H", help="hidden units per layer (default: %(default)s)")
-    group.add_argument("--nlayers", type=count, default=3, metavar="L", help="recurrent layers (default: %(default)s)")
+    group.add_argument("--model", choices=["LSTM", "GRU"], default="LSTM",
+                       help="recurrent layer (default: %(default)s)")
+    group.add_argument("--emsize", type=count, default=400, metavar="E",
+                       help="embedding size, units (default: %(default)s)")
+    group.add_argument("--nhid", type=count, default=1150, metavar="H",
+                       help="hidden units per layer (default: %(default)s)")
+    group.add_argument("--nlayers", type=count, default=3, metavar="L",
+                       help="recurrent layers (default: %(default)s)")
     group.add_argument("--tied", action=argparse.BooleanOptionalAction, default=True,
                        help="share the softmax weight with the embedding (default: yes)")
     group = parser.add_argument_group("dropout", "probabilities of dropping, from 0 (off) to below 1")
@@ -121,26 +128,31 @@ def add_training_flags(parser, max_bptt, plateau, save):
             ("dropout", 0.4, "the last layer's output"), ("dropouth", 0.3, "the other layers' outputs"),
             ("dropouti", 0.65, "the embedded words"), ("dropoute", 0.1, "whole words of the vocabulary"),
             ("wdrop", 0.5, "the hidden-to-hidden weights")):
-        group.add_argument(f"--{name}", type=rate, default=default, metavar="P", help=f"on {what} (default: %(default)s)")
+        group.add_argument(f"--{name}", type=rate, default=default, metavar="P",
+                           help=f"on {what} (default: %(default)s)")
     group = parser.add_argument_group("regularisation")
     group.add_argument("--alpha", type=amount, default=2, metavar="A",
                        help="AR: weight of the squared dropped output in the loss (0: off; default: %(default)s)")
     group.add_argument("--beta", type=amount, default=1, metavar="B",
-                       help="TAR: weight of the output's squared change over time in the loss (0: off; default: %(default)s)")
+                       help="TAR: weight of the squared change of the output over time in the loss "
+                            "(0: off; default: %(default)s)")
     group.add_argument("--wdecay", type=amount, default=1.2e-6, metavar="W",
                        help="weight decay on all parameters (0: off; default: %(default)s)")
     group = parser.add_argument_group("optimisation")
     group.add_argument("--lr", type=positive, metavar="LR", help="learning rate (default: 30; 0.001 for Adam)")
     group.add_argument("--clip", type=amount, default=0.25, metavar="C",
                        help="largest norm of the gradient (0: no clipping; default: %(default)s)")
-    group.add_argument("--epochs", type=natural, default=8000, metavar="N", help="upper limit of epochs (default: %(default)s)")
-    group.add_argument("--batch_size", type=count, default=80, metavar="B", help="columns of a batch (default: %(default)s)")
+    group.add_argument("--epochs", type=natural, default=8000, metavar="N",
+                       help="upper limit of epochs (default: %(default)s)")
+    group.add_argument("--batch_size", type=count, default=80, metavar="B",
+                       help="columns of a batch (default: %(default)s)")
     group.add_argument("--bptt", type=count, default=70, metavar="T",
                        help="mean length of a training batch, time steps (default: %(default)s)")
     group.add_argument("--max-bptt", type=natural, metavar="T",
                        help=f"longest training batch, time steps (0: no limit; default: {max_bptt})")
     group.add_argument("--nonmono", type=natural, default=5, metavar="N",
-                       help=f"epochs that may pass without a better validation loss before {plateau} (default: %(default)s)")
+                       help="epochs that may pass without a better validation loss before "
+                            f"{plateau} (default: %(default)s)")
     group = parser.add_argument_group("run")
     group.add_argument("--seed", type=number(int, 0, 2**32), default=1111, metavar="N",
                        help="random seed (default: %(default)s)")

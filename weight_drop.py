@@ -14,9 +14,9 @@ def weight_drop(module, name, p, *inputs):
     """Run `module(*inputs)` with its parameter `name` dropped at rate `p`, while the module is in training mode.
 
     The parameter itself is neither changed nor renamed: the pass sees `parameter * mask`, and autograd carries the
-    gradient through that product, so it reaches the parameter where the mask kept it and nowhere else. `functional_call`
-    rather than an assignment to the module: it puts the parameter back even when the pass raises, and `torch.nn.LSTM`
-    notices the exchange (and back again) and hands cuDNN the dropped weights in one piece.
+    gradient through that product, so it reaches the parameter where the mask kept it and nowhere else.
+    `functional_call` rather than an assignment to the module: it puts the parameter back even when the pass raises,
+    and `torch.nn.LSTM` notices the exchange (and back again) and hands cuDNN the dropped weights in one piece.
     """
     if not module.training or p == 0:
         return module(*inputs)
