@@ -16,6 +16,7 @@ A run keeps two files: `SAVE`, the best model, for evaluation, and `last_path(SA
 import os
 import pickle
 import tempfile
+import warnings
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -82,7 +83,8 @@ def save(path, model, flags, vocabulary, loss, epoch, state=None):
 def load(path, device="cpu"):
     """Read a checkpoint into a dict as described above; raises BadInput for a file that is none."""
     try:
-        content = torch.load(path, map_location=device, weights_only=True)
+        with warnings.catch_warnings(action="ignore"):  # of pickles by others; what is wrong with them is said below
+            content = torch.load(path, map_location=device, weights_only=True)
     except OSError as error:
         raise BadInput(f"{path}: cannot be read: {error.strerror or error}") from error
     except pickle.UnpicklingError as error:

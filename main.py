@@ -25,8 +25,8 @@ def parse_flags(argv):
     group.add_argument("--optimizer", choices=list(DEFAULT_LR), default="sgd",
                        help="sgd, which turns into ASGD at a plateau, or adam (default: %(default)s)")
     group.add_argument("--when", type=count, nargs="+", default=[], metavar="E",
-                       help="epochs after which a copy of the model is kept as SAVE.eE and the learning rate divided by "
-                            "10 (default: none; no longer once ASGD runs)")
+                       help="epochs after which a copy of the model is kept as SAVE.eE and the rate is divided "
+                            "by 10 (default: none; no longer once ASGD runs)")
     return parser.parse_given(argv)
 
 

@@ -222,7 +222,8 @@ def resume(args, given, stage, device):
     content = checkpoint.load(path, device)
     state = content.get("state", {})
     if state.get("stage") != stage:
-        raise BadInput(f"{path}: not the state of a run of this script: its stage is {state.get('stage')!r}, not {stage!r}")
+        raise BadInput(f"{path}: not the state of a run of this script: "
+                       f"its stage is {state.get('stage')!r}, not {stage!r}")
     changed = checkpoint.keep_flags(args, given, content, path, content["flags"].keys() - {"save", "resume", "cuda"})
     args.save = args.save or args.resume
     checkpoint.check_writable(args.save)

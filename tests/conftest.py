@@ -1,10 +1,9 @@
-import sys
-from pathlib import Path
+import json
 
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
+import main
 
 
 @pytest.fixture(autouse=True)
@@ -23,6 +22,22 @@ def corpus_dir(tmp_path):
         text = "".join(" ".join(words[(i * k + k) % 12] for k in range(1, 4 + i % 5)) + "\n" for i in range(lines))
         (folder / f"{split}.txt").write_text(text, encoding="utf-8")
     return folder
+
+
+@pytest.fixture
+def train(corpus_dir):
+    """Train a tiny model on that corpus with main.py; returns the exit status and the metrics, by kind."""
+    def run(save, *flags):
+        status = main.main(["--no-cuda", "--data", str(corpus_dir), "--emsize", "5", "--nhid", "6", "--nlayers", "2",
+                            "--batch_size", "4", "--bptt", "7", "--lr", "1", "--save", str(save), *flags])
+        return status, read_metrics(save)
+    return run
+
+
+def read_metrics(save):
+    """The lines of the metrics file beside the checkpoint `save`, by their kind."""
+    lines = [json.loads(line) for line in save.with_suffix(".metrics.jsonl").read_text().splitlines()]
+    return {kind: [line for line in lines if line["kind"] == kind] for kind in sorted({line["kind"] for line in lines})}
 
 
 def pytest_terminal_summary(terminalreporter):

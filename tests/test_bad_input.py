@@ -16,14 +16,14 @@ import pointer
 from utils import run_script
 
 SCRIPTS = {"main": main.main, "finetune": finetune.main, "pointer": pointer.main, "generate": generate.main}
-TINY = ["--no-cuda", "--emsize", "5", "--nhid", "6", "--batch_size", "4", "--bptt", "7", "--epochs", "1", "--lr", "1"]
+TINY = ["--no-cuda", "--emsize", "5", "--nhid", "6", "--batch_size", "4", "--epochs", "1"]
 
 
 @pytest.fixture
-def place(corpus_dir, tmp_path, monkeypatch, capsys):
+def place(train, tmp_path, monkeypatch, capsys):
     """A folder with a corpus and a model trained on it, as the working directory."""
     monkeypatch.chdir(tmp_path)
-    main.main([*TINY, "--data", "corpus", "--save", "good.pt"])
+    train(tmp_path / "good.pt", "--epochs", "1")
     capsys.readouterr()
     return tmp_path
 
@@ -56,7 +56,8 @@ def refused(run, folder, script, *arguments):
 
 @pytest.mark.parametrize("script, flags", [
     ("main", "--dropout 1.2"), ("main", "--dropouti 1"), ("main", "--wdrop -0.1"), ("main", "--dropoute nan"),
-    ("main", "--nlayers 0"), ("main", "--bptt 0"), ("main", "--nhid -3"), ("main", "--emsize 2.5"), ("main", "--batch_size x"),
+    ("main", "--nlayers 0"), ("main", "--bptt 0"), ("main", "--nhid -3"), ("main", "--emsize 2.5"),
+    ("main", "--batch_size x"),
     ("main", "--lr 0"), ("main", "--lr inf"), ("main", "--clip -1"), ("main", "--nonmono -1"), ("main", "--when 0"),
     ("main", "--model CNN"), ("main", "--optimizer lbfgs"), ("main", "--seed -1"), ("main", "--no-such-flag"),
     ("main", "--log-interval 0"), ("main", "--alpha -2"), ("main", "--wdecay inf"), ("main", "--max-bptt -1"),
@@ -101,9 +102,10 @@ def test_too_few_tokens_for_the_batch(run, place):
 
 @pytest.mark.parametrize("save", ["missing/m.pt", "corpus", "corpus/train.txt/m.pt"])
 def test_unwritable_save_is_found_before_training(run, place, save):
-    assert "cannot be written" in refused(run, place, "main", *TINY, "--data", "corpus", "--save", save)
-    assert "cannot be written" in refused(run, place, "finetune", "--data", "corpus", "--load", "good.pt", "--save", save)
-    assert "cannot be written" in refused(run, place, "generate", "--checkpoint", "good.pt", "--outf", save)
+    for script, *arguments in (("main", *TINY, "--data", "corpus", "--save", save),
+                               ("finetune", "--data", "corpus", "--load", "good.pt", "--save", save),
+                               ("generate", "--checkpoint", "good.pt", "--outf", save)):
+        assert "cannot be written" in refused(run, place, script, *arguments)
 
 
 @pytest.mark.parametrize("script, flag", [
@@ -149,7 +151,7 @@ def test_a_loss_that_is_not_finite_names_epoch_and_batch(run, place):
 
 def test_a_whole_process_ends_like_that(place):
     """The one check that goes through a shell: what a person sees."""
-    script = Path(main.__file__)
-    ended = subprocess.run([sys.executable, script, "--data", "nowhere", "--save", "m.pt"], capture_output=True, text=True)
+    command = [sys.executable, main.__file__, "--data", "nowhere", "--save", "m.pt"]
+    ended = subprocess.run(command, capture_output=True, text=True)
     assert (ended.returncode, ended.stdout, ended.stderr.count("\n")) == (2, "", 1)
     assert "nowhere: no such folder" in ended.stderr and "Traceback" not in ended.stderr

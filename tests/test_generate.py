@@ -4,7 +4,6 @@ import pytest
 import torch
 
 import generate
-import main
 from data import Dictionary
 from model import RNNModel
 from utils import BadInput
@@ -20,11 +19,9 @@ def model():
 
 
 @pytest.fixture
-def trained(corpus_dir, tmp_path):
-    save = tmp_path / "m.pt"
-    main.main(["--no-cuda", "--data", str(corpus_dir), "--emsize", "5", "--nhid", "6", "--batch_size", "4", "--bptt", "7",
-               "--epochs", "1", "--lr", "1", "--save", str(save)])
-    return save
+def trained(train, tmp_path):
+    train(tmp_path / "m.pt", "--epochs", "1")
+    return tmp_path / "m.pt"
 
 
 def distribution(model, context):
@@ -57,8 +54,8 @@ def test_each_word_is_sampled_after_all_words_before_it(model):
 
 def test_text_has_the_words_asked_for_and_a_line_for_each_sentence(trained, tmp_path, capsys):
     out = tmp_path / "text.txt"
-    arguments = ["--no-cuda", "--checkpoint", str(trained), "--words", "70", "--prompt", "the cat", "--log-interval", "20"]
-    generate.main([*arguments, "--outf", str(out)])
+    arguments = ["--no-cuda", "--checkpoint", str(trained), "--words", "70", "--prompt", "the cat"]
+    generate.main([*arguments, "--log-interval", "20", "--outf", str(out)])
     text = out.read_text()
     assert capsys.readouterr().out.count("| generated") == 3
     assert len(text.split()) == 72 and text.startswith("the cat ") and text.endswith("\n")

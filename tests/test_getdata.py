@@ -55,8 +55,8 @@ def getdata(tmp_path, served):
     def run(*corpora, known=None):
         sums = "".join(f"{hashlib.md5(content).hexdigest()}  {name}\n" for name, content in (known or {}).items())
         (tmp_path / "sums").write_text(sums)
-        environment = {**os.environ, "DATA_DIR": str(tmp_path / "data"), "GETDATA_URL": served[1], "PYTHON": sys.executable,
-                       "GETDATA_CHECKSUMS": str(tmp_path / "sums"), "no_proxy": "*"}
+        environment = {**os.environ, "DATA_DIR": str(tmp_path / "data"), "PYTHON": sys.executable, "no_proxy": "*",
+                       "GETDATA_URL": served[1], "GETDATA_CHECKSUMS": str(tmp_path / "sums")}
         return subprocess.run([SCRIPT, *corpora], env=environment, capture_output=True, text=True, timeout=120)
     return run
 

@@ -65,7 +65,8 @@ def test_masks_come_in_the_order_and_place_of_the_papers():
 
 def test_state_dict_has_the_plain_names():
     names = {"encoder.weight", "decoder.weight", "decoder.bias"}
-    names |= {f"rnns.{layer}.{kind}_l0" for layer in range(3) for kind in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")}
+    for layer in range(3):
+        names |= {f"rnns.{layer}.{kind}_l0" for kind in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")}
     assert set(RNNModel(11, **SMALL).state_dict()) == names
 
 

@@ -1,17 +1,16 @@
 """The cache in blocks is the cache of its definition, whatever the blocks are."""
 
-import json
 import math
 
 import pytest
 import torch
+from conftest import read_metrics
 
-import main
 import pointer
 
 
 def naive_loss(outputs, targets, logprob, window, theta, lambdasm):
-    """The definition, a prediction at a time: p(w) = (1 - lambda) p_model(w) + lambda sum_i 1[w = x_{i+1}] softmax_i."""
+    """The definition, a prediction at a time: (1 - lambda) p_model(w) + lambda sum_i 1[w = x_{i+1}] softmax_i."""
     total = 0.0
     for t in range(len(outputs)):
         p = logprob[t].exp()
@@ -52,15 +51,13 @@ def test_a_flat_cache_counts_the_words_of_the_window():
     assert pointer.mixture_loss([(outputs, targets, logprob)], 3, 0.0, 0.5) == pytest.approx(expected, abs=1e-6)
 
 
-def test_the_script_scores_and_records(corpus_dir, tmp_path, capsys):
-    save = str(tmp_path / "m.pt")
-    main.main(["--no-cuda", "--data", str(corpus_dir), "--emsize", "5", "--nhid", "6", "--batch_size", "4", "--bptt", "7",
-               "--epochs", "1", "--lr", "1", "--save", save])
+def test_the_script_scores_and_records(train, corpus_dir, tmp_path, capsys):
+    save = tmp_path / "m.pt"
+    train(save, "--epochs", "1")
     for bptt in ("3", "5000"):
-        pointer.main(["--no-cuda", "--data", str(corpus_dir), "--save", save, "--model", "LSTM", "--lambdasm", "0.1",
-                      "--theta", "1.0", "--window", "20", "--bptt", bptt])
+        pointer.main(["--no-cuda", "--data", str(corpus_dir), "--save", str(save), "--model", "LSTM",
+                      "--lambdasm", "0.1", "--theta", "1.0", "--window", "20", "--bptt", bptt])
     assert capsys.readouterr().out.count("| pointer | test loss") == 2
-    lines = [json.loads(line) for line in (tmp_path / "m.metrics.jsonl").read_text().splitlines()]
-    cache = [line for line in lines if line["kind"] == "pointer"]
+    cache = read_metrics(save)["pointer"]
     assert [line["split"] for line in cache] == ["valid", "test"] * 2
     assert [line["loss"] for line in cache[:2]] == pytest.approx([line["loss"] for line in cache[2:]], abs=1e-6)

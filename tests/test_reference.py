@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy
 import pytest
 import torch
+from conftest import read_metrics
 
 import main
 import pointer
@@ -67,8 +68,7 @@ def train(case, save, monkeypatch, twin=None):
         status = main.main(["--no-cuda", "--data", str(FOLDER / "corpus"), "--save", str(save), "--log-interval", "1",
                             *command_line(case["flags"])])
     assert status == 0
-    lines = [json.loads(line) for line in save.with_suffix(".metrics.jsonl").read_text().splitlines()]
-    return {kind: [line for line in lines if line["kind"] == kind] for kind in ("run", "batch", "epoch", "switch", "test")}
+    return read_metrics(save)
 
 
 def losses(lines):
@@ -92,7 +92,7 @@ def test_training_follows_the_original(case, tmp_path, monkeypatch):
     run = train(case, tmp_path / "run.pt", monkeypatch)
     assert run["run"][0]["parameters"] == case["parameters"]
     assert [line["tokens"] // case["flags"]["batch_size"] for line in run["batch"]] == case["seq_lens"]
-    assert [line["epoch"] + 1 for line in run["switch"]] == [e for e in [case["first_asgd_epoch"]] if e is not None]
+    assert next((line["epoch"] + 1 for line in run.get("switch", [])), None) == case["first_asgd_epoch"]
 
     batches = furthest(losses(run["batch"]) - case["train_losses"])
     epochs = abs(losses(run["epoch"] + run["test"]) - [*case["valid_losses"], case["test_loss"]])

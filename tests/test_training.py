@@ -1,6 +1,5 @@
 """The pieces of the loop: batch lengths, optimizers, averages, the plateau rule, losses, the record of a run."""
 
-import json
 import math
 from argparse import Namespace
 
@@ -10,13 +9,11 @@ import torch
 from torch.nn import functional
 
 import checkpoint
-import main
 import training
 from model import RNNModel
 from utils import BadInput, batchify, figures, repackage_hidden
 
 OFF = dict.fromkeys(("dropout", "dropouth", "dropouti", "dropoute", "wdrop"), 0)
-TINY = ["--no-cuda", "--emsize", "5", "--nhid", "6", "--nlayers", "2", "--batch_size", "4", "--bptt", "7", "--lr", "1"]
 
 
 def small_model():
@@ -26,13 +23,6 @@ def small_model():
 
 def args(**changes):
     return Namespace(**{"alpha": 0, "beta": 0, "clip": 0, "bptt": 7, "max_bptt": None, **changes})
-
-
-def train(corpus_dir, save, *flags):
-    """Run main.py on a tiny model; returns its exit status and the metrics by kind."""
-    status = main.main([*TINY, "--data", str(corpus_dir), "--save", str(save), *flags])
-    lines = [json.loads(line) for line in save.with_suffix(".metrics.jsonl").read_text().splitlines()]
-    return status, {kind: [line for line in lines if line["kind"] == kind] for kind in {line["kind"] for line in lines}}
 
 
 # --- batch lengths ---------------------------------------------------------------------------------------------------
@@ -90,8 +80,8 @@ def test_a_step_is_sgd_on_the_regularised_loss_with_the_scaled_rate():
 
 
 def test_asgd_steps_with_the_rate_of_the_batch_before_and_averages_what_follows():
-    """Four steps by hand on one parameter w with gradient 1: w falls by the rates 2 (its own, being the first), 2, 4, 8.
-    PyTorch's average takes the first value over by the second, so it is that of the last three."""
+    """Four steps by hand on one parameter w with gradient 1: w falls by the rates 2 (its own, being the first), 2, 4,
+    8. PyTorch's average takes the first value over by the second, so it is that of the last three."""
     model = torch.nn.Linear(1, 1, bias=False).double()
     with torch.no_grad():
         model.weight.zero_()
@@ -158,9 +148,9 @@ def test_figures():
 
 # --- whole runs ------------------------------------------------------------------------------------------------------
 
-def test_log_lines_average_their_own_batches(corpus_dir, tmp_path):
-    _, one = train(corpus_dir, tmp_path / "one.pt", "--epochs", "1", "--log-interval", "1")
-    _, three = train(corpus_dir, tmp_path / "three.pt", "--epochs", "1", "--log-interval", "3")
+def test_log_lines_average_their_own_batches(train, tmp_path):
+    _, one = train(tmp_path / "one.pt", "--epochs", "1", "--log-interval", "1")
+    _, three = train(tmp_path / "three.pt", "--epochs", "1", "--log-interval", "3")
     losses = [line["loss"] for line in one["batch"]]
     assert len(three["batch"]) == len(losses) // 3 > 1
     for line, start in zip(three["batch"], range(0, len(losses), 3)):
@@ -169,17 +159,17 @@ def test_log_lines_average_their_own_batches(corpus_dir, tmp_path):
         assert line["tokens"] == sum(batch["tokens"] for batch in one["batch"][start:start + 3])
 
 
-def test_when_keeps_a_copy_and_divides_the_rate(corpus_dir, tmp_path):
-    _, metrics = train(corpus_dir, tmp_path / "m.pt", "--epochs", "3", "--optimizer", "adam", "--lr", "0.01",
+def test_when_keeps_a_copy_and_divides_the_rate(train, tmp_path):
+    _, metrics = train(tmp_path / "m.pt", "--epochs", "3", "--optimizer", "adam", "--lr", "0.01",
                        "--when", "1", "2", "--log-interval", "1")
     rates = [[line["lr"] for line in metrics["batch"] if line["epoch"] == epoch][0] for epoch in (1, 2, 3)]
     assert rates == pytest.approx([0.01, 0.001, 0.0001])
     assert [checkpoint.load(tmp_path / f"m.pt.e{epoch}")["epoch"] for epoch in (1, 2)] == [1, 2]
 
 
-def test_the_saved_model_is_the_best_one_with_its_average(corpus_dir, tmp_path):
+def test_the_saved_model_is_the_best_one_with_its_average(train, corpus_dir, tmp_path):
     """What lies at --save scores the best validation loss of the run, to the last digit that evaluation gives."""
-    _, metrics = train(corpus_dir, tmp_path / "m.pt", "--epochs", "6", "--nonmono", "0", "--lr", "20")
+    _, metrics = train(tmp_path / "m.pt", "--epochs", "6", "--nonmono", "0", "--lr", "20")
     assert metrics["switch"]
     content = checkpoint.load(tmp_path / "m.pt")
     best = min(metrics["epoch"], key=lambda line: line["loss"])
@@ -195,29 +185,32 @@ def test_the_saved_model_is_the_best_one_with_its_average(corpus_dir, tmp_path):
     ["--model", "GRU", "--optimizer", "adam", "--lr", "0.01", "--when", "2"],
     ["--model", "LSTM", "--no-tied", "--when", "1", "3"],
 ])
-def test_a_resumed_run_is_the_run_that_never_stopped(corpus_dir, tmp_path, flags):
-    _, whole = train(corpus_dir, tmp_path / "whole.pt", *flags, "--epochs", "5", "--log-interval", "2")
+def test_a_resumed_run_is_the_run_that_never_stopped(train, tmp_path, flags):
+    flags += ["--log-interval", "2"]
+    _, whole = train(tmp_path / "whole.pt", *flags, "--epochs", "5")
     for epochs in (1, 3, 5):
         resume = [] if epochs == 1 else ["--resume", str(tmp_path / "parts.pt")]
-        _, parts = train(corpus_dir, tmp_path / "parts.pt", *flags, "--epochs", str(epochs), "--log-interval", "2", *resume)
+        _, parts = train(tmp_path / "parts.pt", *flags, "--epochs", str(epochs), *resume)
     for kind in ("batch", "epoch", "switch", "decay"):
-        strip = [[{k: v for k, v in line.items() if k not in ("time", "seconds", "ms_per_batch")} for line in run.get(kind, [])]
-                 for run in (whole, parts)]
-        assert strip[0] == strip[1]
+        for line in whole.get(kind, []) + parts.get(kind, []):
+            for clock in ("time", "seconds", "ms_per_batch"):
+                line.pop(clock, None)
+        assert whole.get(kind) == parts.get(kind)
     for name in ("{}.pt", "{}.last.pt"):
         one, other = (checkpoint.load(tmp_path / name.format(run))["model"] for run in ("whole", "parts"))
         assert all(torch.equal(one[key], other[key]) for key in one)
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_best_model(corpus_dir, tmp_path):
-    train(corpus_dir, tmp_path / "m.pt", "--epochs", "1")
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_best_model(train, tmp_path):
+    train(tmp_path / "m.pt", "--epochs", "1")
     before = (tmp_path / "m.pt").read_bytes()
     with pytest.raises(BadInput, match=r"the training loss of epoch 2, batch \d+ is nan"):
-        train(corpus_dir, tmp_path / "m.pt", "--resume", str(tmp_path / "m.pt"), "--epochs", "2", "--lr", "1e38", "--clip", "0")
+        train(tmp_path / "m.pt", "--resume", str(tmp_path / "m.pt"), "--epochs", "2",
+              "--clip", "0", "--lr", "1e38")
     assert (tmp_path / "m.pt").read_bytes() == before
 
 
-def test_ctrl_c_ends_training_and_reports_the_best_model(corpus_dir, tmp_path, monkeypatch):
+def test_ctrl_c_ends_training_and_reports_the_best_model(train, tmp_path, monkeypatch):
     steps = iter(range(1000))
     step = training.train_step
 
@@ -227,7 +220,7 @@ def test_ctrl_c_ends_training_and_reports_the_best_model(corpus_dir, tmp_path, m
         return step(*arguments)
 
     monkeypatch.setattr(training, "train_step", interrupted)
-    status, metrics = train(corpus_dir, tmp_path / "m.pt", "--epochs", "100")
+    status, metrics = train(tmp_path / "m.pt", "--epochs", "100")
     assert status == 130
     assert metrics["epoch"] and metrics["test"][0]["epoch"] == metrics["epoch"][-1]["best_epoch"]
 

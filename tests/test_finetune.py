@@ -1,0 +1,75 @@
+"""Fine-tuning goes on from a trained model, keeps the better of the two, and says what it did."""
+
+import pytest
+import torch
+from conftest import read_metrics
+
+import checkpoint
+import finetune
+
+
+@pytest.fixture
+def trained(train, tmp_path):
+    train(tmp_path / "m.pt", "--epochs", "2", "--dropouth", "0.11", "--wdrop", "0.22", "--lr", "20")
+    return tmp_path / "m.pt"
+
+
+def tune(corpus_dir, *flags):
+    return finetune.main(["--no-cuda", "--data", str(corpus_dir), *map(str, flags)])
+
+
+def test_in_place_with_every_flag_inherited(trained, corpus_dir):
+    before = checkpoint.load(trained)
+    assert tune(corpus_dir, "--save", trained, "--epochs", 3) == 0
+    metrics, after = read_metrics(trained), checkpoint.load(trained)
+    assert [line["stage"] for line in metrics["run"]] == ["train", "finetune"], "one record for both"
+    flags = metrics["run"][1]["flags"]
+    assert all(flags[name] == before["flags"][name] for name in finetune.INHERITED if name != "data")
+    assert flags["max_bptt"] == flags["bptt"] + 10
+    assert {line["optimizer"] for line in metrics["epoch"][2:]} == {"ASGD"}
+    assert after["loss"] <= before["loss"]
+    assert len(metrics["test"]) == 2
+
+
+def test_into_another_file(trained, corpus_dir, tmp_path):
+    before, other = trained.read_bytes(), tmp_path / "tuned.pt"
+    tune(corpus_dir, "--load", trained, "--save", other, "--epochs", 1, "--wdrop", 0.3)
+    assert trained.read_bytes() == before
+    assert checkpoint.load(other) and read_metrics(other)["run"][0]["flags"]["wdrop"] == 0.3
+
+
+def test_a_worse_model_never_takes_the_place_of_a_better_one(trained, corpus_dir):
+    before = checkpoint.load(trained)
+    tune(corpus_dir, "--save", trained, "--epochs", 2, "--lr", 1e4, "--clip", 0.25)
+    after = checkpoint.load(trained)
+    assert all(torch.equal(before["model"][name], after["model"][name]) for name in before["model"])
+    assert read_metrics(trained)["test"][1]["epoch"] == 0
+
+
+def test_it_ends_at_a_plateau_and_scores(trained, corpus_dir):
+    assert tune(corpus_dir, "--save", trained, "--epochs", 200, "--nonmono", 0, "--lr", 1e4) == 0
+    metrics = read_metrics(trained)
+    losses = [line["loss"] for line in metrics["epoch"][2:]]
+    assert len(losses) < 200 and losses[-1] > min(losses[:-1])
+    assert all(loss <= min(losses[:i + 1]) for i, loss in enumerate(losses[:-1]))
+    assert len(metrics["test"]) == 2
+
+
+def test_a_resumed_fine_tuning_is_the_one_that_never_stopped(trained, corpus_dir, tmp_path):
+    whole, parts = tmp_path / "whole.pt", tmp_path / "parts.pt"
+    tune(corpus_dir, "--load", trained, "--save", whole, "--epochs", 4)
+    tune(corpus_dir, "--load", trained, "--save", parts, "--epochs", 2)
+    tune(corpus_dir, "--resume", parts, "--epochs", 4)
+    one, other = (checkpoint.load(checkpoint.last_path(path))["model"] for path in (whole, parts))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    assert [line["loss"] for line in read_metrics(whole)["epoch"]] == [line["loss"] for line in read_metrics(parts)["epoch"]]
+
+
+def test_a_resumed_run_may_go_on_under_another_name(trained, corpus_dir, tmp_path):
+    before = trained.read_bytes()
+    other = tmp_path / "other.pt"
+    tune(corpus_dir, "--load", trained, "--save", tmp_path / "tuned.pt", "--epochs", 1)
+    tune(corpus_dir, "--resume", tmp_path / "tuned.pt", "--save", other, "--epochs", 2)
+    assert trained.read_bytes() == before
+    assert [line["epoch"] for line in read_metrics(other)["epoch"]] == [1, 2]
+    assert [line["epoch"] for line in read_metrics(tmp_path / "tuned.pt")["epoch"]] == [1]
