@@ -83,7 +83,8 @@ def save(path, model, flags, vocabulary, loss, epoch, state=None):
 def load(path, device="cpu"):
     """Read a checkpoint into a dict as described above; raises BadInput for a file that is none."""
     try:
-        with warnings.catch_warnings(action="ignore"):  # of pickles by others; what is wrong with them is said below
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about other people's pickles: what is wrong is said in one line below
             content = torch.load(path, map_location=device, weights_only=True)
     except OSError as error:
         raise BadInput(f"{path}: cannot be read: {error.strerror or error}") from error

@@ -26,8 +26,6 @@ import checkpoint
 from data import Corpus
 from utils import BadInput, batchify, figures, get_batch, repackage_hidden, score
 
-EVAL_BATCH_SIZE, TEST_BATCH_SIZE = 10, 1
-
 
 @dataclass
 class Progress:
@@ -255,14 +253,18 @@ Batches = namedtuple("Batches", "train valid test")
 
 
 def open_corpus(args, device):
-    """The dictionary of the corpus at `args.data`, and its splits laid out as (N, B) with the batch sizes of training
-    (`args.batch_size`), validation and test. Raises BadInput when a split is missing, malformed or too short."""
+    """The dictionary of the corpus at `args.data`, and its splits laid out as (N, B): B = `args.batch_size` for
+    training, 10 for validation, 1 for the test. Raises BadInput when a split is missing, malformed or too short."""
     corpus = Corpus(args.data)
     say(f"corpus: {len(corpus.train):,} / {len(corpus.valid):,} / {len(corpus.test):,} tokens, "
         f"{len(corpus.dictionary):,} words")
-    return corpus.dictionary, Batches(batchify(corpus.train, args.batch_size, device, rows=3),
-                                      batchify(corpus.valid, EVAL_BATCH_SIZE, device),
-                                      batchify(corpus.test, TEST_BATCH_SIZE, device))
+    sources = []
+    for split, batch_size, rows in (("train", args.batch_size, 3), ("valid", 10, 2), ("test", 1, 2)):
+        try:
+            sources.append(batchify(getattr(corpus, split), batch_size, device, rows))
+        except BadInput as error:
+            raise BadInput(f"{args.data}, {split}: {error}") from error
+    return corpus.dictionary, Batches(*sources)
 
 
 def train(args, stage, dictionary, batches, model, optimizer, progress):

@@ -81,24 +81,25 @@ class Parser(argparse.ArgumentParser):
         return args, {name for name, value in vars(marked).items() if value is not self}
 
 
-def number(kind, low, below=math.inf):
-    """A flag's type: an int or float `kind` with low <= value < below."""
+def number(kind, low, below=math.inf, exclusive=False):
+    """A flag's type: an int or float `kind` with low <= value < below, or low < value when `exclusive`."""
     def convert(text):
         try:
             value = kind(text)
         except ValueError:
             value = math.nan
-        if not low <= value < below:
-            limit = "" if below == math.inf else f" and below {below}"
+        if not low <= value < below or (exclusive and value == low):
             noun = "a whole number" if kind is int else "a number"
-            raise argparse.ArgumentTypeError(f"must be {noun} of {low} or more{limit}, not {text!r}")
+            limits = f"above {low}" if exclusive else f"of {low} or more"
+            limits += f" and below {below}" if below < math.inf else ""
+            raise argparse.ArgumentTypeError(f"must be {noun} {limits}, not {text!r}")
         return value
     return convert
 
 
 count, natural = number(int, 1), number(int, 0)
 amount, rate = number(float, 0), number(float, 0, 1)
-positive = number(float, sys.float_info.min)
+positive = number(float, 0, exclusive=True)
 
 
 def add_run_flags(parser):
@@ -122,7 +123,7 @@ def add_training_flags(parser, max_bptt, plateau, save):
     group.add_argument("--nlayers", type=count, default=3, metavar="L",
                        help="recurrent layers (default: %(default)s)")
     group.add_argument("--tied", action=argparse.BooleanOptionalAction, default=True,
-                       help="share the softmax weight with the embedding (default: yes)")
+                       help="share the softmax weight with the embedding (default: %(default)s)")
     group = parser.add_argument_group("dropout", "probabilities of dropping, from 0 (off) to below 1")
     for name, default, what in (
             ("dropout", 0.4, "the last layer's output"), ("dropouth", 0.3, "the other layers' outputs"),
