@@ -13,17 +13,15 @@ run no code:
 A run keeps two files: `SAVE`, the best model, for evaluation, and `last_path(SAVE)`, the state to resume from.
 """
 
-import os
 import pickle
 import tempfile
 import warnings
-from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
 
 from model import ARCHITECTURE, DROPOUTS, RNNModel
-from utils import BadInput
+from utils import BadInput, replacing
 
 FORMAT, VERSION = "awd-lstm", 1
 CONTENT = {"flags": dict, "vocabulary": list, "model": dict, "loss": float, "epoch": int}
@@ -49,25 +47,6 @@ def check_writable(path):
         tempfile.TemporaryFile(dir=path.parent).close()
     except OSError as error:
         raise BadInput(f"{path}: cannot be written: {error.strerror}") from error
-
-
-@contextmanager
-def replacing(path, mode="wb", **how):
-    """`with replacing(path) as file`: what is written appears under `path` whole, or, on an exception, not at all.
-
-    Written under another name in the same folder, flushed to the disk, then renamed.
-    """
-    partial = f"{path}.partial"
-    try:
-        with open(partial, mode, **how) as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    except BaseException:
-        with suppress(OSError):
-            os.unlink(partial)
-        raise
 
 
 def save(path, model, flags, vocabulary, loss, epoch, state=None):

@@ -1,22 +1,43 @@
-"""Text to token ids.
+"""Text to token ids, and the cache of that.
 
-A corpus is a folder with train.txt, valid.txt and test.txt, UTF-8, words separated by white space. Each line ends with
-the word <eos>. Words are numbered by first appearance over train, valid and test: the vocabulary is that of all three.
+A corpus is a folder with train.txt, valid.txt and test.txt, or a single text file, cut into these splits by `shares`.
+What a token is depends on the `level`:
+
+    word   what stands between white space, and <eos> at the end of each line; UTF-8
+    char   a character, a newline being <eos>; UTF-8
+    byte   a byte by its decimal number, a newline being <eos>
+
+A folder may hold a file named `level` that says which of them it is made for. Tokens are numbered by first appearance
+over train, valid and test: the vocabulary is that of all three.
+
+A corpus of more than CACHE_TOKENS tokens is read once and kept beside the text as `.NAME.LEVEL.cache`: a line of JSON
+with the vocabulary and checksums of text and ids, then the ids. The next run maps that file into memory; when the text
+is no longer the same, or the file is not whole, it is made anew.
 """
 
+import hashlib
+import json
 from array import array
 from collections import defaultdict
 from pathlib import Path
 
+import numpy
 import torch
 
-from utils import BadInput
+from utils import BadInput, replacing
 
 SPLITS = ("train", "valid", "test")
+LEVELS = ("word", "char", "byte")
+
+CACHE_FORMAT, CACHE_VERSION = "awd-lstm-corpus", 1
+CACHE_TOKENS = 2**22      # a text of this length is read in a second or two
+BLOCK = 2**22             # bytes read at a time
+LONGEST_WORD = 2**20      # bytes; what is longer is no word
+ID_TYPES = ("uint8", "int16", "int32")  # the smallest that holds every id is used
 
 
 class Dictionary:
-    """The vocabulary: `word2idx` maps a word to its id, `idx2word` an id to its word."""
+    """The vocabulary: `word2idx` maps a token to its id, `idx2word` an id to its token."""
 
     def __init__(self, words=()):
         self.idx2word = list(words)
@@ -27,34 +48,175 @@ class Dictionary:
 
 
 class Corpus:
-    """The three splits of a folder of text: `train`, `valid`, `test`, each a tensor (tokens,) of int32 ids, and their
-    `dictionary`. Raises BadInput when a split is missing, empty or not UTF-8."""
+    """The splits of a text: `train`, `valid`, `test`, each a tensor (tokens,) of integer ids, and their `dictionary`.
 
-    def __init__(self, path):
+    `level` None is what the folder says, else "word"; `shares` are the parts of a single file that the three splits
+    get. `cache_error` says why there is no cache where there should be one. Raises BadInput when a split is missing,
+    empty or not text at that level.
+    """
+
+    def __init__(self, path, level=None, shares=(90, 5, 5)):
         path = Path(path)
-        if not path.is_dir():
-            raise BadInput(f"{path}: no such folder; './getdata.sh {path.name}' fetches the corpora it knows "
+        paths = [path / f"{split}.txt" for split in SPLITS] if path.is_dir() else [path]
+        if not path.exists():
+            raise BadInput(f"{path}: no such file or folder; './getdata.sh {path.name}' fetches the corpora it knows "
                            "into data/, './getdata.sh --list' names them")
-        numbering = defaultdict()
-        numbering.default_factory = numbering.__len__  # a new word gets the next number
-        for split in SPLITS:
-            setattr(self, split, tokenize(path / f"{split}.txt", numbering))
-        self.dictionary = Dictionary(numbering)
+        self.level = level or default_level(path)
+        cache = (path / f".{self.level}.cache") if path.is_dir() else path.with_name(f".{path.name}.{self.level}.cache")
+        key = checksum_of_files(paths)
+        self.cache_error = None
+        loaded = load_cache(cache, key)
+        if loaded is None:
+            loaded = read_texts(paths, self.level)
+            if len(loaded[0]) > CACHE_TOKENS:
+                try:
+                    save_cache(cache, key, *loaded)
+                except OSError as error:
+                    self.cache_error = f"{cache} was not written: {error.strerror}; the next run reads the text again"
+        ids, lengths, words = loaded
+        if len(paths) == 1:
+            lengths = [int(len(ids) * share / sum(shares)) for share in shares[:2]]
+            lengths.append(len(ids) - sum(lengths))
+        self.train, self.valid, self.test = torch.from_numpy(ids).split(lengths)
+        self.dictionary = Dictionary(words)
 
 
-def tokenize(path, numbering):
-    """Read a text file into a tensor (tokens,) of int32, numbering its words with the mapping `numbering`."""
-    ids = array("i")
+def default_level(path):
+    """The level that the folder `path` says it is made for, else "word"."""
+    try:
+        level = (path / "level").read_text(encoding="utf-8").strip()
+    except OSError:
+        return "word"
+    if level not in LEVELS:
+        raise BadInput(f"{path / 'level'}: {level!r} is none of the levels {', '.join(LEVELS)}")
+    return level
+
+
+# --- reading ---------------------------------------------------------------------------------------------------------
+
+def read_texts(paths, level):
+    """Read text files; returns the ids of all (tokens,), how many are of each file, and the tokens by id."""
+    numbering = defaultdict()
+    numbering.default_factory = numbering.__len__  # a new token gets the next number
+    ids, lengths = array("i"), []
+    for path in paths:
+        before = len(ids)
+        if level == "word":
+            for words in read_words(path):
+                ids.extend(map(numbering.__getitem__, words))
+        else:
+            for part in read_symbols(path, level, numbering):
+                ids.frombytes(memoryview(part).cast("B"))
+        if len(ids) == before:
+            raise BadInput(f"{path}: is empty")
+        lengths.append(len(ids) - before)
+    smallest = next(kind for kind in ID_TYPES if len(numbering) - 1 <= numpy.iinfo(kind).max)
+    return numpy.frombuffer(ids, dtype=numpy.int32).astype(smallest, copy=False), lengths, list(numbering)
+
+
+def read_words(path):
+    """Yield lists of the words of a text, <eos> at the end of each line."""
+    number, rest, last = 1, b"", b""  # of the line; bytes not yet yielded; byte read last
+    with open(path, "rb") as file:
+        while block := file.read(BLOCK):
+            last = block[-1:]
+            block = rest + block
+            end = max(map(block.rfind, (b"\n", b" ", b"\t"))) + 1  # cut between two words
+            check_length(len(block) - end, path, number)
+            *lines, part = decode(block[:end], path, number).split("\n")
+            for line in lines:
+                words = line.split()
+                if len(line) > LONGEST_WORD:
+                    check_length(max(map(len, words), default=0), path, number)
+                words.append("<eos>")
+                yield words
+                number += 1
+            yield part.split()
+            rest = block[end:]
+    yield decode(rest, path, number).split()
+    if last not in (b"", b"\n"):
+        yield ["<eos>"]
+
+
+def check_length(length, path, number):
+    if length > LONGEST_WORD:
+        raise BadInput(f"{path}: line {number} has a word of more than {LONGEST_WORD:,} bytes, so it is no text at "
+                       "word level (--level char and --level byte have no such limit)")
+
+
+def decode(block, path, number):
+    """Bytes that start in line `number` as text, without a byte order mark."""
+    try:
+        return block.decode("utf-8-sig" if number == 1 else "utf-8")
+    except UnicodeDecodeError as error:
+        number += block[:error.start].count(b"\n")
+        raise BadInput(f"{path}: line {number} is not UTF-8 text (--level byte takes any bytes)") from error
+
+
+def read_symbols(path, level, numbering):
+    """Yield arrays (n,) of the ids of a text's characters or bytes, numbered by the mapping `numbering`."""
+    if level == "byte":
+        how, kind, spell = {"mode": "rb"}, numpy.uint8, str
+    else:
+        how, kind, spell = {"encoding": "utf-8-sig"}, numpy.uint32, chr
+    known = numpy.full(256 if level == "byte" else 0x110000, -1, numpy.int32)  # code to id
+    with open(path, **how) as file:
+        try:
+            while part := file.read(BLOCK):
+                codes = numpy.frombuffer(part if level == "byte" else part.encode("utf-32-le"), kind)
+                fresh, first = numpy.unique(codes[known[codes] < 0], return_index=True)
+                for code in fresh[first.argsort()].tolist():
+                    known[code] = numbering["<eos>" if code == ord("\n") else spell(code)]
+                yield known[codes]
+        except UnicodeDecodeError as error:
+            raise BadInput(f"{path}: is not UTF-8 text (--level byte takes any bytes)") from error
+
+
+# --- the cache -------------------------------------------------------------------------------------------------------
+
+def checksum_of_files(paths):
+    """A checksum of what the files hold; raises BadInput when one cannot be read."""
+    total = hashlib.sha256()
+    for path in paths:
+        try:
+            total.update(checksum_of_file(path).encode())
+        except OSError as error:
+            raise BadInput(f"{path}: cannot be read: {error.strerror}; a corpus is a folder with train.txt, valid.txt "
+                           "and test.txt, or a text file") from error
+    return total.hexdigest()
+
+
+def checksum_of_file(path):
+    total = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(BLOCK):
+            total.update(block)
+    return total.hexdigest()
+
+
+def save_cache(path, key, ids, lengths, words):
+    """Write the cache of a corpus that was read from files with the checksum `key`."""
+    header = {"format": CACHE_FORMAT, "version": CACHE_VERSION, "key": key, "type": ids.dtype.name, "lengths": lengths,
+              "checksum": hashlib.sha256(ids).hexdigest(), "words": words}
+    with replacing(path) as file:
+        file.write(json.dumps(header).encode() + b"\n")
+        file.write(ids)
+
+
+def load_cache(path, key):
+    """What `read_texts` returned when the cache at `path` was made, the ids mapped from the file; None when there is
+    no cache of the files with the checksum `key`, or not a whole one."""
     try:
         with open(path, "rb") as file:
-            for number, line in enumerate(file, 1):
-                words = line.decode("utf-8-sig" if number == 1 else "utf-8").split()
-                ids.extend(map(numbering.__getitem__, words + ["<eos>"]))
-    except OSError as error:
-        raise BadInput(f"{path}: cannot be read: {error.strerror}; a corpus needs train.txt, valid.txt and test.txt "
-                       "('./getdata.sh --list' names the corpora that it fetches)") from error
-    except UnicodeDecodeError as error:
-        raise BadInput(f"{path}: line {number} is not UTF-8 text") from error
-    if not ids:
-        raise BadInput(f"{path}: is empty")
-    return torch.frombuffer(ids, dtype=torch.int32)
+            header = json.loads(file.readline())
+            start = file.tell()
+        if (header["format"], header["version"], header["key"]) != (CACHE_FORMAT, CACHE_VERSION, key):
+            return None
+        if header["type"] not in ID_TYPES:
+            return None
+        ids = numpy.memmap(path, header["type"], mode="c", offset=start)
+        if hashlib.sha256(ids).hexdigest() != header["checksum"] or ids.max() >= len(header["words"]):
+            return None
+        return ids, header["lengths"], header["words"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None  # it will be made anew

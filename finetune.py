@@ -17,7 +17,8 @@ from utils import Parser, add_training_flags, pick_device, run_script, score
 LR = 30.0
 
 # The flags that are the model's own unless given.
-INHERITED = (*ARCHITECTURE, *DROPOUTS, "data", "alpha", "beta", "wdecay", "clip", "batch_size", "bptt")
+INHERITED = (*ARCHITECTURE, *DROPOUTS, "data", "level", "shares", "alpha", "beta", "wdecay", "clip", "batch_size",
+             "bptt")
 
 
 class ModelsOwn:
@@ -58,7 +59,7 @@ def main(argv=None):
     training.say(f"| {args.load} as loaded | {score('valid', progress.best_loss)}")
     if Path(args.save) == Path(args.load):
         progress.metrics_bytes = None  # the record of fine-tuning follows that of training
-    else:
+    elif not args.dry_run:
         shutil.copyfile(args.load, args.save)  # the best so far, until an epoch is better
     return training.train(args, "finetune", dictionary, batches, model, optimizer, progress)
 

@@ -7,13 +7,14 @@ Needs no corpus: the vocabulary is in the checkpoint. Shapes are in the alphabet
 """
 
 import sys
+from codecs import getincrementaldecoder
 from itertools import chain
 
 import torch
 
 import checkpoint
 from data import Dictionary
-from utils import BadInput, Parser, add_run_flags, count, natural, number, pick_device, positive, run_script
+from utils import BadInput, Parser, add_run_flags, count, natural, number, pick_device, positive, replacing, run_script
 
 
 def parse_flags(argv):
@@ -23,7 +24,7 @@ def parse_flags(argv):
     parser.add_argument("--outf", default="generated.txt", metavar="FILE",
                         help="where the text goes, - prints it (default: %(default)s)")
     parser.add_argument("--words", type=count, default=1000, metavar="N",
-                        help="words to sample (default: %(default)s)")
+                        help="words (characters, bytes) to sample (default: %(default)s)")
     parser.add_argument("--prompt", default="", metavar="TEXT",
                         help="words to go on from (default: none, the start of a line)")
     parser.add_argument("--temperature", type=positive, default=1.0, metavar="X",
@@ -56,24 +57,42 @@ def sample(model, context, length, temperature=1.0, top_k=0):
         yield words.item()
 
 
-def encode(prompt, dictionary):
-    """The ids of a prompt's words, unknown ones as <unk>; without a prompt that of <eos>, the start of a line. Raises
-    BadInput for an unknown word when the model knows no <unk>."""
+def tokens_of(text, level):
+    """The tokens of a prompt, at the level of the model."""
+    if level == "word":
+        return text.split()
+    symbols = text if level == "char" else map(str, text.encode())
+    newline = "\n" if level == "char" else str(ord("\n"))
+    return ["<eos>" if symbol == newline else symbol for symbol in symbols]
+
+
+def encode(tokens, dictionary):
+    """The ids of a prompt's tokens, unknown ones as <unk>; without a prompt that of <eos>, the start of a line. Raises
+    BadInput for an unknown token when the model knows no <unk>."""
     known = dictionary.word2idx
-    words = prompt.split() or ["<eos>"]
-    for word in words:
-        if word not in known and "<unk>" not in known:
-            raise BadInput(f"--prompt: the model's {len(dictionary)} words do not include {word!r}")
-    return [known.get(word, known.get("<unk>")) for word in words]
+    for token in tokens:
+        if token not in known and "<unk>" not in known:
+            raise BadInput(f"--prompt: the model's vocabulary of {len(dictionary)} does not include {token!r}")
+    if not tokens:
+        return [known.get("<eos>", 0)]
+    return [known.get(token, known.get("<unk>")) for token in tokens]
 
 
-def write_text(file, words):
-    """Write the words with spaces between them, and a new line after each <eos> and at the end."""
-    separator = ""
-    for word in words:
-        file.write(separator + word)
-        separator = "\n" if word == "<eos>" else " "
-    file.write("\n")
+def spell(tokens, level):
+    """Yield the text of tokens: words with spaces between them and a new line after each <eos> and at the end;
+    characters and bytes as they are, with a new line for each <eos>."""
+    if level == "word":
+        separator = ""
+        for word in tokens:
+            yield separator + word
+            separator = "\n" if word == "<eos>" else " "
+        yield "\n"
+    elif level == "char":
+        yield from ("\n" if character == "<eos>" else character for character in tokens)
+    else:
+        decoder = getincrementaldecoder("utf-8")(errors="replace")
+        yield from (decoder.decode(b"\n" if byte == "<eos>" else bytes([int(byte)])) for byte in tokens)
+        yield decoder.decode(b"", final=True)
 
 
 def logged(words, total, interval):
@@ -91,15 +110,16 @@ def main(argv=None):
         checkpoint.check_writable(args.outf)
     content = checkpoint.load(args.checkpoint, device)
     model = checkpoint.restore_model(content, args.checkpoint, device=device)
-    dictionary = Dictionary(content["vocabulary"])
-    context = torch.tensor(encode(args.prompt, dictionary), device=device)
+    level, dictionary = content["flags"].get("level", "word"), Dictionary(content["vocabulary"])
+    prompt = tokens_of(args.prompt, level)
+    context = torch.tensor(encode(prompt, dictionary), device=device)
     torch.manual_seed(args.seed)
-    words = (dictionary.idx2word[index] for index in sample(model, context, args.words, args.temperature, args.top_k))
+    tokens = (dictionary.idx2word[index] for index in sample(model, context, args.words, args.temperature, args.top_k))
     if args.outf == "-":
-        write_text(sys.stdout, chain(args.prompt.split(), words))
+        sys.stdout.writelines(spell(chain(prompt, tokens), level))
     else:
-        with checkpoint.replacing(args.outf, "w", encoding="utf-8") as file:
-            write_text(file, chain(args.prompt.split(), logged(words, args.words, args.log_interval)))
+        with replacing(args.outf, "w", encoding="utf-8") as file:
+            file.writelines(spell(chain(prompt, logged(tokens, args.words, args.log_interval)), level))
 
 
 if __name__ == "__main__":

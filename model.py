@@ -12,43 +12,51 @@ Token ids travel as (T, B), activations as (T, B, H): time first.
 """
 
 from torch import nn
-from torch.nn import functional
 
 from embed_regularize import embedded_dropout
 from locked_dropout import locked_dropout
+from qrnn import QRNN
+from splitcross import SplitCrossEntropy, splits_for
 from weight_drop import weight_drop
 
-# Layer type, and the name of the weight that weight drop acts on.
-LAYERS = {
-    "LSTM": (nn.LSTM, "weight_hh_l0"),
-    "GRU": (nn.GRU, "weight_hh_l0"),
-}
+# The layer types, each with the name of the weight that weight drop acts on.
+LAYERS = {"LSTM": "weight_hh_l0", "GRU": "weight_hh_l0", "QRNN": "linear.weight"}
 
 # The flags that fix the shapes of the parameters, and those that may change from one run on a model to the next.
 ARCHITECTURE = ("model", "emsize", "nhid", "nlayers", "tied")
 DROPOUTS = ("dropout", "dropouth", "dropouti", "dropoute", "wdrop")
 
 
+def make_layer(model, input_size, hidden_size, first):
+    """A recurrent layer of the type `model`; the first layer of a QRNN looks at two words at a time."""
+    if model == "QRNN":
+        return QRNN(input_size, hidden_size, window=2 if first else 1)
+    return {"LSTM": nn.LSTM, "GRU": nn.GRU}[model](input_size, hidden_size)
+
+
 class RNNModel(nn.Module):
     """A recurrent language model over `ntoken` words; the other arguments are the command line's flags, by name.
 
     Layers have the sizes E -> H -> ... -> H -> E when the softmax shares its weight with the embedding (`tied`), and
-    E -> H -> ... -> H when not. The parameters are `encoder.weight` (V, E), `rnns.{l}.*` as PyTorch names them, and
-    `decoder.weight`, `decoder.bias` (V).
+    E -> H -> ... -> H when not. The softmax is split at the words `splits` (default: the rule of `splitcross.py`). The
+    parameters are `encoder.weight` (V, E), `rnns.{l}.*` as the layers name them, `decoder.weight`, `decoder.bias` (V),
+    and what a split softmax adds.
     """
 
     def __init__(self, ntoken, model="LSTM", emsize=400, nhid=1150, nlayers=3, tied=True,
-                 dropout=0.4, dropouth=0.3, dropouti=0.65, dropoute=0.1, wdrop=0.5):
+                 dropout=0.4, dropouth=0.3, dropouti=0.65, dropoute=0.1, wdrop=0.5, splits=None):
         super().__init__()
         self.dropout, self.dropouth, self.dropouti = dropout, dropouth, dropouti
         self.dropoute, self.wdrop = dropoute, wdrop
-        layer, self.dropped_weight = LAYERS[model]
+        self.dropped_weight = LAYERS[model]
         sizes = [emsize] + [nhid] * (nlayers - 1) + [emsize if tied else nhid]
         self.encoder = nn.Embedding(ntoken, emsize)
-        self.rnns = nn.ModuleList(layer(n, m) for n, m in zip(sizes, sizes[1:]))
+        self.rnns = nn.ModuleList(make_layer(model, n, m, first=layer == 0)
+                                  for layer, (n, m) in enumerate(zip(sizes, sizes[1:])))
         self.decoder = nn.Linear(sizes[-1], ntoken)
         if tied:
             self.decoder.weight = self.encoder.weight
+        self.softmax = SplitCrossEntropy(sizes[-1], ntoken, splits_for(ntoken) if splits is None else splits)
         self.init_weights()
 
     def init_weights(self):
@@ -58,10 +66,14 @@ class RNNModel(nn.Module):
         nn.init.zeros_(self.decoder.bias)
 
     def init_hidden(self, batch_size):
-        """The zero hidden state for B columns: one entry a layer, (h, c) each (1, B, H) for an LSTM, else h."""
+        """The zero hidden state for B columns: one entry a layer, (h, c) each (1, B, H) for an LSTM, h for a GRU, and
+        what `QRNN.init_hidden` says for a QRNN."""
         def zeros(rnn):
-            return self.decoder.bias.new_zeros(1, batch_size, rnn.hidden_size)
-        return [(zeros(rnn), zeros(rnn)) if isinstance(rnn, nn.LSTM) else zeros(rnn) for rnn in self.rnns]
+            if isinstance(rnn, QRNN):
+                return rnn.init_hidden(batch_size)
+            h = self.decoder.bias.new_zeros(1, batch_size, rnn.hidden_size)
+            return (h, h) if isinstance(rnn, nn.LSTM) else h
+        return [zeros(rnn) for rnn in self.rnns]
 
     def forward(self, words, hidden):
         """Run `words` (T, B) from `hidden`; returns the last layer's output with dropout, the new hidden state, and
@@ -81,11 +93,15 @@ class RNNModel(nn.Module):
 
     def loss(self, output, targets):
         """Mean cross entropy of `output` (T, B, E or H) against `targets` (T, B), in nats per token."""
-        return functional.cross_entropy(self.decoder(output).flatten(0, -2), targets.flatten())
+        return self.softmax(self.decoder.weight, self.decoder.bias, output, targets)
+
+    def target_logprob(self, output, targets):
+        """Log-probabilities (T, B), in nats, of `targets` (T, B) after `output` (T, B, E or H)."""
+        return self.softmax.target_logprob(self.decoder.weight, self.decoder.bias, output, targets)
 
     def logprob(self, output):
-        """Log-probabilities (..., V), in nats, of the word that follows each `output` (..., E or H)."""
-        return functional.log_softmax(self.decoder(output), dim=-1)
+        """Log-probabilities (..., V), in nats, of each word after `output` (..., E or H)."""
+        return self.softmax.logprob(self.decoder.weight, self.decoder.bias, output)
 
     def parameter_count(self):
         """Trainable values, a shared weight counted once."""

@@ -14,9 +14,9 @@ import torch
 
 import checkpoint
 import training
-from data import Corpus
 from utils import (
     Parser,
+    add_data_flags,
     add_run_flags,
     amount,
     batchify,
@@ -35,8 +35,7 @@ QUERY_ROWS = 512  # predictions scored at once: a block of QUERY_ROWS x (window 
 def parse_flags(argv):
     """The flags, and the names of those that the command line gave."""
     parser = Parser(description="Score a trained model together with a continuous neural cache.")
-    parser.add_argument("--data", default="data/penn", metavar="DIR",
-                        help="folder of the corpus (default: %(default)s)")
+    add_data_flags(parser)
     parser.add_argument("--save", default="best.pt", metavar="FILE",
                         help="the trained model (default: %(default)s)")
     parser.add_argument("--model", help="recurrent layer; has to be that of the trained model")
@@ -61,8 +60,7 @@ def scored_chunks(model, source, bptt):
     for row in range(0, len(source) - 1, bptt):
         words, targets = get_batch(source, row, bptt)
         output, hidden, raw = model(words, hidden)
-        logprob = model.logprob(output).gather(-1, targets.unsqueeze(-1))
-        yield raw.squeeze(1), targets.squeeze(1), logprob.flatten()
+        yield raw.squeeze(1), targets.squeeze(1), model.target_logprob(output, targets).squeeze(1)
 
 
 def cache_logprob(queries, keys, targets, followers, first, window, theta):
@@ -111,8 +109,8 @@ def main(argv=None):
     args, given = parse_flags(argv)
     device = pick_device(args.cuda)
     content = checkpoint.load(args.save, device)
-    checkpoint.keep_flags(args, given, content, args.save, ["model"])
-    corpus = Corpus(args.data)
+    checkpoint.keep_flags(args, given, content, args.save, ["model", "data", "level", "shares"])
+    corpus = training.load_corpus(args)
     checkpoint.check_vocabulary(content, args.save, corpus.dictionary, args.data)
     model = checkpoint.restore_model(content, args.save, device=device)
     training.say(f"pointer: window={args.window} theta={args.theta} lambdasm={args.lambdasm}")

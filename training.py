@@ -8,6 +8,7 @@ BPTT) and 4.6 (AR and TAR); learning-rate drops (`--when`) from 1803.08240. Shap
 import json
 import math
 import platform
+import resource
 import shutil
 import subprocess
 import sys
@@ -252,12 +253,22 @@ def resume(args, given, stage, device):
 Batches = namedtuple("Batches", "train valid test")
 
 
+def load_corpus(args):
+    """The corpus that the flags `--data`, `--level` and `--shares` say, and a line about it. Sets `args.level` to what
+    the corpus has, so that it travels with the model."""
+    corpus = Corpus(args.data, args.level, args.shares)
+    args.level = corpus.level
+    say(f"corpus: {len(corpus.train):,} / {len(corpus.valid):,} / {len(corpus.test):,} tokens, "
+        f"{len(corpus.dictionary):,} different, at {corpus.level} level")
+    if corpus.cache_error:
+        say(f"corpus: {corpus.cache_error}")
+    return corpus
+
+
 def open_corpus(args, device):
     """The dictionary of the corpus at `args.data`, and its splits laid out as (N, B): B = `args.batch_size` for
     training, 10 for validation, 1 for the test. Raises BadInput when a split is missing, malformed or too short."""
-    corpus = Corpus(args.data)
-    say(f"corpus: {len(corpus.train):,} / {len(corpus.valid):,} / {len(corpus.test):,} tokens, "
-        f"{len(corpus.dictionary):,} words")
+    corpus = load_corpus(args)
     sources = []
     for split, batch_size, rows in (("train", args.batch_size, 3), ("valid", 10, 2), ("test", 1, 2)):
         try:
@@ -274,6 +285,8 @@ def train(args, stage, dictionary, batches, model, optimizer, progress):
     kept at `args.save`, the state to resume from and the metrics beside it. Returns the exit status of the script;
     raises BadInput when a loss is no longer finite.
     """
+    if args.dry_run:
+        return dry_run(args, batches, model, optimizer)
     device = batches.train.device
     metrics = Metrics(args.save, keep=progress.metrics_bytes)
     description = describe_run(args, model, device)
@@ -315,6 +328,29 @@ def train(args, stage, dictionary, batches, model, optimizer, progress):
     metrics.write("test", epoch=progress.best_epoch, **figures(loss))
     say(f"| end of training | best epoch {progress.best_epoch:3d} | {score('test', loss)}")
     return status
+
+
+def dry_run(args, batches, model, optimizer):
+    """One training batch of `args.bptt` steps and one validation batch; says what they need and writes nothing."""
+    model.train()
+    words, targets = get_batch(batches.train, 0, args.bptt)
+    start = time.perf_counter()
+    _, loss = train_step(model, optimizer, words, targets, model.init_hidden(words.size(1)), args, lr_scale=1.0)
+    seconds = time.perf_counter() - start
+    say(f"| dry run | {words.numel() / seconds:,.0f} tokens/s in the first batch | {score('train', loss)}")
+    with averaged_weights(optimizer):
+        loss = evaluate(model, batches.valid[:args.bptt + 1], args.bptt)
+    say(f"| dry run | {score('valid', loss)}")
+    say(f"| dry run | {model.parameter_count()} parameters | peak memory {peak_memory(words.device) / 2**20:,.0f} MiB")
+    return 0
+
+
+def peak_memory(device):
+    """Bytes: of the GPU's memory that tensors took at most, else of this process's resident memory at most."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def log_epoch(model, optimizer, source, args, epoch, metrics):

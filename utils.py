@@ -1,8 +1,11 @@
-"""What the scripts share: batches out of a stream of token ids, flags, and how a script ends on bad input."""
+"""What the scripts share: how a script ends on bad input, files written whole, batches out of a stream of token ids,
+figures, and flags."""
 
 import argparse
 import math
+import os
 import sys
+from contextlib import contextmanager, suppress
 
 import torch
 
@@ -18,6 +21,27 @@ def run_script(main):
     except BadInput as error:
         print(f"{sys.argv[0]}: error: {error}", file=sys.stderr)
         sys.exit(2)
+
+
+# --- files -----------------------------------------------------------------------------------------------------------
+
+@contextmanager
+def replacing(path, mode="wb", **how):
+    """`with replacing(path) as file`: what is written appears under `path` whole, or, on an exception, not at all.
+
+    Written under another name in the same folder, flushed to the disk, then renamed.
+    """
+    partial = f"{path}.partial"
+    try:
+        with open(partial, mode, **how) as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except BaseException:
+        with suppress(OSError):
+            os.unlink(partial)
+        raise
 
 
 # --- batches ---------------------------------------------------------------------------------------------------------
@@ -108,13 +132,21 @@ def add_run_flags(parser):
                         help="run on the GPU (default: if there is one)")
 
 
+def add_data_flags(parser):
+    """Flags that say what the text is."""
+    parser.add_argument("--data", default="data/penn", metavar="PATH",
+                        help="folder with train.txt, valid.txt and test.txt, or one text file (default: %(default)s)")
+    parser.add_argument("--level", choices=["word", "char", "byte"],
+                        help="what a token is (default: what the folder's file 'level' says, else word)")
+    parser.add_argument("--shares", type=positive, nargs=3, default=[90, 5, 5], metavar=("TRAIN", "VALID", "TEST"),
+                        help="the parts of one text file that the splits get (default: 90 5 5)")
+
+
 def add_training_flags(parser, max_bptt, plateau, save):
     """The flags that main.py and finetune.py share; the other arguments are what differs in their help."""
-    group = parser.add_argument_group("data")
-    group.add_argument("--data", default="data/penn", metavar="DIR",
-                       help="folder of the corpus (default: %(default)s)")
+    add_data_flags(parser.add_argument_group("data"))
     group = parser.add_argument_group("model")
-    group.add_argument("--model", choices=["LSTM", "GRU"], default="LSTM",
+    group.add_argument("--model", choices=["LSTM", "QRNN", "GRU"], default="LSTM",
                        help="recurrent layer (default: %(default)s)")
     group.add_argument("--emsize", type=count, default=400, metavar="E",
                        help="embedding size, units (default: %(default)s)")
@@ -161,6 +193,9 @@ def add_training_flags(parser, max_bptt, plateau, save):
                        help="batches between log lines (default: %(default)s)")
     group.add_argument("--save", metavar="FILE", help=f"where the best model goes (default: {save})")
     group.add_argument("--resume", metavar="FILE", help="the --save of an earlier run, to go on where it stopped")
+    group.add_argument("--dry-run", action="store_true",
+                       help="one training batch, one validation batch, the number of parameters and the peak memory; "
+                            "writes nothing")
     add_run_flags(group)
 
 

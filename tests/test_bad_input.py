@@ -154,4 +154,4 @@ def test_a_whole_process_ends_like_that(place):
     command = [sys.executable, main.__file__, "--data", "nowhere", "--save", "m.pt"]
     ended = subprocess.run(command, capture_output=True, text=True)
     assert (ended.returncode, ended.stdout, ended.stderr.count("\n")) == (2, "", 1)
-    assert "nowhere: no such folder" in ended.stderr and "Traceback" not in ended.stderr
+    assert "nowhere: no such file or folder" in ended.stderr and "Traceback" not in ended.stderr

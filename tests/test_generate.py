@@ -65,6 +65,17 @@ def test_text_has_the_words_asked_for_and_a_line_for_each_sentence(trained, tmp_
 
 
 def test_unknown_prompt_words():
-    assert generate.encode("a zebra", Dictionary(["a", "<unk>"])) == [0, 1]
-    with pytest.raises(BadInput, match="do not include 'zebra'"):
-        generate.encode("a zebra", Dictionary(["a", "b"]))
+    assert generate.encode(["a", "zebra"], Dictionary(["a", "<unk>"])) == [0, 1]
+    with pytest.raises(BadInput, match="does not include 'zebra'"):
+        generate.encode(["a", "zebra"], Dictionary(["a", "b"]))
+    assert generate.encode([], Dictionary(["a", "<eos>"])) == [1]
+
+
+@pytest.mark.parametrize("level, text, tokens", [
+    ("word", "a größe <eos>\nb\n", ["a", "größe", "<eos>", "b"]),
+    ("char", "a ö\nb", ["a", " ", "ö", "<eos>", "b"]),
+    ("byte", "a ö\n", ["97", "32", "195", "182", "<eos>"]),
+])
+def test_tokens_and_their_spelling_are_inverse(level, text, tokens):
+    assert generate.tokens_of(text, level) == tokens
+    assert "".join(generate.spell(tokens, level)) == text

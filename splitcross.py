@@ -1,0 +1,87 @@
+"""The softmax of the language model: one softmax, or for large vocabularies a split one.
+
+A split softmax is a short head softmax over the words with the smallest ids (numbered by first appearance, the
+frequent ones) and one tombstone for each tail. A word in a tail has the probability of the tail's tombstone times its
+probability within the tail. Only tails that hold a target of the batch are computed. All splits use rows of the same
+weight matrix, tied to the embedding or not; the tombstones are the only parameters that are added.
+
+Papers: Merity, Keskar, Socher, "An Analysis of Neural Language Modeling at Multiple Scales" (arXiv 1803.08240), section
+3.1, after Grave, Joulin, Cisse, Grangier, Jegou, "Efficient softmax approximation for GPUs" (arXiv 1609.04309). Shapes
+are in the alphabet of `model.py`.
+"""
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+
+def splits_for(ntoken):
+    """Where the recipes of the papers cut a vocabulary of `ntoken` words: not at all up to 75,000 words."""
+    if ntoken > 500_000:
+        return [4200, 35_000, 180_000]
+    if ntoken > 75_000:
+        return [2800, 20_000, 76_000]
+    return []
+
+
+class SplitCrossEntropy(nn.Module):
+    """Loss and log-probabilities over V = `ntoken` words from vectors of `hidden_size` (E or H).
+
+    `splits` are the ids at which head and tails end, rising; one at or past the last word makes no tail. The tombstone
+    of tail i, counted from 1, is the i-th column from the right of the head: tombstones have a vector and a bias of
+    their own, `tail_vectors` (tails, E or H) and `tail_bias` (tails,), from 0.
+    """
+
+    def __init__(self, hidden_size, ntoken, splits=()):
+        super().__init__()
+        bounds = [0, *(split for split in splits if split < ntoken), ntoken]
+        self.sizes = [end - start for start, end in zip(bounds, bounds[1:])]
+        if len(self.sizes) > 1:
+            self.tail_vectors = nn.Parameter(torch.zeros(len(self.sizes) - 1, hidden_size))
+            self.tail_bias = nn.Parameter(torch.zeros(len(self.sizes) - 1))
+
+    def forward(self, weight, bias, hidden, targets):
+        """Mean cross entropy, nats per token, of `hidden` (..., E or H) against `targets` (...), under the softmax
+        `weight` (V, E or H), `bias` (V)."""
+        if len(self.sizes) == 1:
+            return functional.cross_entropy(functional.linear(hidden, weight, bias).flatten(0, -2), targets.flatten())
+        return -self.target_logprob(weight, bias, hidden, targets).mean()
+
+    def target_logprob(self, weight, bias, hidden, targets):
+        """Log-probability (...), in nats, of each of `targets` (...) after `hidden` (..., E or H).
+
+        Memory is that of the head for all targets and of each tail for those in it, not of all V words.
+        """
+        shape, hidden, targets = targets.shape, hidden.flatten(0, -2), targets.flatten()
+        (head, *tails), head_logits = self._head(weight, bias, hidden)
+        columns, start, found = targets.clone(), self.sizes[0], []
+        for tail, (tail_weight, tail_bias) in enumerate(tails, 1):
+            inside = (targets >= start) & (targets < start + len(tail_weight))
+            columns[inside] = head_logits.size(1) - tail
+            rows = inside.nonzero().squeeze(1)
+            if len(rows):
+                logits = functional.linear(hidden[rows], tail_weight, tail_bias)
+                found.append((rows, -functional.cross_entropy(logits, targets[rows] - start, reduction="none")))
+            start += len(tail_weight)
+        logprob = -functional.cross_entropy(head_logits, columns, reduction="none")
+        for rows, within in found:
+            logprob = logprob.index_add(0, rows, within)
+        return logprob.view(shape)
+
+    def logprob(self, weight, bias, hidden):
+        """Log-probabilities (..., V), in nats, of every word after `hidden` (..., E or H)."""
+        (head, *tails), head_logits = self._head(weight, bias, hidden)
+        head_logprob = head_logits.log_softmax(-1)
+        parts = [head_logprob[..., :self.sizes[0]]]
+        for tail, (tail_weight, tail_bias) in enumerate(tails, 1):
+            within = functional.linear(hidden, tail_weight, tail_bias).log_softmax(-1)
+            parts.append(head_logprob[..., -tail, None] + within)
+        return torch.cat(parts, -1)
+
+    def _head(self, weight, bias, hidden):
+        """(weight, bias) of each split, and the logits (..., head words + tails) of the head."""
+        # One split of the whole matrix: its gradient is one matrix too, where slices would make a whole one each.
+        (head_weight, head_bias), *tails = splits = list(zip(weight.split(self.sizes), bias.split(self.sizes)))
+        if tails:
+            head_weight, head_bias = torch.cat([head_weight, self.tail_vectors]), torch.cat([head_bias, self.tail_bias])
+        return splits, functional.linear(hidden, head_weight, head_bias)
