@@ -14,7 +14,6 @@ A run keeps two files: `SAVE`, the best model, for evaluation, and `last_path(SA
 """
 
 import pickle
-import tempfile
 import warnings
 from pathlib import Path
 
@@ -24,13 +23,19 @@ from model import ARCHITECTURE, DROPOUTS, RNNModel
 from utils import BadInput, replacing
 
 FORMAT, VERSION = "awd-lstm", 1
+FIXED = (*ARCHITECTURE, "optimizer", "seed", "load")  # flags that a later run on a model or a state cannot change
 CONTENT = {"flags": dict, "vocabulary": list, "model": dict, "loss": float, "epoch": int}
+
+
+def best_path(path):
+    """The path of the best model, given it or that of the state to resume from."""
+    path = Path(path)
+    return path.with_name(path.stem.removesuffix(".last") + path.suffix)
 
 
 def last_path(path):
     """Where the state to resume from lies, given the path of the best model: PTB.pt -> PTB.last.pt."""
-    path = Path(path)
-    return path.with_name(f"{path.stem}.last{path.suffix}")
+    return Path(path).with_name(f"{Path(path).stem}.last{Path(path).suffix}")
 
 
 def metrics_path(path):
@@ -38,15 +43,9 @@ def metrics_path(path):
     return Path(path).with_suffix(".metrics.jsonl")
 
 
-def check_writable(path):
-    """Raise BadInput unless a file can be written at `path`: said before training and not after it."""
-    path = Path(path)
-    if path.is_dir():
-        raise BadInput(f"{path}: cannot be written: it is a folder")
-    try:
-        tempfile.TemporaryFile(dir=path.parent).close()
-    except OSError as error:
-        raise BadInput(f"{path}: cannot be written: {error.strerror}") from error
+def files_of_run(path):
+    """All of them."""
+    return Path(path), last_path(path), metrics_path(path)
 
 
 def save(path, model, flags, vocabulary, loss, epoch, state=None):
@@ -96,15 +95,17 @@ def restore_model(content, path, flags=None, device="cpu"):
 def keep_flags(args, given, content, path, names):
     """Set each flag in `names` that the command line did not give to the value it has in the checkpoint `content`.
 
-    Raises BadInput when a given flag contradicts the shapes of the weights; returns the other given flags that change
-    a value, as {name: (value in the checkpoint, value given)}.
+    Raises BadInput when a given flag contradicts one that cannot change any more, or the checkpoint lacks one; returns
+    the other given flags that change a value, as {name: (value in the checkpoint, value given)}.
     """
     changed = {}
     for name in names:
-        ours, theirs = getattr(args, name), content["flags"].get(name)
+        if name not in content["flags"]:
+            raise BadInput(f"{path}: damaged checkpoint: it does not say with which --{name} it was trained")
+        ours, theirs = getattr(args, name), content["flags"][name]
         if name not in given:
             setattr(args, name, theirs)
-        elif ours != theirs and name in ARCHITECTURE:
+        elif ours != theirs and name in FIXED:
             raise BadInput(f"--{name} {ours} contradicts {path}, which was trained with {name} {theirs}")
         elif ours != theirs:
             changed[name] = theirs, ours

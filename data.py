@@ -17,6 +17,7 @@ is no longer the same, or the file is not whole, it is made anew.
 
 import hashlib
 import json
+import os
 from array import array
 from collections import defaultdict
 from pathlib import Path
@@ -57,12 +58,13 @@ class Corpus:
 
     def __init__(self, path, level=None, shares=(90, 5, 5)):
         path = Path(path)
-        paths = [path / f"{split}.txt" for split in SPLITS] if path.is_dir() else [path]
-        if not path.exists():
-            raise BadInput(f"{path}: no such file or folder; './getdata.sh {path.name}' fetches the corpora it knows "
-                           "into data/, './getdata.sh --list' names them")
+        is_folder = os.path.isdir(path)  # unlike Path's own, false for whatever cannot be
+        paths = [path / f"{split}.txt" for split in SPLITS] if is_folder else [path]
+        if not os.path.exists(path):
+            raise BadInput(f"{path}: no such file or folder; './getdata.sh NAME' fetches one of the corpora that "
+                           "'./getdata.sh --list' names into data/NAME")
         self.level = level or default_level(path)
-        cache = (path / f".{self.level}.cache") if path.is_dir() else path.with_name(f".{path.name}.{self.level}.cache")
+        cache = (path / f".{self.level}.cache") if is_folder else path.with_name(f".{path.name}.{self.level}.cache")
         key = checksum_of_files(paths)
         self.cache_error = None
         loaded = load_cache(cache, key)

@@ -3,16 +3,22 @@
     python finetune.py --data data/penn --save PTB.pt                    (fine-tunes PTB.pt in place)
     python finetune.py --data data/penn --load PTB.pt --save PTB.tuned.pt --epochs 300 --seed 404
 
-Every flag of main.py may be repeated. Paper: arXiv 1708.02182, section 5.
+Every flag of main.py but those of its schedule may be repeated. Paper: arXiv 1708.02182, section 5.
 """
-
-import shutil
-from pathlib import Path
 
 import checkpoint
 import training
 from model import ARCHITECTURE, DROPOUTS
-from utils import Parser, add_training_flags, pick_device, run_script, score
+from utils import (
+    Parser,
+    add_training_flags,
+    check_writable,
+    copy_file,
+    pick_device,
+    run_script,
+    same_file,
+    score,
+)
 
 LR = 30.0
 
@@ -46,10 +52,9 @@ def main(argv=None):
     if args.resume:
         return training.train(args, "finetune", *training.resume(args, given, "finetune", device))
     args.load, args.save, args.lr = args.load or args.save, args.save or args.load, args.lr or LR
-    checkpoint.check_writable(args.save)
+    check_writable(*checkpoint.files_of_run(args.save))
     content = checkpoint.load(args.load, device)
     checkpoint.keep_flags(args, given, content, args.load, INHERITED)
-    args.max_bptt = args.bptt + 10 if args.max_bptt is None else args.max_bptt
     dictionary, batches = training.open_corpus(args, device)
     checkpoint.check_vocabulary(content, args.load, dictionary, args.data)
     training.seed_everything(args.seed)
@@ -57,10 +62,8 @@ def main(argv=None):
     optimizer = training.make_optimizer("asgd", model, args.lr, args.wdecay)
     progress = training.Progress(best_loss=training.evaluate(model, batches.valid, args.bptt))
     training.say(f"| {args.load} as loaded | {score('valid', progress.best_loss)}")
-    if Path(args.save) == Path(args.load):
-        progress.metrics_bytes = None  # the record of fine-tuning follows that of training
-    elif not args.dry_run:
-        shutil.copyfile(args.load, args.save)  # the best so far, until an epoch is better
+    if not same_file(args.load, args.save) and not args.dry_run:
+        copy_file(args.load, args.save)  # the best so far, until an epoch is better
     return training.train(args, "finetune", dictionary, batches, model, optimizer, progress)
 
 

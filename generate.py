@@ -14,7 +14,20 @@ import torch
 
 import checkpoint
 from data import Dictionary
-from utils import BadInput, Parser, add_run_flags, count, natural, number, pick_device, positive, replacing, run_script
+from utils import (
+    BadInput,
+    Parser,
+    add_run_flags,
+    check_writable,
+    count,
+    natural,
+    number,
+    pick_device,
+    positive,
+    replacing,
+    run_script,
+    same_file,
+)
 
 
 def parse_flags(argv):
@@ -48,7 +61,8 @@ def sample(model, context, length, temperature=1.0, top_k=0):
     words = context.unsqueeze(1)
     for _ in range(length):
         output, hidden, _ = model(words, hidden)
-        scores = model.logprob(output[-1]) / temperature
+        logprob = model.logprob(output[-1]).double()
+        scores = (logprob - logprob.max()) / temperature  # the likeliest word stays at 0, however small the temperature
         if 0 < top_k < scores.size(-1):
             scores, candidates = scores.topk(top_k)
             words = candidates.gather(1, torch.multinomial(scores.softmax(-1), 1))
@@ -107,7 +121,9 @@ def main(argv=None):
     args = parse_flags(argv)
     device = pick_device(args.cuda)
     if args.outf != "-":
-        checkpoint.check_writable(args.outf)
+        check_writable(args.outf)
+        if same_file(args.outf, args.checkpoint):
+            raise BadInput(f"--outf {args.outf}: that is the model")
     content = checkpoint.load(args.checkpoint, device)
     model = checkpoint.restore_model(content, args.checkpoint, device=device)
     level, dictionary = content["flags"].get("level", "word"), Dictionary(content["vocabulary"])

@@ -12,7 +12,7 @@ import time
 import checkpoint
 import training
 from model import ARCHITECTURE, DROPOUTS, RNNModel
-from utils import Parser, add_training_flags, count, pick_device, run_script
+from utils import BadInput, Parser, add_training_flags, check_writable, count, pick_device, run_script
 
 DEFAULT_LR = {"sgd": 30.0, "adam": 1e-3}
 
@@ -37,11 +37,14 @@ def main(argv=None):
         return training.train(args, "train", *training.resume(args, given, "train", device))
     args.lr = args.lr or DEFAULT_LR[args.optimizer]
     args.save = args.save or f"{time.time_ns() // 10**6}.pt"
-    checkpoint.check_writable(args.save)
+    check_writable(*checkpoint.files_of_run(args.save))
     dictionary, batches = training.open_corpus(args, device)
     training.seed_everything(args.seed)
     flags = {name: getattr(args, name) for name in ARCHITECTURE + DROPOUTS}
-    model = RNNModel(len(dictionary), **flags).to(device)
+    try:
+        model = RNNModel(len(dictionary), **flags).to(device)
+    except RuntimeError as error:  # what PyTorch raises when it gets no memory
+        raise BadInput(f"no model of this size: {str(error).splitlines()[0]}") from error
     optimizer = training.make_optimizer(args.optimizer, model, args.lr, args.wdecay)
     return training.train(args, "train", dictionary, batches, model, optimizer, training.Progress())
 

@@ -19,7 +19,6 @@ from utils import (
     add_data_flags,
     add_run_flags,
     amount,
-    batchify,
     count,
     figures,
     get_batch,
@@ -114,10 +113,13 @@ def main(argv=None):
     checkpoint.check_vocabulary(content, args.save, corpus.dictionary, args.data)
     model = checkpoint.restore_model(content, args.save, device=device)
     training.say(f"pointer: window={args.window} theta={args.theta} lambdasm={args.lambdasm}")
+    sources = {split: training.lay_out(args, corpus, split, 1, device) for split in ("valid", "test")}
     lines = []
-    for split, ids in (("valid", corpus.valid), ("test", corpus.test)):
+    for split, source in sources.items():
+        if args.window >= len(source) - 2:
+            training.say(f"| pointer | {split} has {len(source) - 1} words: with this --window the cache never joins")
         start = time.perf_counter()
-        chunks = scored_chunks(model, batchify(ids, 1, device), args.bptt)
+        chunks = scored_chunks(model, source, args.bptt)
         loss = mixture_loss(chunks, args.window, args.theta, args.lambdasm)
         lines.append({"split": split, "window": args.window, "theta": args.theta, "lambdasm": args.lambdasm,
                       "seconds": time.perf_counter() - start, **figures(loss)})

@@ -9,7 +9,6 @@ import json
 import math
 import platform
 import resource
-import shutil
 import subprocess
 import sys
 import time
@@ -25,7 +24,20 @@ from tqdm import tqdm
 
 import checkpoint
 from data import Corpus
-from utils import BadInput, batchify, figures, get_batch, repackage_hidden, score
+from utils import (
+    INTERRUPTED,
+    BadInput,
+    batchify,
+    check_writable,
+    copy_file,
+    figures,
+    get_batch,
+    repackage_hidden,
+    same_file,
+    score,
+)
+
+NOT_RESUMED = {"save", "resume", "cuda", "dry_run"}  # flags of a command, not of the run that it goes on with
 
 
 @dataclass
@@ -34,8 +46,9 @@ class Progress:
     epoch: int = 0                                  # epochs completed
     history: list = field(default_factory=list)     # validation loss after each of them
     best_loss: float = math.inf                     # validation loss of the model at --save, nats per token
-    best_epoch: int = 0
-    metrics_bytes: int | None = 0                   # length of the metrics file that belongs to it (None: all there is)
+    best_epoch: int = 0                             # 0: the model that training started from
+    seconds: float = 0.0                            # spent so far
+    metrics_bytes: int = 0                          # length of the metrics file that belongs to this progress
 
 
 # --- optimisation ----------------------------------------------------------------------------------------------------
@@ -112,8 +125,9 @@ def train_step(model, optimizer, words, targets, hidden, args, lr_scale):
     return hidden, cross_entropy.item()
 
 
-def train_epoch(model, optimizer, source, args):
-    """Train over `source` (N, B) once; yields after each batch the rows read and its loss in nats per token.
+def train_epoch(model, optimizer, source, args, max_bptt=None):
+    """Train over `source` (N, B) once, in batches of up to `max_bptt` steps; yields after each batch the rows read and
+    its loss in nats per token.
 
     A longer batch takes a proportionally larger step, so that no part of the text weighs more than another.
     """
@@ -121,7 +135,7 @@ def train_epoch(model, optimizer, source, args):
     hidden = model.init_hidden(source.size(1))
     row = 0
     while row < len(source) - 2:
-        seq_len = sample_seq_len(args.bptt, args.max_bptt)
+        seq_len = sample_seq_len(args.bptt, max_bptt)
         words, targets = get_batch(source, row, seq_len)
         hidden, loss = train_step(model, optimizer, words, targets, repackage_hidden(hidden), args, seq_len / args.bptt)
         yield len(words), loss
@@ -146,16 +160,19 @@ def evaluate(model, source, bptt):
 class Metrics:
     """`NAME.metrics.jsonl` beside the checkpoint NAME.pt: one JSON object a line. A line of kind "run" (or "resume")
     describes the run, then come "batch" lines each log interval, "epoch", "switch" and "decay" lines, "test" at the
-    end.
-    Losses are in nats per token, `time` in seconds since 1970. What a file that is there has beyond `keep` bytes is
-    dropped."""
+    end. Losses are in nats per token, `time` in seconds since 1970; a figure that is not finite is null.
+
+    Lines are added to a file that is there already; given `keep`, what it has beyond so many bytes is dropped first.
+    """
 
     def __init__(self, save, keep=None):
         self.path = checkpoint.metrics_path(save)
         with open(self.path, "ab") as file:
-            file.truncate(keep)
+            if keep is not None and keep < file.tell():
+                file.truncate(keep)
 
     def write(self, kind, **values):
+        values = {name: None if value in (math.inf, -math.inf) else value for name, value in values.items()}
         with open(self.path, "a", encoding="utf-8") as file:
             file.write(json.dumps({"kind": kind, "time": round(time.time(), 3), **values}) + "\n")
 
@@ -198,7 +215,7 @@ def generator_states():
 
 def restore_generators(states):
     name, keys, *position = states["numpy"]
-    numpy.random.set_state((name, keys.numpy().astype(numpy.uint32), *position))
+    numpy.random.set_state((name, keys.cpu().numpy().astype(numpy.uint32), *position))
     torch.set_rng_state(states["torch"].cpu())
     for device, state in enumerate(states["cuda"][:torch.cuda.device_count()]):
         torch.cuda.set_rng_state(state.cpu(), device)
@@ -217,15 +234,16 @@ def resume(args, given, stage, device):
     Flags in `given` (those of the command line) take the place of the run's own, the others in `args` become the run's.
     Raises BadInput when there is no such state, or a flag or the corpus contradicts it.
     """
-    path = checkpoint.last_path(args.resume)
+    best = checkpoint.best_path(args.resume)
+    path = checkpoint.last_path(best)
     content = checkpoint.load(path, device)
-    state = content.get("state", {})
-    if state.get("stage") != stage:
-        raise BadInput(f"{path}: not the state of a run of this script: "
-                       f"its stage is {state.get('stage')!r}, not {stage!r}")
-    changed = checkpoint.keep_flags(args, given, content, path, content["flags"].keys() - {"save", "resume", "cuda"})
-    args.save = args.save or args.resume
-    checkpoint.check_writable(args.save)
+    state = content.get("state")
+    if not isinstance(state, dict) or state.get("stage") != stage:
+        raise BadInput(f"{path}: not the state of a run of this script (its stage is not {stage!r})")
+    changed = checkpoint.keep_flags(args, given, content, path, vars(args).keys() - NOT_RESUMED)
+    args.save = args.save or str(best)
+    check_writable(*checkpoint.files_of_run(args.save))
+    checkpoint.load(best)  # the best model so far will be needed in the end
     dictionary, batches = open_corpus(args, device)
     checkpoint.check_vocabulary(content, path, dictionary, args.data)
     model = checkpoint.restore_model(content, path, vars(args), device)
@@ -240,9 +258,10 @@ def resume(args, given, stage, device):
         group["weight_decay"] = args.wdecay
         if "lr" in changed:
             group["lr"] = args.lr
-    if Path(args.save) != Path(args.resume):  # the run goes on under another name, with all it has so far
-        for here, there in ((args.resume, args.save), map(checkpoint.metrics_path, (args.resume, args.save))):
-            shutil.copyfile(here, there)
+    if not same_file(args.save, best) and not args.dry_run:  # it goes on under another name, with all it has so far
+        for old, new in zip(checkpoint.files_of_run(best), checkpoint.files_of_run(args.save)):
+            if old.exists():
+                copy_file(old, new)
     say("; ".join([f"resuming {path} after epoch {progress.epoch}",
                    *(f"{name} {theirs} -> {ours}" for name, (theirs, ours) in changed.items())]))
     return dictionary, batches, model, optimizer, progress
@@ -269,13 +288,17 @@ def open_corpus(args, device):
     """The dictionary of the corpus at `args.data`, and its splits laid out as (N, B): B = `args.batch_size` for
     training, 10 for validation, 1 for the test. Raises BadInput when a split is missing, malformed or too short."""
     corpus = load_corpus(args)
-    sources = []
-    for split, batch_size, rows in (("train", args.batch_size, 3), ("valid", 10, 2), ("test", 1, 2)):
-        try:
-            sources.append(batchify(getattr(corpus, split), batch_size, device, rows))
-        except BadInput as error:
-            raise BadInput(f"{args.data}, {split}: {error}") from error
-    return corpus.dictionary, Batches(*sources)
+    batches = [lay_out(args, corpus, split, batch_size, device, rows)
+               for split, batch_size, rows in (("train", args.batch_size, 3), ("valid", 10, 2), ("test", 1, 2))]
+    return corpus.dictionary, Batches(*batches)
+
+
+def lay_out(args, corpus, split, batch_size, device, rows=2):
+    """One split of the corpus as `batchify` does it, and its error with the name of the split."""
+    try:
+        return batchify(getattr(corpus, split), batch_size, device, rows)
+    except BadInput as error:
+        raise BadInput(f"{args.data}, {split}: {error}") from error
 
 
 def train(args, stage, dictionary, batches, model, optimizer, progress):
@@ -288,7 +311,10 @@ def train(args, stage, dictionary, batches, model, optimizer, progress):
     if args.dry_run:
         return dry_run(args, batches, model, optimizer)
     device = batches.train.device
-    metrics = Metrics(args.save, keep=progress.metrics_bytes)
+    max_bptt = args.bptt + 10 if stage == "finetune" and args.max_bptt is None else args.max_bptt
+    assert ({id(p) for group in optimizer.param_groups for p in group["params"]}
+            == {id(p) for p in model.parameters() if p.requires_grad}), "the optimizer has to own what can be trained"
+    metrics = Metrics(args.save, keep=progress.metrics_bytes if progress.epoch else None)
     description = describe_run(args, model, device)
     metrics.write("resume" if progress.epoch else "run", stage=stage, **description)
     say(f"{stage}: {' '.join(f'{name}={value}' for name, value in vars(args).items())}")
@@ -301,31 +327,34 @@ def train(args, stage, dictionary, batches, model, optimizer, progress):
     try:
         while progress.epoch < args.epochs and not (stage == "finetune" and at_plateau(progress.history, args.nonmono)):
             start = time.perf_counter()
-            log_epoch(model, optimizer, batches.train, args, progress.epoch + 1, metrics)
+            train_loss = log_epoch(model, optimizer, batches.train, args, max_bptt, progress.epoch + 1, metrics)
             seconds = time.perf_counter() - start
             progress.epoch += 1
             with averaged_weights(optimizer):
                 loss = evaluate(model, batches.valid, args.bptt)
                 check_finite(loss, f"the validation loss after epoch {progress.epoch}")
                 if loss < progress.best_loss:
-                    progress.best_loss, progress.best_epoch = loss, progress.epoch
                     save(args.save, loss)
+                    progress.best_loss, progress.best_epoch = loss, progress.epoch
             progress.history.append(loss)
             metrics.write("epoch", epoch=progress.epoch, optimizer=type(optimizer).__name__, seconds=seconds,
-                          best_epoch=progress.best_epoch, **figures(loss))
-            say(f"| end of epoch {progress.epoch:3d} | time: {seconds:8.2f}s | {score('valid', loss)}")
+                          best_epoch=progress.best_epoch, train_loss=train_loss, **figures(loss))
+            say(f"| end of epoch {progress.epoch:3d} | time: {seconds:8.2f}s | train loss {train_loss:5.2f} | "
+                f"{score('valid', loss)}")
             optimizer = after_epoch(args, model, optimizer, progress, save, metrics)
+            progress.seconds += time.perf_counter() - start
             progress.metrics_bytes = metrics.size()
             save(checkpoint.last_path(args.save), loss, state=training_state(stage, progress, optimizer))
     except KeyboardInterrupt:
-        say(f"interrupted in epoch {progress.epoch + 1}")
-        status = 130  # 128 + SIGINT, as a shell has it
+        say(f"interrupted after {progress.epoch} epochs")
+        status = INTERRUPTED
     if progress.best_loss == math.inf:
         say("no epoch was completed: there is no model to test")
         return status
     best = checkpoint.restore_model(checkpoint.load(args.save, device), args.save, device=device)
     loss = evaluate(best, batches.test, args.bptt)
-    metrics.write("test", epoch=progress.best_epoch, **figures(loss))
+    metrics.write("test", epoch=progress.best_epoch, epochs=progress.epoch, seconds=progress.seconds,
+                  valid_loss=progress.best_loss, **figures(loss))
     say(f"| end of training | best epoch {progress.best_epoch:3d} | {score('test', loss)}")
     return status
 
@@ -353,15 +382,18 @@ def peak_memory(device):
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-def log_epoch(model, optimizer, source, args, epoch, metrics):
-    """Train for one epoch; a log line and a metrics line for each `args.log_interval` batches."""
+def log_epoch(model, optimizer, source, args, max_bptt, epoch, metrics):
+    """Train for one epoch, with a log line and a metrics line for each `args.log_interval` batches; returns the mean
+    loss of the whole epoch in nats per token."""
     batches, rows, loss_sum, start = 0, 0, 0.0, time.perf_counter()
+    total = 0.0
     expected = len(source) // args.bptt
     with tqdm(total=len(source), unit="row", desc=f"epoch {epoch}", leave=False, file=sys.stdout,
               disable=not sys.stdout.isatty()) as bar:
-        for batch, (length, loss) in enumerate(train_epoch(model, optimizer, source, args), 1):
+        for batch, (length, loss) in enumerate(train_epoch(model, optimizer, source, args, max_bptt), 1):
             check_finite(loss, f"the training loss of epoch {epoch}, batch {batch}")
             bar.update(length)
+            total += length * loss
             batches, rows, loss_sum = batches + 1, rows + length, loss_sum + loss
             if batches == args.log_interval:
                 mean, lr = loss_sum / batches, optimizer.param_groups[0]["lr"]
@@ -371,26 +403,28 @@ def log_epoch(model, optimizer, source, args, epoch, metrics):
                 say(f"| epoch {epoch:3d} | {batch:5d}/{expected:5d} batches | lr {lr:8.5f} | ms/batch {ms:8.2f} | "
                     f"{score('', mean)}")
                 batches, rows, loss_sum, start = 0, 0, 0.0, time.perf_counter()
+    return total / (len(source) - 1)
 
 
 def check_finite(loss, what):
     if not math.isfinite(loss):
-        raise BadInput(f"{what} is {loss}; the best checkpoint is as it was (a smaller --lr or --clip may help)")
+        raise BadInput(f"{what} is {loss}; the best checkpoint is as it was (a smaller --lr or a --clip may help)")
 
 
 def after_epoch(args, model, optimizer, progress, save, metrics):
-    """The schedule between epochs: the learning-rate drops of `--when` and the NT-ASGD trigger, both over once ASGD
-    runs. Returns the optimizer to go on with."""
+    """The schedule between epochs: the copies and learning-rate drops of `--when` and the NT-ASGD trigger, all over
+    once ASGD runs, which starts with the first learning rate. Returns the optimizer to go on with."""
     if is_averaging(optimizer):
         return optimizer
     if progress.epoch in args.when:
         save(f"{args.save}.e{progress.epoch}", progress.history[-1])
+    if args.optimizer == "sgd" and at_plateau(progress.history, args.nonmono):
+        metrics.write("switch", epoch=progress.epoch)
+        say(f"| after epoch {progress.epoch} | switching to ASGD")
+        return make_optimizer("asgd", model, args.lr, args.wdecay)
+    if progress.epoch in args.when:
         for group in optimizer.param_groups:
             group["lr"] /= 10
         metrics.write("decay", epoch=progress.epoch, lr=optimizer.param_groups[0]["lr"])
         say(f"| after epoch {progress.epoch} | learning rate divided by 10")
-    if args.optimizer == "sgd" and at_plateau(progress.history, args.nonmono):
-        optimizer = make_optimizer("asgd", model, args.lr, args.wdecay)
-        metrics.write("switch", epoch=progress.epoch)
-        say(f"| after epoch {progress.epoch} | switching to ASGD")
     return optimizer

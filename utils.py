@@ -4,10 +4,15 @@ figures, and flags."""
 import argparse
 import math
 import os
+import shutil
+import stat
 import sys
+import tempfile
 from contextlib import contextmanager, suppress
 
 import torch
+
+INTERRUPTED = 130  # the exit status after Ctrl-C, 128 + SIGINT, as a shell has it
 
 
 class BadInput(ValueError):
@@ -16,22 +21,36 @@ class BadInput(ValueError):
 
 def run_script(main):
     """Run a script's `main` and exit: status 2 and one line on stderr for bad input; a bug keeps its traceback."""
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="backslashreplace")  # a terminal that cannot show a word is no reason to stop
     try:
-        sys.exit(main())
+        status = main()
+        sys.stdout.flush()
     except BadInput as error:
         print(f"{sys.argv[0]}: error: {error}", file=sys.stderr)
-        sys.exit(2)
+        status = 2
+    except KeyboardInterrupt:
+        print(f"{sys.argv[0]}: interrupted", file=sys.stderr)
+        status = INTERRUPTED
+    except BrokenPipeError:  # whoever read the output has gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        status = 141  # 128 + SIGPIPE
+    sys.exit(status)
 
 
 # --- files -----------------------------------------------------------------------------------------------------------
+
+PARTIAL = ".partial"  # ends the name of a file that is being written
+
 
 @contextmanager
 def replacing(path, mode="wb", **how):
     """`with replacing(path) as file`: what is written appears under `path` whole, or, on an exception, not at all.
 
-    Written under another name in the same folder, flushed to the disk, then renamed.
+    Written under another name in the same folder, flushed to the disk, then renamed; a link stays one.
     """
-    partial = f"{path}.partial"
+    path = os.path.realpath(path)
+    partial = path + PARTIAL
     try:
         with open(partial, mode, **how) as file:
             yield file
@@ -42,6 +61,30 @@ def replacing(path, mode="wb", **how):
         with suppress(OSError):
             os.unlink(partial)
         raise
+
+
+def copy_file(source, target):
+    """Copy a file so that all of it or nothing appears under `target`."""
+    with open(source, "rb") as old, replacing(target) as new:
+        shutil.copyfileobj(old, new)
+
+
+def same_file(path, other):
+    """Whether two paths lead to one place, whether there is a file or not."""
+    return os.path.realpath(path) == os.path.realpath(other)
+
+
+def check_writable(*paths):
+    """Raise BadInput unless a file can be written at each of `paths`: said before the work and not after it."""
+    for path in paths:
+        real = os.path.realpath(path)
+        try:
+            if os.path.lexists(real) and not stat.S_ISREG(os.lstat(real).st_mode):
+                raise BadInput(f"{path}: cannot be written: there is something that is no file")
+            with tempfile.TemporaryFile(dir=os.path.dirname(real)), suppress(FileNotFoundError):
+                os.lstat(real + PARTIAL)  # fails when the name is too long
+        except OSError as error:
+            raise BadInput(f"{path}: cannot be written: {error.strerror}") from error
 
 
 # --- batches ---------------------------------------------------------------------------------------------------------
@@ -86,8 +129,9 @@ def figures(loss):
 
 def score(name, loss):
     """The fixed-width text of a loss for log lines, each figure labelled with `name`."""
-    label = f"{name} " if name else ""
-    return "{0}loss {loss:5.2f} | {0}ppl {ppl:8.2f} | {0}bpc {bpc:8.3f}".format(label, **figures(loss))
+    label, ppl = f"{name} " if name else "", figures(loss)["ppl"]
+    ppl = f"{ppl:8.2f}" if ppl < 1e6 else f"{ppl:8.1e}"
+    return f"{label}loss {loss:5.2f} | {label}ppl {ppl} | {label}bpc {figures(loss)['bpc']:8.3f}"
 
 
 # --- flags -----------------------------------------------------------------------------------------------------------
@@ -121,7 +165,7 @@ def number(kind, low, below=math.inf, exclusive=False):
     return convert
 
 
-count, natural = number(int, 1), number(int, 0)
+count, natural = number(int, 1, 2**31), number(int, 0, 2**31)
 amount, rate = number(float, 0), number(float, 0, 1)
 positive = number(float, 0, exclusive=True)
 

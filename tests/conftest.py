@@ -42,6 +42,6 @@ def read_metrics(save):
 
 def pytest_terminal_summary(terminalreporter):
     from test_reference import FOLLOWED
-    for name, batches in FOLLOWED.items():
-        terminalreporter.write_line(f"reference {name}: {batches} batches as recorded, to 1e-4")
+    for name, how in FOLLOWED.items():
+        terminalreporter.write_line(f"reference {name}: {how}")
     terminalreporter.write_line(f"reference trajectories followed: {len(FOLLOWED)}")

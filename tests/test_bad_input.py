@@ -1,6 +1,7 @@
 """Bad input ends with one clear line on stderr and exit status 2, and changes no file."""
 
 import hashlib
+import os
 import shutil
 import subprocess
 import sys
@@ -76,7 +77,7 @@ def test_cuda_where_there_is_none(run, place):
 
 
 def test_missing_corpus_names_the_command_that_gets_it(run, place):
-    assert "./getdata.sh penn" in refused(run, place, "main", "--data", "data/penn", "--save", "m.pt")
+    assert "./getdata.sh NAME" in refused(run, place, "main", "--data", "data/penn", "--save", "m.pt")
 
 
 @pytest.mark.parametrize("script", ["main", "finetune", "pointer"])
@@ -136,6 +137,56 @@ def test_an_architecture_that_contradicts_the_checkpoint(run, place, given, name
     assert named in refused(run, place, "finetune", "--data", "corpus", "--save", "good.pt", *given)
     if given[0] == "--model":
         assert named in refused(run, place, "pointer", "--data", "corpus", "--save", "good.pt", *given)
+
+
+@pytest.mark.parametrize("flag", ["--seed 5", "--optimizer adam", "--nhid 7"])
+def test_flags_that_a_resumed_run_cannot_change(run, place, flag):
+    name = flag.split()[0]
+    assert f"{name} {flag.split()[1]} contradicts" in refused(run, place, "main", "--resume", "good.pt", *flag.split())
+
+
+def test_a_resumed_run_needs_its_best_model(run, place):
+    (place / "good.pt").unlink()
+    assert "good.pt: cannot be read" in refused(run, place, "main", "--resume", "good.pt")
+
+
+@pytest.mark.parametrize("name", ["m.pt", "m.last.pt", "m.metrics.jsonl"])
+def test_a_folder_in_the_place_of_a_file_of_the_run(run, place, name):
+    (place / name).mkdir()
+    assert name in refused(run, place, "main", *TINY, "--data", "corpus", "--save", "m.pt")
+
+
+@pytest.mark.parametrize("length", [240, 300])
+def test_names_that_are_too_long(run, place, length):
+    assert "too long" in refused(run, place, "main", *TINY, "--data", "corpus", "--save", "m" * length)
+    assert "no such file" in refused(run, place, "main", *TINY, "--data", "m" * 300, "--save", "m.pt")
+
+
+def test_a_device_is_not_replaced_by_a_file(run, place):
+    os.mkfifo("pipe")
+    assert "no file" in refused(run, place, "generate", "--checkpoint", "good.pt", "--outf", "pipe")
+    assert "that is the model" in refused(run, place, "generate", "--checkpoint", "good.pt", "--outf", "./good.pt")
+
+
+def test_ctrl_c_outside_of_training_is_no_traceback(run, place, monkeypatch):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+    monkeypatch.setattr(generate, "sample", interrupted)
+    before = files(place)
+    status, _, err = run("generate", "--checkpoint", "good.pt", "--outf", "text.txt")
+    assert (status, err) == (130, "generate.py: interrupted\n") and files(place) == before
+
+
+def test_the_smallest_temperature_takes_the_likeliest_word(run, place):
+    flags = ["--words", "5", "--temperature", "1e-300", "--outf", "-"]
+    status, out, _ = run("generate", "--checkpoint", "good.pt", *flags)
+    assert status == 0 and len(out.split()) == 5
+
+
+def test_a_reader_that_leaves_early_is_no_traceback(place):
+    command = f"{sys.executable} {generate.__file__} --checkpoint good.pt --words 20000 --outf - | head -1"
+    ended = subprocess.run(command, shell=True, capture_output=True, text=True)
+    assert ended.stderr == "" and ended.stdout
 
 
 def test_the_state_of_another_script(run, place):

@@ -51,7 +51,7 @@ def test_missing_split_and_folder_are_named(tmp_path):
     (tmp_path / "test.txt").unlink()
     with pytest.raises(BadInput, match=r"test\.txt: cannot be read: No such file"):
         Corpus(tmp_path)
-    with pytest.raises(BadInput, match=r"no such file or folder; './getdata.sh penn'"):
+    with pytest.raises(BadInput, match=r"no such file or folder; './getdata.sh NAME'"):
         Corpus(tmp_path / "penn")
 
 

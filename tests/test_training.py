@@ -9,6 +9,7 @@ import torch
 from torch.nn import functional
 
 import checkpoint
+import main
 import training
 from model import RNNModel
 from utils import BadInput, batchify, figures, repackage_hidden
@@ -243,3 +244,59 @@ def test_hidden_state_is_carried_from_batch_to_batch(monkeypatch):
     assert all(not part.any() for pair in starts[0] for part in pair)
     for start, end in zip(starts[1:], ends):
         assert all(torch.equal(a, b) and not a.requires_grad for p, q in zip(start, end) for a, b in zip(p, q))
+
+
+def test_a_ctrl_c_while_the_best_model_is_written_reports_no_model(train, tmp_path, monkeypatch):
+    """... least of all one that an earlier run left under that name."""
+    train(tmp_path / "m.pt", "--epochs", "1")
+
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(checkpoint, "save", interrupted)
+    status, metrics = train(tmp_path / "m.pt", "--epochs", "3")
+    assert status == 130 and len(metrics["test"]) == 1
+
+
+def test_a_new_run_adds_to_the_record_of_an_old_one_and_a_resumed_run_drops_what_is_not_its_own(train, tmp_path):
+    train(tmp_path / "m.pt", "--epochs", "2")
+    _, metrics = train(tmp_path / "m.pt", "--epochs", "0")
+    assert [len(metrics[kind]) for kind in ("run", "epoch", "test")] == [2, 2, 1]
+    _, metrics = train(tmp_path / "m.pt", "--epochs", "3", "--resume", str(tmp_path / "m.pt"))
+    assert [len(metrics[kind]) for kind in ("run", "resume", "epoch", "test")] == [1, 1, 3, 1]
+
+
+@pytest.mark.parametrize("lost", ["m.metrics.jsonl", "nothing"])
+def test_a_run_resumes_from_a_link_or_a_last_file_and_without_its_record(train, tmp_path, lost):
+    train(tmp_path / "m.pt", "--epochs", "1")
+    (tmp_path / lost).unlink(missing_ok=True)
+    (tmp_path / "link").symlink_to(tmp_path)
+    train(tmp_path / "m.pt", "--epochs", "2", "--resume", str(tmp_path / "link" / "m.last.pt"))
+    _, metrics = train(tmp_path / "other.pt", "--epochs", "3", "--resume", str(tmp_path / "link" / "m.pt"))
+    assert [line["epoch"] for line in metrics["epoch"]] == ([2, 3] if lost == "m.metrics.jsonl" else [1, 2, 3])
+
+
+def test_the_copy_of_when_and_the_start_rate_in_the_epoch_of_the_switch(train, tmp_path):
+    """After the epoch that switches to ASGD the copy of --when is kept, and ASGD starts with the first rate."""
+    _, metrics = train(tmp_path / "m.pt", "--epochs", "5", "--nonmono", "0", "--lr", "20", "--log-interval", "1")
+    switch = metrics["switch"][0]["epoch"]
+    _, metrics = train(tmp_path / "n.pt", "--epochs", "5", "--nonmono", "0", "--lr", "20", "--log-interval", "1",
+                       "--when", str(switch))
+    assert metrics["switch"][0]["epoch"] == switch and "decay" not in metrics
+    assert {line["lr"] for line in metrics["batch"]} == {20.0}
+    assert (tmp_path / f"n.pt.e{switch}").exists()
+
+
+def test_the_epoch_line_has_the_mean_training_loss(train, tmp_path):
+    _, metrics = train(tmp_path / "m.pt", "--epochs", "1", "--log-interval", "1")
+    tokens = sum(line["tokens"] for line in metrics["batch"])
+    mean = sum(line["loss"] * line["tokens"] for line in metrics["batch"]) / tokens
+    assert metrics["epoch"][0]["train_loss"] == pytest.approx(mean)
+
+
+def test_a_dry_run_reports_and_writes_nothing(train, corpus_dir, tmp_path, capsys):
+    status = main.main(["--no-cuda", "--data", str(corpus_dir), "--batch_size", "4", "--bptt", "7", "--dry-run",
+                        "--save", str(tmp_path / "m.pt")])
+    printed = capsys.readouterr().out
+    assert status == 0 and "20216813 parameters | peak memory" in printed and "valid loss" in printed
+    assert [path.name for path in tmp_path.iterdir()] == ["corpus"]
