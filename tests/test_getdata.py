@@ -141,6 +141,8 @@ def test_sample_is_offline_english_and_always_the_same(getdata, tmp_path):
     for word in words:
         counts[word] += 1
     assert "<unk>" in counts and min(counts.values()) >= 3
+    assert "is there already" in getdata("sample").stdout
+    shutil.rmtree(tmp_path / "data")
     getdata("sample")
     assert texts == {split: (tmp_path / f"data/sample/{split}.txt").read_text() for split in SPLITS}
 
