@@ -1,8 +1,11 @@
 """Text becomes token ids, and ids become batches, without losing or inventing a token."""
 
+import os
+
 import pytest
 import torch
 
+import data
 from data import Corpus
 from utils import BadInput, batchify, get_batch, repackage_hidden
 
@@ -53,6 +56,126 @@ def test_missing_split_and_folder_are_named(tmp_path):
         Corpus(tmp_path)
     with pytest.raises(BadInput, match=r"no such file or folder; './getdata.sh NAME'"):
         Corpus(tmp_path / "penn")
+
+
+@pytest.mark.parametrize("level, text, tokens", [
+    ("char", "a ö\r\nb", ["a", " ", "ö", "<eos>", "b"]),
+    ("char", b"\xef\xbb\xbfa\n", ["a", "<eos>"]),
+    ("byte", b"a\xff\r\n", ["97", "255", "13", "<eos>"]),
+    ("byte", "ö", ["195", "182"]),
+])
+def test_characters_and_bytes(tmp_path, level, text, tokens):
+    corpus = Corpus(write(tmp_path, train=text), level)
+    assert read(corpus, "train") == tokens and corpus.dictionary.idx2word[:len(tokens)] == tokens
+
+
+def test_a_folder_says_its_level(tmp_path):
+    (write(tmp_path) / "level").write_text("byte\n")
+    assert read(Corpus(tmp_path), "valid") == ["97", "<eos>"]
+    assert read(Corpus(tmp_path, "word"), "valid") == ["a", "<eos>"]
+    (tmp_path / "level").write_text("page")
+    with pytest.raises(BadInput, match="'page' is none of the levels word, char, byte"):
+        Corpus(tmp_path)
+
+
+@pytest.mark.parametrize("level", ["word", "char", "byte"])
+def test_one_file_is_cut_by_shares(tmp_path, level):
+    book = tmp_path / "book.txt"
+    book.write_text("some words\nand more\n" * 50)
+    corpus = Corpus(book, level, shares=(8, 1, 1))
+    whole = torch.cat([corpus.train, corpus.valid, corpus.test]).tolist()
+    write(tmp_path, train=book.read_text())
+    assert whole == Corpus(tmp_path, level).train.tolist()
+    assert len(corpus.valid) == len(corpus.test) == len(whole) // 10
+
+
+@pytest.mark.parametrize("text", [
+    b"a" * (2**20 + 1), b"b " * 10 + b"a" * (2**20 + 1) + b" c\n" * 9, b"x\n" + b"a" * 2**23,
+])
+def test_a_word_of_more_than_a_megabyte_is_no_word(tmp_path, text):
+    with pytest.raises(BadInput, match=r"train.txt: line [12] has a word of more than 1,048,576 bytes"):
+        Corpus(write(tmp_path, train=text))
+    assert len(Corpus(tmp_path, "byte").train) == len(text)
+
+
+def test_blocks_make_no_difference(tmp_path, monkeypatch):
+    """A text read a few bytes at a time, cut within words, characters and lines, has the tokens of one read whole."""
+    text = "größe  x\n\n  東京 a\tb\r\n" * 5 + "the end"
+    whole = {level: read(Corpus(write(tmp_path, train=text), level), "train") for level in ("word", "char", "byte")}
+    assert whole["word"] == [word for line in text.split("\n") for word in [*line.split(), "<eos>"]]
+    for block in (1, 2, 3, 7, 64):
+        monkeypatch.setattr(data, "BLOCK", block)
+        for level, tokens in whole.items():
+            assert read(Corpus(tmp_path, level), "train") == tokens
+
+
+# --- the cache -------------------------------------------------------------------------------------------------------
+
+@pytest.fixture(params=["word", "char", "byte"])
+def cached(request, tmp_path, monkeypatch):
+    """A corpus that is worth a cache, with it: a folder, the cache's path, the level, and what was read."""
+    monkeypatch.setattr(data, "CACHE_TOKENS", 3)
+    corpus = Corpus(write(tmp_path), request.param)
+    cache = tmp_path / f".{request.param}.cache"
+    assert cache.exists() and corpus.cache_error is None
+    return tmp_path, cache, request.param, content(corpus)
+
+
+def content(corpus):
+    return [read(corpus, split) for split in ("train", "valid", "test")]
+
+
+def forbid_reading(monkeypatch):
+    def read_again(*_):
+        raise AssertionError("the text was read again")
+    monkeypatch.setattr(data, "read_texts", read_again)
+
+
+def test_the_cache_takes_the_place_of_reading(cached, monkeypatch):
+    folder, _, level, expected = cached
+    forbid_reading(monkeypatch)
+    assert content(Corpus(folder, level)) == expected
+
+
+@pytest.mark.parametrize("split", ["train", "valid", "test"])
+def test_an_edited_text_is_read_again(cached, split):
+    folder, _, level, _ = cached
+    path = folder / f"{split}.txt"
+    times = path.stat()
+    path.write_text(path.read_text().replace("a", "z").replace("d", "z"))
+    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))  # the same size and date, other content
+    assert any(token in ("z", "122") for token in read(Corpus(folder, level), split))
+
+
+def test_a_cache_that_is_not_whole_is_made_again(cached, monkeypatch):
+    folder, cache, level, expected = cached
+    whole = cache.read_bytes()
+    damaged = [whole[:length] for length in (0, 10, len(whole) // 2, len(whole) - 1)]
+    damaged += [whole[:-1] + bytes([whole[-1] ^ 1]), whole + b"x", b"\x80" + whole[1:], b"[]\n" + whole, b"{}\n"]
+    for content_of_file in damaged:
+        cache.write_bytes(content_of_file)
+        assert content(Corpus(folder, level)) == expected
+        assert cache.read_bytes() == whole
+
+
+def test_a_corpus_without_room_for_the_cache_says_so(cached, monkeypatch):
+    folder, cache, level, expected = cached
+    cache.unlink()
+
+    def full_disk(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full_disk)
+    corpus = Corpus(folder, level)
+    assert content(corpus) == expected
+    assert "was not written: No space left on device" in corpus.cache_error
+    assert not cache.exists() and not list(folder.glob("*.partial"))
+
+
+def test_ids_are_as_small_as_the_vocabulary_allows(tmp_path):
+    for words, kind in ((200, torch.uint8), (300, torch.int16), (40_000, torch.int32)):
+        corpus = Corpus(write(tmp_path, train=" ".join(map(str, range(words)))))
+        assert corpus.train.dtype == kind and corpus.train[:-1].tolist() == list(range(words))
 
 
 def test_batchify_reads_columns_top_to_bottom():

@@ -8,11 +8,14 @@ import subprocess
 import sys
 import tarfile
 import threading
+import zipfile
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+
+from data import Corpus
 
 SCRIPT = Path(__file__).parent.parent / "getdata.sh"
 SPLITS = ("train", "valid", "test")
@@ -147,7 +150,41 @@ def test_sample_is_offline_english_and_always_the_same(getdata, tmp_path):
     assert texts == {split: (tmp_path / f"data/sample/{split}.txt").read_text() for split in SPLITS}
 
 
+def zipped(**members):
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w") as archive:
+        for name, content in members.items():
+            archive.writestr(name, content)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("name", ["wikitext-2", "wikitext-103"])
+def test_wikitext_comes_out_of_its_archive(getdata, served, tmp_path, name):
+    texts = {"train": " = Title = \n \n", "valid": " b \n", "test": " c \n"}
+    content = zipped(**{f"{name}/wiki.{split}.tokens": text for split, text in texts.items()}, **{"../evil": "x"})
+    (served[0] / f"{name}-v1.zip").write_bytes(content)
+    ended = getdata(name, known={f"{name}-v1.zip": content})
+    assert ended.returncode == 0, ended.stderr
+    assert {split: (tmp_path / f"data/{name}/{split}.txt").read_text() for split in SPLITS} == texts
+    assert len(written(tmp_path)) == 3 and not list(tmp_path.rglob("evil"))
+    assert "is there already" in getdata(name).stdout
+
+
+def test_enwik8_is_cut_into_18_1_and_1_twentieths_of_its_bytes(getdata, served, tmp_path):
+    text = bytes(range(200)) * 2
+    content = zipped(enwik8=text)
+    (served[0] / "enwik8.zip").write_bytes(content)
+    ended = getdata("enwik8", known={"enwik8": text})
+    assert ended.returncode == 2 and "enwik8: no source answers" in ended.stderr, "an archive without a checksum"
+    ended = getdata("enwik8", known={"enwik8.zip": content, "enwik8": text})
+    assert ended.returncode == 0, ended.stderr
+    parts = [(tmp_path / f"data/enwik8/{split}.txt").read_bytes() for split in SPLITS]
+    assert b"".join(parts) == text and [len(part) for part in parts] == [360, 20, 20]
+    corpus = Corpus(tmp_path / "data" / "enwik8")
+    assert (corpus.level, len(corpus.train), len(corpus.dictionary)) == ("byte", 360, 200)
+
+
 def test_unknown_corpus_and_list(getdata):
     ended = getdata("pen")
-    assert ended.returncode == 2 and "unknown corpus 'pen'; there are: sample penn pennchar" in ended.stderr
-    assert getdata("--list").stdout.split() == ["sample", "penn", "pennchar"]
+    assert ended.returncode == 2 and "unknown corpus 'pen'; there are: sample penn" in ended.stderr
+    assert getdata("--list").stdout.split() == ["sample", "penn", "pennchar", "wikitext-2", "wikitext-103", "enwik8"]

@@ -1,0 +1,113 @@
+"""The forget-mult is exact forward and backward, in each implementation, and the QRNN layer is its equations."""
+
+import pytest
+import torch
+
+import qrnn
+from model import RNNModel
+from qrnn import QRNN, ForgetMult, forget_mult
+from training import evaluate
+from utils import batchify
+
+CUDA = pytest.mark.skipif(not torch.cuda.is_available() or qrnn.triton is None, reason="no CUDA with Triton")
+IMPLEMENTATIONS = [
+    pytest.param(ForgetMult, "cpu", id="loop"),
+    pytest.param(getattr(qrnn, "TritonForgetMult", None), "cuda", id="triton", marks=CUDA),
+]
+
+
+def naive(f, z, start):
+    """The definition, with autograd recording every step."""
+    h, states = start, []
+    for f_t, z_t in zip(f, z):
+        h = f_t * z_t + (1 - f_t) * h
+        states.append(h)
+    return torch.stack(states)
+
+
+def inputs(device, shape, kind=torch.double):
+    torch.manual_seed(0)
+    f, z, start = torch.rand(shape), torch.randn(shape), torch.randn(shape[1:])
+    return [x.to(device, kind).requires_grad_() for x in (f, z, start)]
+
+
+@pytest.mark.parametrize("implementation, device", IMPLEMENTATIONS)
+@pytest.mark.parametrize("shape", [(9, 4, 5), (1, 4, 5), (9, 1, 1), (1, 1, 1), (3, 7, 300)])
+def test_forget_mult_and_its_gradient_are_the_naive_loop(implementation, device, shape):
+    ours, theirs = inputs(device, shape), inputs(device, shape)
+    upstream = torch.randn(shape, dtype=torch.double).to(device)
+    h, expected = implementation.apply(*ours), naive(*theirs)
+    torch.testing.assert_close(h, expected)
+    torch.testing.assert_close(torch.autograd.grad(h, ours, upstream), torch.autograd.grad(expected, theirs, upstream))
+
+
+@pytest.mark.parametrize("implementation, device", IMPLEMENTATIONS)
+@pytest.mark.parametrize("shape", [(5, 2, 3), (1, 1, 2)])
+def test_forget_mult_gradcheck(implementation, device, shape):
+    assert torch.autograd.gradcheck(implementation.apply, inputs(device, shape))
+
+
+@pytest.mark.parametrize("implementation, device", IMPLEMENTATIONS)
+def test_forget_mult_takes_inputs_that_are_not_contiguous(implementation, device):
+    f, z, start = inputs(device, (6, 4, 8))
+    f, z, start = f[:, :, ::2], z.transpose(0, 1).transpose(0, 1)[:, :, :4], start[:, 1::2]
+    torch.testing.assert_close(implementation.apply(f, z, start), naive(f, z, start))
+
+
+def test_saturated_gates_are_exact():
+    """Gates of 0 and 1, where a form by logarithms would give NaN: the state is kept, and replaced."""
+    f = torch.tensor([1.0, 0.0, 0.0, 1.0]).view(4, 1, 1)
+    z = torch.tensor([2.0, 3.0, 4.0, 5.0]).view(4, 1, 1)
+    assert forget_mult(f, z, torch.ones(1, 1)).flatten().tolist() == [2.0, 2.0, 2.0, 5.0]
+
+
+@pytest.mark.parametrize("window", [1, 2])
+def test_the_layer_is_its_equations(window):
+    layer = QRNN(3, 4, window).double()
+    x, c, previous = (torch.randn(*shape, dtype=torch.double) for shape in ((6, 2, 3), (1, 2, 4), (1, 2, 3)))
+    h, hidden = layer(x, (c, previous) if window == 2 else (c,))
+    weight_z, weight_f, weight_o = layer.linear.weight.split(4)
+    bias_z, bias_f, bias_o = layer.linear.bias.split(4)
+    state, last = c[0], previous[0]
+    for t in range(6):
+        source = torch.cat([x[t], last], -1) if window == 2 else x[t]
+        z = torch.tanh(source @ weight_z.T + bias_z)
+        f = torch.sigmoid(source @ weight_f.T + bias_f)
+        o = torch.sigmoid(source @ weight_o.T + bias_o)
+        state, last = f * z + (1 - f) * state, x[t]
+        torch.testing.assert_close(h[t], o * state)
+    torch.testing.assert_close(hidden[0][0], state)
+    assert len(hidden) == window
+
+
+def test_zoneout_keeps_units_in_training_and_slows_them_in_evaluation():
+    torch.manual_seed(1)
+    layer = QRNN(3, 500, zoneout=0.3).double()
+    x, start = torch.randn(1, 2, 3, dtype=torch.double), layer.init_hidden(2)[0] + 7
+    _, (moved,) = layer(x, (start,))
+    assert (moved == 7).double().mean().item() == pytest.approx(0.3, abs=0.05)
+    layer.eval()
+    _, (slowed,) = layer(x, (start,))
+    layer.zoneout = 0
+    _, (free,) = layer(x, (start,))
+    torch.testing.assert_close(slowed - 7, (free - 7) * 0.7)
+
+
+@pytest.mark.parametrize("bptt", [1, 5, 33])
+def test_evaluation_in_chunks_is_evaluation_at_once(bptt):
+    """The previous input travels in the hidden state: where the chunks are cut makes no difference."""
+    torch.manual_seed(0)
+    model = RNNModel(11, "QRNN", emsize=5, nhid=6, nlayers=3).double()
+    source = batchify(torch.randint(11, (150,)), 3)
+    assert evaluate(model, source, bptt) == pytest.approx(evaluate(model, source, 1000), abs=1e-12)
+
+
+def test_weight_drop_acts_on_the_linear_weight():
+    model = RNNModel(11, "QRNN", emsize=5, nhid=6, nlayers=2, dropout=0, dropouth=0, dropouti=0, dropoute=0, wdrop=0.5)
+    words = torch.randint(11, (7, 2))
+    first, second = (model(words, model.init_hidden(2))[0] for _ in range(2))
+    assert not torch.allclose(first[0], second[0]), "the linear map acts at every step, the first one too"
+    names = [name for name, _ in model.named_parameters()]
+    assert names == ["encoder.weight", "rnns.0.linear.weight", "rnns.0.linear.bias", "rnns.1.linear.weight",
+                     "rnns.1.linear.bias", "decoder.bias"]
+    assert model.rnns[0].linear.weight.shape == (18, 10) and model.rnns[1].linear.weight.shape == (15, 6)

@@ -1,0 +1,139 @@
+"""The split softmax is a distribution, and its loss, its log-probabilities and the recorded ones agree."""
+
+import json
+from pathlib import Path
+
+import numpy
+import pytest
+import torch
+from torch.nn import functional
+
+import training
+from model import RNNModel
+from splitcross import SplitCrossEntropy, splits_for
+
+FOLDER = Path(__file__).parent / "reference"
+RECORDED = json.loads((FOLDER / "splitcross.json").read_text())
+SPLITS = [(), (20,), (10, 30), (10, 30, 45), (1, 2, 59)]
+
+
+def arrays():
+    with numpy.load(FOLDER / "splitcross.npz") as content:
+        return {name: torch.from_numpy(content[name]) for name in content}
+
+
+def make(splits, words=60, size=8, rows=50):
+    torch.manual_seed(3)
+    softmax = SplitCrossEntropy(size, words, splits).double()
+    with torch.no_grad():
+        for parameter in softmax.parameters():
+            parameter.normal_()
+    weight, bias, hidden = (torch.randn(*shape, dtype=torch.double, requires_grad=True)
+                            for shape in ((words, size), (words,), (rows, size)))
+    return softmax, weight, bias, hidden, torch.randint(words, (rows,))
+
+
+@pytest.mark.parametrize("case", range(len(RECORDED["cases"])))
+def test_loss_and_logprob_are_those_recorded(case):
+    recorded, given = RECORDED["cases"][case], arrays()
+    softmax = SplitCrossEntropy(8, 60, recorded["splits"])
+    softmax.load_state_dict({"tail_vectors": given[f"tail_vectors_{case}"], "tail_bias": given[f"tail_bias_{case}"]})
+    loss = softmax(given["weight"], given["bias"], given["hidden"], given["targets"])
+    assert loss.item() == pytest.approx(recorded["loss"], abs=1e-5)
+    logprob = softmax.logprob(given["weight"], given["bias"], given["hidden"])
+    torch.testing.assert_close(logprob, given[f"logprob_{case}"], atol=1e-5, rtol=0)
+
+
+def test_without_a_split_it_is_plain_cross_entropy():
+    given = arrays()
+    loss = SplitCrossEntropy(8, 60)(given["weight"], given["bias"], given["hidden"], given["targets"])
+    assert loss.item() == pytest.approx(RECORDED["unsplit_loss"], abs=1e-5)
+    logits = functional.linear(given["hidden"], given["weight"], given["bias"])
+    torch.testing.assert_close(loss, functional.cross_entropy(logits, given["targets"]))
+    assert not list(SplitCrossEntropy(8, 60).parameters())
+
+
+@pytest.mark.parametrize("splits", SPLITS)
+def test_it_is_a_distribution_whose_loss_is_its_own_logprob(splits):
+    softmax, weight, bias, hidden, targets = make(splits)
+    logprob = softmax.logprob(weight, bias, hidden)
+    torch.testing.assert_close(logprob.exp().sum(1), torch.ones(50, dtype=torch.double))
+    expected = logprob.gather(1, targets.unsqueeze(1)).squeeze(1)
+    torch.testing.assert_close(softmax.target_logprob(weight, bias, hidden, targets), expected)
+    torch.testing.assert_close(softmax(weight, bias, hidden, targets), -expected.mean())
+
+
+@pytest.mark.parametrize("targets", [[0, 1, 2], [0, 59, 59], [35, 35, 35], [59]])
+def test_splits_without_a_target(targets):
+    """Batches whose targets are all in the head, in one tail, and a single target."""
+    softmax, weight, bias, hidden, _ = make((10, 30, 45), rows=len(targets))
+    targets = torch.tensor(targets)
+    expected = softmax.logprob(weight, bias, hidden).gather(1, targets.unsqueeze(1)).squeeze(1)
+    torch.testing.assert_close(softmax.target_logprob(weight, bias, hidden, targets), expected)
+    softmax(weight, bias, hidden, targets).backward()
+    assert softmax.tail_vectors.grad.abs().sum() > 0, "tombstones compete for the head's probability"
+
+
+@pytest.mark.parametrize("splits", SPLITS)
+def test_loss_gradcheck(splits):
+    softmax, weight, bias, hidden, targets = make(splits, rows=6)
+    parameters = dict(softmax.named_parameters())
+
+    def loss(weight, bias, hidden, *values):
+        return torch.func.functional_call(softmax, dict(zip(parameters, values)), (weight, bias, hidden, targets))
+
+    assert torch.autograd.gradcheck(loss, (weight, bias, hidden, *parameters.values()))
+
+
+def test_a_vocabulary_smaller_than_the_last_split_has_fewer_tails():
+    assert SplitCrossEntropy(8, 60, (20, 60)).sizes == [20, 40]
+    assert SplitCrossEntropy(8, 60, (20, 40, 100)).sizes == [20, 20, 20]
+    assert SplitCrossEntropy(8, 60, (100, 200)).sizes == [60]
+
+
+@pytest.mark.parametrize("words, splits", [
+    (75_000, []), (75_001, [2800, 20_000, 76_000]),
+    (500_000, [2800, 20_000, 76_000]), (500_001, [4200, 35_000, 180_000]),
+])
+def test_where_the_papers_split(words, splits):
+    assert splits_for(words) == splits
+
+
+def test_memory_is_that_of_the_splits_in_use():
+    """No tensor of the pass has more columns than its split has words, or more rows than have their target there."""
+    softmax, weight, bias, hidden, _ = make((10, 30))
+    targets = torch.tensor([3] * 46 + [15] * 3 + [50])
+    seen, linear = [], functional.linear
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(functional, "linear", lambda *arguments: (seen.append(linear(*arguments)), seen[-1])[1])
+        softmax(weight, bias, hidden, targets)
+    assert [tuple(logits.shape) for logits in seen] == [(50, 12), (3, 20), (1, 30)]
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("optimizer", ["sgd", "asgd", "adam"])
+def test_tail_vectors_train_and_are_averaged_as_all_else(optimizer, tied):
+    torch.manual_seed(0)
+    model = RNNModel(20, emsize=5, nhid=6, nlayers=2, tied=tied, splits=(4, 10))
+    words, targets = torch.randint(20, (7, 3)), torch.randint(20, (7, 3))
+    optimizer = training.make_optimizer(optimizer, model, 0.1, 0)
+    for _ in range(3):
+        before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+        optimizer.zero_grad()
+        output, _, _ = model(words, model.init_hidden(3))
+        model.loss(output, targets).backward()
+        optimizer.step()
+        assert all(not torch.equal(before[name], parameter) for name, parameter in model.named_parameters())
+    current = model.softmax.tail_vectors.detach().clone()
+    with training.averaged_weights(optimizer):
+        assert torch.equal(model.softmax.tail_vectors, current) != training.is_averaging(optimizer)
+
+
+def test_model_loss_and_logprobs_agree_with_splits():
+    torch.manual_seed(0)
+    model = RNNModel(20, emsize=5, nhid=6, nlayers=2, splits=(4, 10)).double().eval()
+    words, targets = torch.randint(20, (7, 3)), torch.randint(20, (7, 3))
+    output, _, _ = model(words, model.init_hidden(3))
+    expected = model.logprob(output).gather(-1, targets.unsqueeze(-1)).squeeze(-1)
+    torch.testing.assert_close(model.target_logprob(output, targets), expected)
+    torch.testing.assert_close(model.loss(output, targets), -expected.mean())
