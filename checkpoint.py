@@ -17,6 +17,7 @@ import pickle
 import warnings
 from pathlib import Path
 
+import numpy
 import torch
 
 from model import ARCHITECTURE, DROPOUTS, RNNModel
@@ -117,3 +118,18 @@ def check_vocabulary(content, path, dictionary, data):
     if content["vocabulary"] != dictionary.idx2word:
         raise BadInput(f"{path}: its vocabulary ({len(content['vocabulary'])} words) is not that of {data} "
                        f"({len(dictionary)} words): the model was trained on another corpus")
+
+
+def generator_states():
+    """The states of all random generators that training draws from, as tensors and plain values."""
+    name, keys, *position = numpy.random.get_state()
+    return {"numpy": [name, torch.from_numpy(keys.astype(numpy.int64)), *position], "torch": torch.get_rng_state(),
+            "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []}
+
+
+def restore_generators(states):
+    name, keys, *position = states["numpy"]
+    numpy.random.set_state((name, keys.cpu().numpy().astype(numpy.uint32), *position))
+    torch.set_rng_state(states["torch"].cpu())
+    for device, state in enumerate(states["cuda"][:torch.cuda.device_count()]):
+        torch.cuda.set_rng_state(state.cpu(), device)

@@ -8,7 +8,7 @@ BPTT) and 4.6 (AR and TAR); learning-rate drops (`--when`) from 1803.08240. Shap
 import json
 import math
 import platform
-import resource
+import signal
 import subprocess
 import sys
 import time
@@ -25,13 +25,14 @@ from tqdm import tqdm
 import checkpoint
 from data import Corpus
 from utils import (
-    INTERRUPTED,
     BadInput,
+    Signals,
     batchify,
     check_writable,
     copy_file,
     figures,
     get_batch,
+    peak_memory,
     repackage_hidden,
     same_file,
     score,
@@ -44,10 +45,19 @@ NOT_RESUMED = {"save", "resume", "cuda", "dry_run"}  # flags of a command, not o
 class Progress:
     """What the loop changes besides weights, optimizer and random generators; saved and restored as a whole."""
     epoch: int = 0                                  # epochs completed
+    row: int = 0                                    # of the epoch under way: where in the text its next batch starts,
+    batch: int = 0                                  # batches done,
+    hidden: list | None = None                      # the state that they ended with,
+    epoch_loss: float = 0.0                         # the sum of their losses over rows,
+    epoch_seconds: float = 0.0                      # and over time
+    window_batches: int = 0                         # of the log interval under way: batches,
+    window_rows: int = 0                            # rows,
+    window_loss: float = 0.0                        # the sum of the losses over batches
+    window_seconds: float = 0.0
     history: list = field(default_factory=list)     # validation loss after each of them
     best_loss: float = math.inf                     # validation loss of the model at --save, nats per token
     best_epoch: int = 0                             # 0: the model that training started from
-    seconds: float = 0.0                            # spent so far
+    seconds: float = 0.0                            # spent in completed epochs, validation included
     metrics_bytes: int = 0                          # length of the metrics file that belongs to this progress
 
 
@@ -106,7 +116,10 @@ def sample_seq_len(bptt, max_bptt=None):
 
 def train_step(model, optimizer, words, targets, hidden, args, lr_scale):
     """One step of the optimizer on the batch `words`, `targets` (T, B) from the state `hidden`, with the learning rate
-    times `lr_scale`; returns the new hidden state and the cross entropy, nats per token, without AR and TAR."""
+    times `lr_scale`; returns the new hidden state and the cross entropy, nats per token, without AR and TAR.
+
+    Raises FloatingPointError, having changed no weight, when loss or gradient is not finite.
+    """
     output, hidden, raw = model(words, hidden)
     cross_entropy = objective = model.loss(output, targets)
     if args.alpha:
@@ -115,31 +128,47 @@ def train_step(model, optimizer, words, targets, hidden, args, lr_scale):
         objective = objective + args.beta * (raw[1:] - raw[:-1]).pow(2).mean()
     optimizer.zero_grad()
     objective.backward()
-    if args.clip:
-        clip_grad_norm_(model.parameters(), args.clip)
+    norm = clip_grad_norm_(model.parameters(), args.clip or math.inf).item()
+    loss = cross_entropy.item()
+    if not (math.isfinite(loss) and math.isfinite(norm)):
+        raise FloatingPointError(f"the loss is {loss} and the norm of the gradient {norm}")
     group = optimizer.param_groups[0]
     lr = group["lr"]
     group["lr"] = lr * lr_scale
     optimizer.step()
     group["lr"] = lr
-    return hidden, cross_entropy.item()
+    return repackage_hidden(hidden), loss
 
 
-def train_epoch(model, optimizer, source, args, max_bptt=None):
-    """Train over `source` (N, B) once, in batches of up to `max_bptt` steps; yields after each batch the rows read and
-    its loss in nats per token.
+def train_epoch(model, optimizer, source, args, progress, max_bptt=None):
+    """Train over `source` (N, B) from where `progress` stands to its end, in batches of up to `max_bptt` steps; yields
+    after each batch its rows, its loss in nats per token and its seconds.
 
-    A longer batch takes a proportionally larger step, so that no part of the text weighs more than another.
+    A longer batch takes a proportionally larger step, so that no part of the text weighs more than another. Raises
+    BadInput when a loss or gradient is not finite, or when memory runs out.
     """
     model.train()
-    hidden = model.init_hidden(source.size(1))
-    row = 0
-    while row < len(source) - 2:
+    progress.hidden = progress.hidden or model.init_hidden(source.size(1))
+    while progress.row < len(source) - 2:
+        start = time.perf_counter()
         seq_len = sample_seq_len(args.bptt, max_bptt)
-        words, targets = get_batch(source, row, seq_len)
-        hidden, loss = train_step(model, optimizer, words, targets, repackage_hidden(hidden), args, seq_len / args.bptt)
-        yield len(words), loss
-        row += seq_len
+        words, targets = get_batch(source, progress.row, seq_len)
+        where = f"epoch {progress.epoch + 1}, batch {progress.batch + 1}"
+        try:
+            progress.hidden, loss = train_step(model, optimizer, words, targets, progress.hidden, args,
+                                               lr_scale=seq_len / args.bptt)
+        except FloatingPointError as error:
+            again = f"--resume {args.save}" if progress.metrics_bytes else "the same command"
+            raise BadInput(f"{where}: {error}; the best checkpoint is as it was; {again} replays it "
+                           f"(seed {args.seed}); a smaller --lr or a --clip may help") from error
+        except RuntimeError as error:
+            if "memory" not in str(error):
+                raise
+            raise BadInput(f"{where}: out of memory with {len(words)} time steps of {words.size(1)} columns; "
+                           "--max-bptt caps the steps, which vary around --bptt") from error
+        progress.row += seq_len
+        progress.batch += 1
+        yield len(words), loss, time.perf_counter() - start
 
 
 @torch.no_grad()
@@ -206,25 +235,10 @@ def seed_everything(seed):
     torch.manual_seed(seed)  # seeds CUDA too
 
 
-def generator_states():
-    """The states of all random generators that training draws from, as tensors and plain values."""
-    name, keys, *position = numpy.random.get_state()
-    return {"numpy": [name, torch.from_numpy(keys.astype(numpy.int64)), *position], "torch": torch.get_rng_state(),
-            "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []}
-
-
-def restore_generators(states):
-    name, keys, *position = states["numpy"]
-    numpy.random.set_state((name, keys.cpu().numpy().astype(numpy.uint32), *position))
-    torch.set_rng_state(states["torch"].cpu())
-    for device, state in enumerate(states["cuda"][:torch.cuda.device_count()]):
-        torch.cuda.set_rng_state(state.cpu(), device)
-
-
 def training_state(stage, progress, optimizer):
     """What a checkpoint needs besides the model so that training can go on as if it had never stopped."""
     return {"stage": stage, "progress": asdict(progress), "averaging": is_averaging(optimizer),
-            "optimizer": optimizer.state_dict(), "generators": generator_states()}
+            "optimizer": optimizer.state_dict(), "generators": checkpoint.generator_states()}
 
 
 def resume(args, given, stage, device):
@@ -243,7 +257,6 @@ def resume(args, given, stage, device):
     changed = checkpoint.keep_flags(args, given, content, path, vars(args).keys() - NOT_RESUMED)
     args.save = args.save or str(best)
     check_writable(*checkpoint.files_of_run(args.save))
-    checkpoint.load(best)  # the best model so far will be needed in the end
     dictionary, batches = open_corpus(args, device)
     checkpoint.check_vocabulary(content, path, dictionary, args.data)
     model = checkpoint.restore_model(content, path, vars(args), device)
@@ -251,9 +264,13 @@ def resume(args, given, stage, device):
         progress = Progress(**state["progress"])
         optimizer = make_optimizer("asgd" if state["averaging"] else args.optimizer, model, args.lr, args.wdecay)
         optimizer.load_state_dict(state["optimizer"])
-        restore_generators(state["generators"])
+        checkpoint.restore_generators(state["generators"])
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         raise BadInput(f"{path}: damaged checkpoint: its state cannot be restored") from error
+    if progress.best_loss < math.inf:
+        checkpoint.load(best)  # the best model so far will be needed in the end
+    if progress.row and "batch_size" in changed:
+        raise BadInput(f"--batch_size cannot change in the middle of an epoch, which is where {path} stopped")
     for group in optimizer.param_groups:
         group["weight_decay"] = args.wdecay
         if "lr" in changed:
@@ -262,7 +279,7 @@ def resume(args, given, stage, device):
         for old, new in zip(checkpoint.files_of_run(best), checkpoint.files_of_run(args.save)):
             if old.exists():
                 copy_file(old, new)
-    say("; ".join([f"resuming {path} after epoch {progress.epoch}",
+    say("; ".join([f"resuming {path} in epoch {progress.epoch + 1}, batch {progress.batch + 1}",
                    *(f"{name} {theirs} -> {ours}" for name, (theirs, ours) in changed.items())]))
     return dictionary, batches, model, optimizer, progress
 
@@ -302,11 +319,10 @@ def lay_out(args, corpus, split, batch_size, device, rows=2):
 
 
 def train(args, stage, dictionary, batches, model, optimizer, progress):
-    """Train `model` on from `progress` for `args.epochs` epochs or until Ctrl-C, then test the best model.
+    """Train `model` on from `progress` for `args.epochs` epochs or until a signal to stop, then test the best model.
 
     The `stage` "train" turns SGD into ASGD at a plateau (NT-ASGD); the stage "finetune" ends there. The best model is
-    kept at `args.save`, the state to resume from and the metrics beside it. Returns the exit status of the script;
-    raises BadInput when a loss is no longer finite.
+    kept at `args.save`, the state to resume from and the metrics beside it. Returns the exit status of the script.
     """
     if args.dry_run:
         return dry_run(args, batches, model, optimizer)
@@ -314,101 +330,111 @@ def train(args, stage, dictionary, batches, model, optimizer, progress):
     max_bptt = args.bptt + 10 if stage == "finetune" and args.max_bptt is None else args.max_bptt
     assert ({id(p) for group in optimizer.param_groups for p in group["params"]}
             == {id(p) for p in model.parameters() if p.requires_grad}), "the optimizer has to own what can be trained"
-    metrics = Metrics(args.save, keep=progress.metrics_bytes if progress.epoch else None)
+    resumed = progress.metrics_bytes > 0
+    metrics = Metrics(args.save, keep=progress.metrics_bytes if resumed else None)
     description = describe_run(args, model, device)
-    metrics.write("resume" if progress.epoch else "run", stage=stage, **description)
+    metrics.write("resume" if resumed else "run", stage=stage, **description)
     say(f"{stage}: {' '.join(f'{name}={value}' for name, value in vars(args).items())}")
     say(f"model: {args.model}, {model.parameter_count():,} parameters, on {description['device']}")
 
     def save(path, loss, **extra):
         checkpoint.save(path, model, vars(args), dictionary.idx2word, loss, progress.epoch, **extra)
 
-    status = 0
-    try:
+    def save_state():
+        progress.metrics_bytes = metrics.size()
+        loss = progress.history[-1] if progress.history else math.inf
+        save(checkpoint.last_path(args.save), loss, state=training_state(stage, progress, optimizer))
+
+    with Signals() as signals:
+        saved = time.monotonic()
         while progress.epoch < args.epochs and not (stage == "finetune" and at_plateau(progress.history, args.nonmono)):
-            start = time.perf_counter()
-            train_loss = log_epoch(model, optimizer, batches.train, args, max_bptt, progress.epoch + 1, metrics)
-            seconds = time.perf_counter() - start
-            progress.epoch += 1
-            with averaged_weights(optimizer):
-                loss = evaluate(model, batches.valid, args.bptt)
-                check_finite(loss, f"the validation loss after epoch {progress.epoch}")
-                if loss < progress.best_loss:
-                    save(args.save, loss)
-                    progress.best_loss, progress.best_epoch = loss, progress.epoch
-            progress.history.append(loss)
-            metrics.write("epoch", epoch=progress.epoch, optimizer=type(optimizer).__name__, seconds=seconds,
-                          best_epoch=progress.best_epoch, train_loss=train_loss, **figures(loss))
-            say(f"| end of epoch {progress.epoch:3d} | time: {seconds:8.2f}s | train loss {train_loss:5.2f} | "
-                f"{score('valid', loss)}")
+            with tqdm(total=len(batches.train), initial=progress.row, unit="row", desc=f"epoch {progress.epoch + 1}",
+                      leave=False, file=sys.stdout, disable=not sys.stdout.isatty()) as bar:
+                for rows, loss, seconds in train_epoch(model, optimizer, batches.train, args, progress, max_bptt):
+                    bar.update(rows)
+                    log_batch(args, metrics, progress, optimizer, batches.train, rows, loss, seconds)
+                    due = args.save_interval and time.monotonic() > saved + 60 * args.save_interval
+                    if due or signals.stop or signals.save:
+                        save_state()
+                        saved, signals.save = time.monotonic(), False
+                    if signals.stop:
+                        break
+            if signals.stop:
+                break
+            end_epoch(args, metrics, progress, model, optimizer, batches, save)
             optimizer = after_epoch(args, model, optimizer, progress, save, metrics)
-            progress.seconds += time.perf_counter() - start
-            progress.metrics_bytes = metrics.size()
-            save(checkpoint.last_path(args.save), loss, state=training_state(stage, progress, optimizer))
-    except KeyboardInterrupt:
-        say(f"interrupted after {progress.epoch} epochs")
-        status = INTERRUPTED
+            save_state()
+            saved = time.monotonic()
+            if signals.stop:
+                break
+    if signals.stop:
+        say(f"| stopped by {signal.Signals(signals.stop).name} | --resume {args.save} goes on from epoch "
+            f"{progress.epoch + 1}, batch {progress.batch + 1}")
+    if signals.stop == signal.SIGTERM:  # whoever sent it does not wait
+        return 128 + signals.stop
     if progress.best_loss == math.inf:
         say("no epoch was completed: there is no model to test")
-        return status
-    best = checkpoint.restore_model(checkpoint.load(args.save, device), args.save, device=device)
-    loss = evaluate(best, batches.test, args.bptt)
-    metrics.write("test", epoch=progress.best_epoch, epochs=progress.epoch, seconds=progress.seconds,
-                  valid_loss=progress.best_loss, **figures(loss))
-    say(f"| end of training | best epoch {progress.best_epoch:3d} | {score('test', loss)}")
-    return status
+    else:
+        best = checkpoint.restore_model(checkpoint.load(args.save, device), args.save, device=device)
+        loss = evaluate(best, batches.test, args.bptt)
+        metrics.write("test", epoch=progress.best_epoch, epochs=progress.epoch, seconds=progress.seconds,
+                      valid_loss=progress.best_loss, **figures(loss))
+        say(f"| end of training | best epoch {progress.best_epoch:3d} | {score('test', loss)}")
+    return 128 + signals.stop if signals.stop else 0
+
+
+def log_batch(args, metrics, progress, optimizer, source, rows, loss, seconds):
+    """Count a batch; a log line and a metrics line when `args.log_interval` of them are full."""
+    progress.epoch_loss += rows * loss
+    progress.epoch_seconds += seconds
+    progress.window_batches += 1
+    progress.window_rows += rows
+    progress.window_loss += loss
+    progress.window_seconds += seconds
+    if progress.window_batches < args.log_interval:
+        return
+    mean, lr = progress.window_loss / progress.window_batches, optimizer.param_groups[0]["lr"]
+    ms = progress.window_seconds * 1000 / progress.window_batches
+    metrics.write("batch", epoch=progress.epoch + 1, batch=progress.batch, tokens=progress.window_rows * source.size(1),
+                  lr=lr, ms_per_batch=ms, **figures(mean))
+    say(f"| epoch {progress.epoch + 1:3d} | {progress.batch:5d}/{len(source) // args.bptt:5d} batches | lr {lr:8.5f} | "
+        f"ms/batch {ms:8.2f} | {score('', mean)}")
+    progress.window_batches, progress.window_rows, progress.window_loss, progress.window_seconds = 0, 0, 0.0, 0.0
+
+
+def end_epoch(args, metrics, progress, model, optimizer, batches, save):
+    """Validate, keep the model if it is the best so far, and turn `progress` to the next epoch."""
+    start, epoch = time.perf_counter(), progress.epoch + 1
+    train_loss = progress.epoch_loss / (len(batches.train) - 1)
+    with averaged_weights(optimizer):
+        loss = evaluate(model, batches.valid, args.bptt)
+        if not math.isfinite(loss):
+            raise BadInput(f"the validation loss after epoch {epoch} is {loss}; the best checkpoint is as it was")
+        if loss < progress.best_loss:
+            progress.epoch = epoch
+            save(args.save, loss)
+            progress.best_loss, progress.best_epoch = loss, epoch
+    metrics.write("epoch", epoch=epoch, optimizer=type(optimizer).__name__, seconds=progress.epoch_seconds,
+                  best_epoch=progress.best_epoch, train_loss=train_loss, **figures(loss))
+    say(f"| end of epoch {epoch:3d} | time: {progress.epoch_seconds:8.2f}s | train loss {train_loss:5.2f} | "
+        f"{score('valid', loss)}")
+    progress.history.append(loss)
+    progress.seconds += progress.epoch_seconds + time.perf_counter() - start
+    progress.epoch, progress.row, progress.batch, progress.hidden = epoch, 0, 0, None
+    progress.epoch_loss, progress.epoch_seconds = 0.0, 0.0
+    progress.window_batches, progress.window_rows, progress.window_loss, progress.window_seconds = 0, 0, 0.0, 0.0
 
 
 def dry_run(args, batches, model, optimizer):
-    """One training batch of `args.bptt` steps and one validation batch; says what they need and writes nothing."""
-    model.train()
-    words, targets = get_batch(batches.train, 0, args.bptt)
-    start = time.perf_counter()
-    _, loss = train_step(model, optimizer, words, targets, model.init_hidden(words.size(1)), args, lr_scale=1.0)
-    seconds = time.perf_counter() - start
-    say(f"| dry run | {words.numel() / seconds:,.0f} tokens/s in the first batch | {score('train', loss)}")
+    """One training batch and one validation batch; says what they need and writes nothing."""
+    rows, loss, seconds = next(train_epoch(model, optimizer, batches.train, args, Progress(), args.bptt))
+    say(f"| dry run | {rows * args.batch_size / seconds:,.0f} tokens/s in the first batch | {score('train', loss)}")
     with averaged_weights(optimizer):
         loss = evaluate(model, batches.valid[:args.bptt + 1], args.bptt)
+    memory = peak_memory(batches.train.device) / 2**20
     say(f"| dry run | {score('valid', loss)}")
-    say(f"| dry run | {model.parameter_count()} parameters | peak memory {peak_memory(words.device) / 2**20:,.0f} MiB")
+    say(f"| dry run | {model.parameter_count()} parameters | peak memory {memory:,.0f} MiB")
     return 0
-
-
-def peak_memory(device):
-    """Bytes: of the GPU's memory that tensors took at most, else of this process's resident memory at most."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
-
-
-def log_epoch(model, optimizer, source, args, max_bptt, epoch, metrics):
-    """Train for one epoch, with a log line and a metrics line for each `args.log_interval` batches; returns the mean
-    loss of the whole epoch in nats per token."""
-    batches, rows, loss_sum, start = 0, 0, 0.0, time.perf_counter()
-    total = 0.0
-    expected = len(source) // args.bptt
-    with tqdm(total=len(source), unit="row", desc=f"epoch {epoch}", leave=False, file=sys.stdout,
-              disable=not sys.stdout.isatty()) as bar:
-        for batch, (length, loss) in enumerate(train_epoch(model, optimizer, source, args, max_bptt), 1):
-            check_finite(loss, f"the training loss of epoch {epoch}, batch {batch}")
-            bar.update(length)
-            total += length * loss
-            batches, rows, loss_sum = batches + 1, rows + length, loss_sum + loss
-            if batches == args.log_interval:
-                mean, lr = loss_sum / batches, optimizer.param_groups[0]["lr"]
-                ms = (time.perf_counter() - start) * 1000 / batches
-                metrics.write("batch", epoch=epoch, batch=batch, tokens=rows * source.size(1), lr=lr,
-                              ms_per_batch=ms, **figures(mean))
-                say(f"| epoch {epoch:3d} | {batch:5d}/{expected:5d} batches | lr {lr:8.5f} | ms/batch {ms:8.2f} | "
-                    f"{score('', mean)}")
-                batches, rows, loss_sum, start = 0, 0, 0.0, time.perf_counter()
-    return total / (len(source) - 1)
-
-
-def check_finite(loss, what):
-    if not math.isfinite(loss):
-        raise BadInput(f"{what} is {loss}; the best checkpoint is as it was (a smaller --lr or a --clip may help)")
 
 
 def after_epoch(args, model, optimizer, progress, save, metrics):

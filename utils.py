@@ -4,10 +4,13 @@ figures, and flags."""
 import argparse
 import math
 import os
+import resource
 import shutil
+import signal
 import stat
 import sys
 import tempfile
+import threading
 from contextlib import contextmanager, suppress
 
 import torch
@@ -36,6 +39,33 @@ def run_script(main):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         status = 141  # 128 + SIGPIPE
     sys.exit(status)
+
+
+class Signals:
+    """`with Signals() as signals`: SIGINT and SIGTERM set `signals.stop` to their number, SIGUSR1 sets `signals.save`,
+    and the code goes on to where it can stop or save. A second signal to stop ends the process at once."""
+
+    def __init__(self):
+        self.stop, self.save, self.previous = None, False, {}
+
+    def __enter__(self):
+        if threading.current_thread() is threading.main_thread():  # only there can they be received
+            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+                self.previous[number] = signal.signal(number, self.receive)
+        return self
+
+    def __exit__(self, *_):
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)
+
+    def receive(self, number, _):
+        if number == signal.SIGUSR1:
+            self.save = True
+        elif self.stop is None:
+            self.stop = number
+        else:
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
 
 
 # --- files -----------------------------------------------------------------------------------------------------------
@@ -121,6 +151,18 @@ def repackage_hidden(hidden):
 
 
 # --- figures ---------------------------------------------------------------------------------------------------------
+
+def peak_memory(device="cpu"):
+    """Bytes: of a GPU's memory that tensors took at most, else of memory that this process had resident at most."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:  # not getrusage first: on Linux it counts what the parent had before it started this process
+        with open("/proc/self/status", encoding="ascii") as file:
+            return next(int(line.split()[1]) * 1024 for line in file if line.startswith("VmHWM:"))
+    except (OSError, StopIteration):
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak if sys.platform == "darwin" else peak * 1024
+
 
 def figures(loss):
     """A loss in nats per token as the field reads it: loss, perplexity e^loss, bits per character loss / ln 2."""
@@ -237,6 +279,9 @@ def add_training_flags(parser, max_bptt, plateau, save):
                        help="batches between log lines (default: %(default)s)")
     group.add_argument("--save", metavar="FILE", help=f"where the best model goes (default: {save})")
     group.add_argument("--resume", metavar="FILE", help="the --save of an earlier run, to go on where it stopped")
+    group.add_argument("--save-interval", type=amount, default=30, metavar="MINUTES",
+                       help="time between states written to resume from, besides those at the end of each epoch "
+                            "(0: only those; default: %(default)s)")
     group.add_argument("--dry-run", action="store_true",
                        help="one training batch, one validation batch, the number of parameters and the peak memory; "
                             "writes nothing")

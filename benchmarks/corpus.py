@@ -17,17 +17,15 @@ import numpy
 
 ROOT = Path(__file__).parent.parent
 LOAD = """
-import re, sys, time
-import torch
+import sys, time
 from data import Corpus
-def peak():  # KiB; getrusage would count what the parent had before it started this process
-    return int(re.search(r"VmHWM:\\s+(\\d+) kB", open("/proc/self/status").read())[1])
-base = peak()
+from utils import peak_memory
+base = peak_memory()
 start = time.perf_counter()
 corpus = Corpus(sys.argv[1])
 seconds = time.perf_counter() - start
 tokens = len(corpus.train) + len(corpus.valid) + len(corpus.test)
-print(f"{seconds:.2f} {peak() / 1024:.0f} {base / 1024:.0f} {tokens} {len(corpus.dictionary)}")
+print(f"{seconds:.2f} {peak_memory() / 2**20:.0f} {base / 2**20:.0f} {tokens} {len(corpus.dictionary)}")
 """
 
 
@@ -61,16 +59,18 @@ def generate_bytes(folder, tokens):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--tokens", type=int, default=100_000_000)
+    parser.add_argument("--tokens", type=int, default=100_000_000, help="more than data.CACHE_TOKENS")
     parser.add_argument("--keep", metavar="DIR", help="generate the texts here and keep them")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         print("| text  |      tokens | vocabulary | load   | seconds | peak MiB | of it before loading |")
         print("|-------|------------:|-----------:|--------|--------:|---------:|---------------------:|")
         for name, generate in (("words", generate_words), ("bytes", generate_bytes)):
-            folder = Path(args.keep or temporary) / name
+            folder = Path(args.keep or temporary).resolve() / name
             folder.mkdir(parents=True, exist_ok=True)
             generate(folder, args.tokens)
+            for cache in folder.glob(".*.cache"):
+                cache.unlink()
             for load in ("first", "cached"):
                 ended = subprocess.run([sys.executable, "-c", LOAD, folder], cwd=ROOT, check=True,
                                        capture_output=True, text=True)

@@ -1,18 +1,21 @@
 """The pieces of the loop: batch lengths, optimizers, averages, the plateau rule, losses, the record of a run."""
 
 import math
+import signal
 from argparse import Namespace
+from pathlib import Path
 
 import numpy
 import pytest
 import torch
+from conftest import read_metrics
 from torch.nn import functional
 
 import checkpoint
 import main
 import training
 from model import RNNModel
-from utils import BadInput, batchify, figures, repackage_hidden
+from utils import BadInput, batchify, figures
 
 OFF = dict.fromkeys(("dropout", "dropouth", "dropouti", "dropoute", "wdrop"), 0)
 
@@ -47,10 +50,11 @@ def test_sequence_lengths_have_a_floor_and_a_cap():
 def test_an_epoch_reads_every_row_but_the_last_once(monkeypatch):
     source = batchify(torch.arange(400, dtype=torch.int32) % 11, 4)
     rows = []
-    monkeypatch.setattr(training, "train_step", lambda model, optimizer, words, targets, hidden, args, scale: (
-        rows.append((words, targets, scale)), (hidden, 0.0))[1])
+    monkeypatch.setattr(training, "train_step", lambda model, optimizer, words, targets, hidden, args, lr_scale: (
+        rows.append((words, targets, lr_scale)), (hidden, 0.0))[1])
     numpy.random.seed(1)
-    lengths = [length for length, _ in training.train_epoch(small_model(), None, source, args())]
+    batches = training.train_epoch(small_model(), None, source, args(), training.Progress())
+    lengths = [length for length, _, _ in batches]
     numpy.random.seed(1)
     sampled = [training.sample_seq_len(7) for _ in lengths]
     assert torch.equal(torch.cat([words for words, _, _ in rows]), source[:-1].long())
@@ -185,6 +189,7 @@ def test_the_saved_model_is_the_best_one_with_its_average(train, corpus_dir, tmp
     ["--model", "LSTM", "--nonmono", "0", "--lr", "20"],                # switches to ASGD on the way
     ["--model", "GRU", "--optimizer", "adam", "--lr", "0.01", "--when", "2"],
     ["--model", "LSTM", "--no-tied", "--when", "1", "3"],
+    ["--model", "QRNN"],
 ])
 def test_a_resumed_run_is_the_run_that_never_stopped(train, tmp_path, flags):
     flags += ["--log-interval", "2"]
@@ -192,38 +197,67 @@ def test_a_resumed_run_is_the_run_that_never_stopped(train, tmp_path, flags):
     for epochs in (1, 3, 5):
         resume = [] if epochs == 1 else ["--resume", str(tmp_path / "parts.pt")]
         _, parts = train(tmp_path / "parts.pt", *flags, "--epochs", str(epochs), *resume)
-    for kind in ("batch", "epoch", "switch", "decay"):
-        for line in whole.get(kind, []) + parts.get(kind, []):
-            for clock in ("time", "seconds", "ms_per_batch"):
-                line.pop(clock, None)
-        assert whole.get(kind) == parts.get(kind)
-    for name in ("{}.pt", "{}.last.pt"):
-        one, other = (checkpoint.load(tmp_path / name.format(run))["model"] for run in ("whole", "parts"))
-        assert all(torch.equal(one[key], other[key]) for key in one)
+    assert_same_run(whole, parts, tmp_path / "whole.pt", tmp_path / "parts.pt")
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_best_model(train, tmp_path):
     train(tmp_path / "m.pt", "--epochs", "1")
     before = (tmp_path / "m.pt").read_bytes()
-    with pytest.raises(BadInput, match=r"the training loss of epoch 2, batch \d+ is nan"):
+    with pytest.raises(BadInput, match=r"epoch 2, batch \d+: the loss is .*--resume .* replays it \(seed 1111\)"):
         train(tmp_path / "m.pt", "--resume", str(tmp_path / "m.pt"), "--epochs", "2",
               "--clip", "0", "--lr", "1e38")
     assert (tmp_path / "m.pt").read_bytes() == before
 
 
-def test_ctrl_c_ends_training_and_reports_the_best_model(train, tmp_path, monkeypatch):
-    steps = iter(range(1000))
-    step = training.train_step
+def signal_at(monkeypatch, number, step):
+    """Have this process get the signal `number` in the middle of a step of training."""
+    steps, train_step = iter(range(10**6)), training.train_step
 
-    def interrupted(*arguments):
-        if next(steps) == 20:
-            raise KeyboardInterrupt
-        return step(*arguments)
+    def interrupted(*arguments, **flags):
+        if next(steps) == step:
+            signal.raise_signal(number)
+        return train_step(*arguments, **flags)
 
     monkeypatch.setattr(training, "train_step", interrupted)
+
+
+def test_ctrl_c_ends_training_and_reports_the_best_model(train, tmp_path, monkeypatch):
+    signal_at(monkeypatch, signal.SIGINT, 45)
     status, metrics = train(tmp_path / "m.pt", "--epochs", "100")
-    assert status == 130
-    assert metrics["epoch"] and metrics["test"][0]["epoch"] == metrics["epoch"][-1]["best_epoch"]
+    assert status == 130 and len(metrics["epoch"]) == 2
+    assert metrics["test"][0]["epoch"] == metrics["epoch"][-1]["best_epoch"]
+
+
+@pytest.mark.parametrize("flags", [
+    ["--model", "LSTM", "--nonmono", "0", "--lr", "20"],
+    ["--model", "GRU", "--optimizer", "adam", "--lr", "0.01", "--when", "2"],
+    ["--model", "QRNN", "--log-interval", "7"],
+])
+@pytest.mark.parametrize("number, step, status", [
+    (signal.SIGINT, 3, 130), (signal.SIGTERM, 30, 143), (signal.SIGTERM, 64, 143), (signal.SIGUSR1, 50, 0),
+])
+def test_a_signal_in_an_epoch_loses_nothing(train, tmp_path, monkeypatch, flags, number, step, status):
+    """The state is written after the batch under way, and going on from there is as never having stopped."""
+    flags = ["--log-interval", "2", *flags, "--epochs", "4"]
+    _, whole = train(tmp_path / "whole.pt", *flags)
+    with monkeypatch.context() as patch:
+        signal_at(patch, number, step)
+        ended, parts = train(tmp_path / "parts.pt", *flags)
+    assert ended == status and (status == 0) == (len(parts["epoch"]) == 4 if "epoch" in parts else False)
+    _, parts = train(tmp_path / "parts.pt", *flags, "--resume", str(tmp_path / "parts.pt"))
+    assert_same_run(whole, parts, tmp_path / "whole.pt", tmp_path / "parts.pt")
+
+
+def assert_same_run(whole, parts, one, other):
+    """Two runs have the same record but for clocks, and the same files but for names."""
+    for kind in ("batch", "epoch", "switch", "decay", "test"):
+        for line in whole.get(kind, []) + parts.get(kind, []):
+            for clock in ("time", "seconds", "ms_per_batch"):
+                line.pop(clock, None)
+        assert whole.get(kind) == parts.get(kind)
+    for path in (Path, checkpoint.last_path):
+        one_model, other_model = (checkpoint.load(path(save))["model"] for save in (one, other))
+        assert all(torch.equal(one_model[key], other_model[key]) for key in one_model)
 
 
 def test_hidden_state_is_carried_from_batch_to_batch(monkeypatch):
@@ -231,15 +265,16 @@ def test_hidden_state_is_carried_from_batch_to_batch(monkeypatch):
     source = batchify(torch.arange(200, dtype=torch.int32) % 11, 4)
     states, step = [], training.train_step
 
-    def recorded(model, optimizer, words, targets, hidden, *rest):
+    def recorded(model, optimizer, words, targets, hidden, args, lr_scale):
         states.append(hidden)
-        result = step(model, optimizer, words, targets, hidden, *rest)
-        states.append(repackage_hidden(result[0]))
+        result = step(model, optimizer, words, targets, hidden, args, lr_scale)
+        states.append(result[0])
         return result
 
     monkeypatch.setattr(training, "train_step", recorded)
     model = small_model()
-    list(training.train_epoch(model, training.make_optimizer("sgd", model, 0.1, 0), source, args()))
+    optimizer = training.make_optimizer("sgd", model, 0.1, 0)
+    list(training.train_epoch(model, optimizer, source, args(), training.Progress()))
     starts, ends = states[::2], states[1::2]
     assert all(not part.any() for pair in starts[0] for part in pair)
     for start, end in zip(starts[1:], ends):
@@ -254,8 +289,9 @@ def test_a_ctrl_c_while_the_best_model_is_written_reports_no_model(train, tmp_pa
         raise KeyboardInterrupt
 
     monkeypatch.setattr(checkpoint, "save", interrupted)
-    status, metrics = train(tmp_path / "m.pt", "--epochs", "3")
-    assert status == 130 and len(metrics["test"]) == 1
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path / "m.pt", "--epochs", "3")
+    assert len(read_metrics(tmp_path / "m.pt")["test"]) == 1
 
 
 def test_a_new_run_adds_to_the_record_of_an_old_one_and_a_resumed_run_drops_what_is_not_its_own(train, tmp_path):
