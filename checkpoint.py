@@ -24,7 +24,8 @@ from model import ARCHITECTURE, DROPOUTS, RNNModel
 from utils import BadInput, replacing
 
 FORMAT, VERSION = "awd-lstm", 1
-FIXED = (*ARCHITECTURE, "optimizer", "seed", "load")  # flags that a later run on a model or a state cannot change
+# The flags that a later run on a model or a state cannot change.
+FIXED = (*ARCHITECTURE, "level", "shares", "optimizer", "seed", "load")
 CONTENT = {"flags": dict, "vocabulary": list, "model": dict, "loss": float, "epoch": int}
 
 

@@ -4,21 +4,22 @@ A corpus is a folder with train.txt, valid.txt and test.txt, or a single text fi
 What a token is depends on the `level`:
 
     word   what stands between white space, and <eos> at the end of each line; UTF-8
-    char   a character, a newline being <eos>; UTF-8
+    char   a character, a newline (also as CR or CR LF) being <eos>; UTF-8
     byte   a byte by its decimal number, a newline being <eos>
 
 A folder may hold a file named `level` that says which of them it is made for. Tokens are numbered by first appearance
 over train, valid and test: the vocabulary is that of all three.
 
-A corpus of more than CACHE_TOKENS tokens is read once and kept beside the text as `.NAME.LEVEL.cache`: a line of JSON
-with the vocabulary and checksums of text and ids, then the ids. The next run maps that file into memory; when the text
-is no longer the same, or the file is not whole, it is made anew.
+A corpus of more than CACHE_TOKENS tokens is read once and kept beside the text as `.NAME.LEVEL.cache`: a line with its
+checksum, a line of JSON with the vocabulary and the checksum of the text, then the ids. The next run maps that file
+into memory; when the text is no longer the same, or the file is not whole, it is made anew.
 """
 
 import hashlib
 import json
 import os
 from array import array
+from codecs import BOM_UTF8
 from collections import defaultdict
 from pathlib import Path
 
@@ -52,11 +53,11 @@ class Corpus:
     """The splits of a text: `train`, `valid`, `test`, each a tensor (tokens,) of integer ids, and their `dictionary`.
 
     `level` None is what the folder says, else "word"; `shares` are the parts of a single file that the three splits
-    get. `cache_error` says why there is no cache where there should be one. Raises BadInput when a split is missing,
-    empty or not text at that level.
+    get. `cache` says whether one may be written; `cache_error` why there is none where there should be one. Raises
+    BadInput when a split is missing, empty or not text at that level.
     """
 
-    def __init__(self, path, level=None, shares=(90, 5, 5)):
+    def __init__(self, path, level=None, shares=(90, 5, 5), cache=True):
         path = Path(path)
         is_folder = os.path.isdir(path)  # unlike Path's own, false for whatever cannot be
         paths = [path / f"{split}.txt" for split in SPLITS] if is_folder else [path]
@@ -64,17 +65,17 @@ class Corpus:
             raise BadInput(f"{path}: no such file or folder; './getdata.sh NAME' fetches one of the corpora that "
                            "'./getdata.sh --list' names into data/NAME")
         self.level = level or default_level(path)
-        cache = (path / f".{self.level}.cache") if is_folder else path.with_name(f".{path.name}.{self.level}.cache")
+        cached = (path / f".{self.level}.cache") if is_folder else path.with_name(f".{path.name}.{self.level}.cache")
         key = checksum_of_files(paths)
         self.cache_error = None
-        loaded = load_cache(cache, key)
+        loaded = load_cache(cached, key)
         if loaded is None:
             loaded = read_texts(paths, self.level)
-            if len(loaded[0]) > CACHE_TOKENS:
+            if cache and len(loaded[0]) > CACHE_TOKENS:
                 try:
-                    save_cache(cache, key, *loaded)
+                    save_cache(cached, key, *loaded)
                 except OSError as error:
-                    self.cache_error = f"{cache} was not written: {error.strerror}; the next run reads the text again"
+                    self.cache_error = f"{cached} was not written: {error.strerror}; the next run reads the text again"
         ids, lengths, words = loaded
         if len(paths) == 1:
             lengths = [int(len(ids) * share / sum(shares)) for share in shares[:2]]
@@ -86,7 +87,7 @@ class Corpus:
 def default_level(path):
     """The level that the folder `path` says it is made for, else "word"."""
     try:
-        level = (path / "level").read_text(encoding="utf-8").strip()
+        level = (path / "level").read_text(encoding="utf-8-sig", errors="replace").strip()
     except OSError:
         return "word"
     if level not in LEVELS:
@@ -120,36 +121,52 @@ def read_words(path):
     """Yield lists of the words of a text, <eos> at the end of each line."""
     number, rest, last = 1, b"", b""  # of the line; bytes not yet yielded; byte read last
     with open(path, "rb") as file:
+        if file.read(len(BOM_UTF8)) != BOM_UTF8:
+            file.seek(0)
         while block := file.read(BLOCK):
             last = block[-1:]
             block = rest + block
-            end = max(map(block.rfind, (b"\n", b" ", b"\t"))) + 1  # cut between two words
-            check_length(len(block) - end, path, number)
+            end = max(map(block.rfind, (b"\n", b" ", b"\t", b"\r"))) + 1  # cut between two words
+            if len(block) - end > LONGEST_WORD:
+                end = cut_long_rest(block, end, path, number)
             *lines, part = decode(block[:end], path, number).split("\n")
             for line in lines:
                 words = line.split()
-                if len(line) > LONGEST_WORD:
-                    check_length(max(map(len, words), default=0), path, number)
+                check_words(words, line, path, number)
                 words.append("<eos>")
                 yield words
                 number += 1
-            yield part.split()
+            words = part.split()
+            check_words(words, part, path, number)
+            yield words
             rest = block[end:]
-    yield decode(rest, path, number).split()
+    words = decode(rest, path, number).split()
+    check_words(words, rest, path, number)
+    yield words
     if last not in (b"", b"\n"):
         yield ["<eos>"]
 
 
-def check_length(length, path, number):
-    if length > LONGEST_WORD:
+def cut_long_rest(block, start, path, number):
+    """Where to cut a block of bytes whose part from `start` on is long and has no white space of ASCII's."""
+    rest = block[start:].decode("utf-8", errors="ignore")
+    words = rest.split()
+    check_words(words, rest, path, number + block.count(b"\n"))
+    unfinished = "" if not words or rest[-1].isspace() else words[-1]
+    return start + len(rest[:len(rest) - len(unfinished)].encode())
+
+
+def check_words(words, line, path, number):
+    """Raise BadInput when one of the words of a line is so long that the text has none."""
+    if len(line) > LONGEST_WORD // 4 and max((len(word.encode()) for word in words), default=0) > LONGEST_WORD:
         raise BadInput(f"{path}: line {number} has a word of more than {LONGEST_WORD:,} bytes, so it is no text at "
                        "word level (--level char and --level byte have no such limit)")
 
 
 def decode(block, path, number):
-    """Bytes that start in line `number` as text, without a byte order mark."""
+    """Bytes that start in line `number` as text."""
     try:
-        return block.decode("utf-8-sig" if number == 1 else "utf-8")
+        return block.decode("utf-8")
     except UnicodeDecodeError as error:
         number += block[:error.start].count(b"\n")
         raise BadInput(f"{path}: line {number} is not UTF-8 text (--level byte takes any bytes)") from error
@@ -180,6 +197,8 @@ def checksum_of_files(paths):
     """A checksum of what the files hold; raises BadInput when one cannot be read."""
     total = hashlib.sha256()
     for path in paths:
+        if os.path.exists(path) and not os.path.isfile(path):
+            raise BadInput(f"{path}: is no file")
         try:
             total.update(checksum_of_file(path).encode())
         except OSError as error:
@@ -199,9 +218,10 @@ def checksum_of_file(path):
 def save_cache(path, key, ids, lengths, words):
     """Write the cache of a corpus that was read from files with the checksum `key`."""
     header = {"format": CACHE_FORMAT, "version": CACHE_VERSION, "key": key, "type": ids.dtype.name, "lengths": lengths,
-              "checksum": hashlib.sha256(ids).hexdigest(), "words": words}
+              "words": words}
+    header = json.dumps(header).encode() + b"\n"
     with replacing(path) as file:
-        file.write(json.dumps(header).encode() + b"\n")
+        file.write(checksum_of_cache(header, ids) + header)
         file.write(ids)
 
 
@@ -210,15 +230,22 @@ def load_cache(path, key):
     no cache of the files with the checksum `key`, or not a whole one."""
     try:
         with open(path, "rb") as file:
-            header = json.loads(file.readline())
+            checksum, header = file.readline(100), file.readline()
             start = file.tell()
-        if (header["format"], header["version"], header["key"]) != (CACHE_FORMAT, CACHE_VERSION, key):
+        about = json.loads(header)
+        if (about["format"], about["version"], about["key"]) != (CACHE_FORMAT, CACHE_VERSION, key):
             return None
-        if header["type"] not in ID_TYPES:
-            return None
-        ids = numpy.memmap(path, header["type"], mode="c", offset=start)
-        if hashlib.sha256(ids).hexdigest() != header["checksum"] or ids.max() >= len(header["words"]):
-            return None
-        return ids, header["lengths"], header["words"]
-    except (OSError, ValueError, KeyError, TypeError):
+        lengths, words = about["lengths"], about["words"]
+        ids = numpy.memmap(path, ID_TYPES[ID_TYPES.index(about["type"])], mode="c", offset=start)
+        whole = (checksum == checksum_of_cache(header, ids) and sum(lengths) == len(ids) and min(lengths) >= 0
+                 and ids.min() >= 0 and ids.max() < len(words) == len(set(words)))
+        return (ids, lengths, words) if whole else None
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
         return None  # it will be made anew
+
+
+def checksum_of_cache(header, ids):
+    """The first line of the cache, over all that follows it."""
+    total = hashlib.sha256(header)
+    total.update(ids)
+    return total.hexdigest().encode() + b"\n"

@@ -6,6 +6,7 @@
 Needs no corpus: the vocabulary is in the checkpoint. Shapes are in the alphabet of `model.py`.
 """
 
+import os
 import sys
 from codecs import getincrementaldecoder
 from itertools import chain
@@ -75,7 +76,7 @@ def tokens_of(text, level):
     """The tokens of a prompt, at the level of the model."""
     if level == "word":
         return text.split()
-    symbols = text if level == "char" else map(str, text.encode())
+    symbols = text.replace("\r\n", "\n") if level == "char" else map(str, os.fsencode(text))
     newline = "\n" if level == "char" else str(ord("\n"))
     return ["<eos>" if symbol == newline else symbol for symbol in symbols]
 
@@ -85,6 +86,8 @@ def encode(tokens, dictionary):
     BadInput for an unknown token when the model knows no <unk>."""
     known = dictionary.word2idx
     for token in tokens:
+        if not token.isascii() and token != token.encode(errors="replace").decode():
+            raise BadInput("--prompt: is not UTF-8 text")
         if token not in known and "<unk>" not in known:
             raise BadInput(f"--prompt: the model's vocabulary of {len(dictionary)} does not include {token!r}")
     if not tokens:
@@ -94,7 +97,7 @@ def encode(tokens, dictionary):
 
 def spell(tokens, level):
     """Yield the text of tokens: words with spaces between them and a new line after each <eos> and at the end;
-    characters and bytes as they are, with a new line for each <eos>."""
+    characters, and bytes as the UTF-8 they are (U+FFFD where they are none), with a new line for each <eos>."""
     if level == "word":
         separator = ""
         for word in tokens:

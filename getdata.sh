@@ -72,6 +72,7 @@ verified() {
 # or (the sample) depends on the Python.
 complete() {
     local split
+    [ "$1" != enwik8 ] || [ -f "$DATA_DIR/enwik8/level" ] || return 1
     for split in train valid test; do
         [ -f "$DATA_DIR/$1/$split.txt" ] || return 1
         [ -z "$(expected "$1/$split.txt")" ] || verified "$DATA_DIR/$1/$split.txt" "$1/$split.txt" || return 1

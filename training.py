@@ -292,7 +292,7 @@ Batches = namedtuple("Batches", "train valid test")
 def load_corpus(args):
     """The corpus that the flags `--data`, `--level` and `--shares` say, and a line about it. Sets `args.level` to what
     the corpus has, so that it travels with the model."""
-    corpus = Corpus(args.data, args.level, args.shares)
+    corpus = Corpus(args.data, args.level, args.shares, cache=not getattr(args, "dry_run", False))
     args.level = corpus.level
     say(f"corpus: {len(corpus.train):,} / {len(corpus.valid):,} / {len(corpus.test):,} tokens, "
         f"{len(corpus.dictionary):,} different, at {corpus.level} level")

@@ -224,7 +224,8 @@ def add_data_flags(parser):
                         help="folder with train.txt, valid.txt and test.txt, or one text file (default: %(default)s)")
     parser.add_argument("--level", choices=["word", "char", "byte"],
                         help="what a token is (default: what the folder's file 'level' says, else word)")
-    parser.add_argument("--shares", type=positive, nargs=3, default=[90, 5, 5], metavar=("TRAIN", "VALID", "TEST"),
+    parser.add_argument("--shares", type=number(float, 0, 2**31, exclusive=True), nargs=3, default=[90, 5, 5],
+                        metavar=("TRAIN", "VALID", "TEST"),
                         help="the parts of one text file that the splits get (default: 90 5 5)")
 
 
@@ -246,7 +247,7 @@ def add_training_flags(parser, max_bptt, plateau, save):
     for name, default, what in (
             ("dropout", 0.4, "the last layer's output"), ("dropouth", 0.3, "the other layers' outputs"),
             ("dropouti", 0.65, "the embedded words"), ("dropoute", 0.1, "whole words of the vocabulary"),
-            ("wdrop", 0.5, "the hidden-to-hidden weights")):
+            ("wdrop", 0.5, "the hidden-to-hidden weights (QRNN: all weights of a layer)")):
         group.add_argument(f"--{name}", type=rate, default=default, metavar="P",
                            help=f"on {what} (default: %(default)s)")
     group = parser.add_argument_group("regularisation")

@@ -1,6 +1,9 @@
 """Text becomes token ids, and ids become batches, without losing or inventing a token."""
 
+import hashlib
+import json
 import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -91,11 +94,25 @@ def test_one_file_is_cut_by_shares(tmp_path, level):
 
 @pytest.mark.parametrize("text", [
     b"a" * (2**20 + 1), b"b " * 10 + b"a" * (2**20 + 1) + b" c\n" * 9, b"x\n" + b"a" * 2**23,
+    b"x\n" + "ö".encode() * 600_000 + b"\ny\n", "ö".encode() * 600_000, "ö".encode() * 2**22,
 ])
 def test_a_word_of_more_than_a_megabyte_is_no_word(tmp_path, text):
     with pytest.raises(BadInput, match=r"train.txt: line [12] has a word of more than 1,048,576 bytes"):
         Corpus(write(tmp_path, train=text))
     assert len(Corpus(tmp_path, "byte").train) == len(text)
+
+
+@pytest.mark.parametrize("space", ["\r", "\f", "\u3000", "\n"])
+def test_any_white_space_ends_a_word(tmp_path, space):
+    corpus = Corpus(write(tmp_path, train=f"hello東{space}" * 600_000))
+    assert (corpus.train == 0).sum() == 600_000 and corpus.dictionary.idx2word[0] == "hello東"
+
+
+def test_a_mark_at_the_start_is_no_character_and_elsewhere_it_is_one(tmp_path):
+    bom = b"\xef\xbb\xbf"
+    assert read(Corpus(write(tmp_path, train=bom + b"a " + bom + b"b\n")), "train") == ["a", "\ufeffb", "<eos>"]
+    with pytest.raises(BadInput, match="line 3 is not UTF-8"):
+        Corpus(write(tmp_path, train=bom + b"\n\n\xff\n"))
 
 
 def test_blocks_make_no_difference(tmp_path, monkeypatch):
@@ -151,11 +168,35 @@ def test_a_cache_that_is_not_whole_is_made_again(cached, monkeypatch):
     folder, cache, level, expected = cached
     whole = cache.read_bytes()
     damaged = [whole[:length] for length in (0, 10, len(whole) // 2, len(whole) - 1)]
-    damaged += [whole[:-1] + bytes([whole[-1] ^ 1]), whole + b"x", b"\x80" + whole[1:], b"[]\n" + whole, b"{}\n"]
+    damaged += [whole[:i] + bytes([whole[i] ^ 1 << i % 8]) + whole[i + 1:] for i in range(len(whole))]
+    damaged += [whole + b"x", b"[]\n" + whole, b"{}\n", b"x\n" + b"[" * 100_000]
     for content_of_file in damaged:
         cache.write_bytes(content_of_file)
         assert content(Corpus(folder, level)) == expected
         assert cache.read_bytes() == whole
+
+
+@pytest.mark.parametrize("change", [
+    {"version": 2}, {"format": "other"}, {"key": "0"}, {"type": "float64"}, {"words": ["a"]}, {"words": ["a"] * 9},
+    {"words": [["a"], "b", "c", "d", "e"]}, {"lengths": [1]}, {"lengths": None}, {"lengths": [99, -99]},
+])
+def test_a_cache_with_other_content_is_made_again(cached, change):
+    """... though its checksum is right."""
+    folder, cache, level, expected = cached
+    whole = cache.read_bytes()
+    _, header, ids = whole.split(b"\n", 2)
+    header = json.dumps({**json.loads(header), **change}).encode() + b"\n"
+    cache.write_bytes(hashlib.sha256(header + ids).hexdigest().encode() + b"\n" + header + ids)
+    assert content(Corpus(folder, level)) == expected and cache.read_bytes() == whole
+
+
+def test_a_long_text_has_a_cache_and_is_mapped_from_it(tmp_path):
+    (tmp_path / "book.txt").write_bytes(bytes(range(256)) * (2**14 + 1))
+    for _ in range(2):
+        corpus = Corpus(tmp_path / "book.txt", "byte")
+        assert (tmp_path / ".book.txt.byte.cache").stat().st_size > 2**22
+    assert str(tmp_path / ".book.txt.byte.cache") in Path("/proc/self/maps").read_text()
+    assert corpus.train[:256].tolist() == list(range(256))
 
 
 def test_a_corpus_without_room_for_the_cache_says_so(cached, monkeypatch):
@@ -173,8 +214,9 @@ def test_a_corpus_without_room_for_the_cache_says_so(cached, monkeypatch):
 
 
 def test_ids_are_as_small_as_the_vocabulary_allows(tmp_path):
-    for words, kind in ((200, torch.uint8), (300, torch.int16), (40_000, torch.int32)):
-        corpus = Corpus(write(tmp_path, train=" ".join(map(str, range(words)))))
+    for words, kind in ((256, torch.uint8), (257, torch.int16), (2**15, torch.int16), (2**15 + 1, torch.int32)):
+        names = [*map(str, range(words - 1)), "<eos>"]
+        corpus = Corpus(write(tmp_path, train=" ".join(names), valid="1", test="2"))
         assert corpus.train.dtype == kind and corpus.train[:-1].tolist() == list(range(words))
 
 

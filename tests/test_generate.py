@@ -79,3 +79,22 @@ def test_unknown_prompt_words():
 def test_tokens_and_their_spelling_are_inverse(level, text, tokens):
     assert generate.tokens_of(text, level) == tokens
     assert "".join(generate.spell(tokens, level)) == text
+
+
+@pytest.mark.parametrize("level", ["char", "byte"])
+def test_text_of_characters_and_bytes_goes_on_from_its_prompt(train, corpus_dir, tmp_path, capsys, level):
+    (tmp_path / "book.txt").write_text("größe\n" * 300)
+    train(tmp_path / "m.pt", "--epochs", "1", "--data", str(tmp_path / "book.txt"), "--level", level)
+    capsys.readouterr()
+    generate.main(["--no-cuda", "--checkpoint", str(tmp_path / "m.pt"), "--words", "40", "--prompt", "grö",
+                   "--outf", "-"])
+    text = capsys.readouterr().out
+    assert text.startswith("grö") and set(text) <= set("größe\n\ufffd")
+    assert len(text) == 43 or level == "byte"
+    assert "".join(generate.spell(["195", "40"], "byte")) == "\ufffd("
+
+
+def test_a_prompt_that_is_not_text():
+    assert generate.tokens_of("\udcff", "byte") == ["255"]
+    with pytest.raises(BadInput, match="not UTF-8"):
+        generate.encode(["\udcff"], Dictionary(["a", "<unk>"]))

@@ -12,6 +12,7 @@ from conftest import read_metrics
 from torch.nn import functional
 
 import checkpoint
+import data
 import main
 import training
 from model import RNNModel
@@ -330,9 +331,10 @@ def test_the_epoch_line_has_the_mean_training_loss(train, tmp_path):
     assert metrics["epoch"][0]["train_loss"] == pytest.approx(mean)
 
 
-def test_a_dry_run_reports_and_writes_nothing(train, corpus_dir, tmp_path, capsys):
+def test_a_dry_run_reports_and_writes_nothing(train, corpus_dir, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(data, "CACHE_TOKENS", 3)
     status = main.main(["--no-cuda", "--data", str(corpus_dir), "--batch_size", "4", "--bptt", "7", "--dry-run",
                         "--save", str(tmp_path / "m.pt")])
     printed = capsys.readouterr().out
     assert status == 0 and "20216813 parameters | peak memory" in printed and "valid loss" in printed
-    assert [path.name for path in tmp_path.iterdir()] == ["corpus"]
+    assert [path.name for path in tmp_path.iterdir()] == ["corpus"] and len(list(corpus_dir.iterdir())) == 3
