@@ -1,5 +1,6 @@
 # make demo     a small AWD-LSTM from nothing: corpus, training, fine-tuning, cache, text; no network after the install
 # make test     all tests and the linter
+# make test-long  training killed 100 times, and 5,000 hostile inputs: half an hour
 # make clean    forget both
 
 PYTHON ?= python3
@@ -7,7 +8,7 @@ VENV ?= .venv
 DEMO ?= demo
 PY = $(VENV)/bin/python
 
-.PHONY: demo test clean
+.PHONY: demo test test-long clean
 
 demo: $(VENV)/.installed
 	mkdir -p $(DEMO)
@@ -26,6 +27,9 @@ demo: $(VENV)/.installed
 test: $(VENV)/.installed-test
 	$(PY) -m ruff check .
 	$(PY) -m pytest
+
+test-long: $(VENV)/.installed-test
+	KILLS=100 FUZZ=5000 $(PY) -m pytest tests/test_kill.py tests/test_fuzz.py
 
 clean:
 	rm -rf $(VENV) $(DEMO)

@@ -14,7 +14,7 @@ A run keeps two files: `SAVE`, the best model, for evaluation, and `last_path(SA
 """
 
 import pickle
-import warnings
+import zipfile
 from pathlib import Path
 
 import numpy
@@ -63,16 +63,18 @@ def save(path, model, flags, vocabulary, loss, epoch, state=None):
 def load(path, device="cpu"):
     """Read a checkpoint into a dict as described above; raises BadInput for a file that is none."""
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about other people's pickles: what is wrong is said in one line below
-            content = torch.load(path, map_location=device, weights_only=True)
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()  # compares checksums: PyTorch would load other weights and say nothing
+        content = torch.load(path, map_location=device, weights_only=True)
     except OSError as error:
         raise BadInput(f"{path}: cannot be read: {error.strerror or error}") from error
-    except pickle.UnpicklingError as error:
+    except (zipfile.BadZipFile, pickle.UnpicklingError) as error:
         raise BadInput(f"{path}: not a checkpoint of this toolkit (a pickled model, as the original toolkit wrote "
                        "them, is not loaded: it could run any code)") from error
-    except Exception as error:  # torch.load raises whatever a damaged archive makes it stumble over
+    except Exception as error:  # these two raise whatever a damaged archive makes them stumble over
         raise BadInput(f"{path}: not a checkpoint, or damaged ({type(error).__name__})") from error
+    if damaged:
+        raise BadInput(f"{path}: damaged checkpoint: what it holds is not what was written")
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise BadInput(f"{path}: not a checkpoint of this toolkit")
     if content.get("version") != VERSION:
@@ -85,11 +87,18 @@ def load(path, device="cpu"):
 def restore_model(content, path, flags=None, device="cpu"):
     """The model of the checkpoint `content`, built from `flags` (default: those that trained it), on `device`."""
     flags = content["flags"] if flags is None else flags
+    words, weights = len(content["vocabulary"]), content["model"]
     try:
         flags = {name: flags[name] for name in ARCHITECTURE + DROPOUTS}
-        model = RNNModel(len(content["vocabulary"]), **flags).to(device)
-        model.load_state_dict(content["model"])
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        if not (all(0 <= flags[name] < 1 for name in DROPOUTS) and 0 < flags["nlayers"] <= len(weights)):
+            raise ValueError
+        with torch.device("meta"):  # takes no memory, whatever size the flags say
+            shapes = {name: value.shape for name, value in RNNModel(words, **flags).state_dict().items()}
+        if shapes != {name: value.shape for name, value in weights.items()}:
+            raise ValueError
+        model = RNNModel(words, **flags).to(device)
+        model.load_state_dict(weights)
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         raise BadInput(f"{path}: damaged checkpoint: its flags do not describe its weights") from error
     return model
 

@@ -25,6 +25,7 @@ from tqdm import tqdm
 import checkpoint
 from data import Corpus
 from utils import (
+    PARTIAL,
     BadInput,
     Signals,
     batchify,
@@ -265,7 +266,7 @@ def resume(args, given, stage, device):
         optimizer = make_optimizer("asgd" if state["averaging"] else args.optimizer, model, args.lr, args.wdecay)
         optimizer.load_state_dict(state["optimizer"])
         checkpoint.restore_generators(state["generators"])
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+    except (AttributeError, LookupError, TypeError, ValueError, RuntimeError) as error:
         raise BadInput(f"{path}: damaged checkpoint: its state cannot be restored") from error
     if progress.best_loss < math.inf:
         checkpoint.load(best)  # the best model so far will be needed in the end
@@ -330,6 +331,8 @@ def train(args, stage, dictionary, batches, model, optimizer, progress):
     max_bptt = args.bptt + 10 if stage == "finetune" and args.max_bptt is None else args.max_bptt
     assert ({id(p) for group in optimizer.param_groups for p in group["params"]}
             == {id(p) for p in model.parameters() if p.requires_grad}), "the optimizer has to own what can be trained"
+    for path in checkpoint.files_of_run(args.save):
+        Path(f"{path}{PARTIAL}").unlink(missing_ok=True)  # of a run that was killed
     resumed = progress.metrics_bytes > 0
     metrics = Metrics(args.save, keep=progress.metrics_bytes if resumed else None)
     description = describe_run(args, model, device)

@@ -4,22 +4,41 @@ import pytest
 import torch
 from torch import nn
 
+import main
 from locked_dropout import dropout_mask
-from model import RNNModel
+from model import ARCHITECTURE, DROPOUTS, RNNModel
 
 OFF = dict.fromkeys(("dropout", "dropouth", "dropouti", "dropoute", "wdrop"), 0)
 SMALL = {"emsize": 5, "nhid": 6, "nlayers": 3}
 
 
-@pytest.mark.parametrize("words, flags, parameters", [
-    (10_000, {}, 24_221_600),                                                     # PTB LSTM
-    (33_278, {}, 33_556_078),                                                     # WT2 LSTM
-    (50, {"emsize": 200, "nhid": 1000}, 13_787_650),                              # PTBC
-    (205, {"emsize": 400, "nhid": 1840}, 47_270_045),                             # enwik8
+LSTM_PTB = "--batch_size 20 --data data/penn --dropouti 0.4 --dropouth 0.25 --seed 141 --epoch 500 --save PTB.pt"
+QRNN_PTB = ("--model QRNN --batch_size 20 --clip 0.2 --wdrop 0.1 --nhid 1550 --nlayers 4 --emsize 400 --dropouth 0.3 "
+            "--seed 9001 --dropouti 0.4 --epochs 550 --save PTB.pt")
+QRNN_WT2 = ("--epochs 500 --data data/wikitext-2 --clip 0.25 --dropouti 0.4 --dropouth 0.2 --nhid 1550 --nlayers 4 "
+            "--seed 4002 --model QRNN --wdrop 0.1 --batch_size 40 --save WT2.pt")
+QRNN_WT103 = ("--epochs 14 --nlayers 4 --emsize 400 --nhid 2500 --alpha 0 --beta 0 --dropoute 0 --dropouth 0.1 --dropouti "
+              "0.1 --dropout 0.1 --wdrop 0 --wdecay 0 --bptt 140 --batch_size 60 --optimizer adam --lr 1e-3 --data "
+              "data/wikitext-103 --save WT103.12hr.QRNN.pt --when 12 --model QRNN")
+PTBC = ("--epochs 500 --nlayers 3 --emsize 200 --nhid 1000 --alpha 0 --beta 0 --dropoute 0 --dropouth 0.25 --dropouti 0.1 "
+        "--dropout 0.1 --wdrop 0.5 --wdecay 1.2e-6 --bptt 150 --batch_size 128 --optimizer adam --lr 2e-3 --data "
+        "data/pennchar --save PTBC.pt --when 300 400")
+ENWIK8 = ("--epochs 50 --nlayers 3 --emsize 400 --nhid 1840 --alpha 0 --beta 0 --dropoute 0 --dropouth 0.1 --dropouti 0.1 "
+          "--dropout 0.4 --wdrop 0.2 --wdecay 1.2e-6 --bptt 200 --batch_size 128 --optimizer adam --lr 1e-3 --data "
+          "data/enwik8 --save ENWIK8.pt --when 25 35")
+
+
+@pytest.mark.parametrize("recipe, words, parameters", [
+    (LSTM_PTB, 10_000, 24_221_600), (QRNN_PTB, 10_000, 24_020_150),
+    ("--epochs 750 --data data/wikitext-2 --save WT2.pt --dropouth 0.2 --seed 1882", 33_278, 33_556_078),
+    (QRNN_WT2, 33_278, 33_354_628), (QRNN_WT103, 267_735, 153_886_638), (PTBC, 50, 13_787_650),
+    (ENWIK8, 205, 47_270_045),
 ])
-def test_parameter_counts_of_the_papers(words, flags, parameters):
+def test_recipes_of_the_papers_and_their_parameter_counts(recipe, words, parameters):
+    args, _ = main.parse_flags(recipe.split())
     with torch.device("meta"):
-        assert RNNModel(words, **flags).parameter_count() == parameters
+        model = RNNModel(words, **{name: getattr(args, name) for name in ARCHITECTURE + DROPOUTS})
+    assert model.parameter_count() == parameters
 
 
 @pytest.mark.parametrize("kind", ["LSTM", "GRU"])

@@ -6,8 +6,13 @@ from pathlib import Path
 import numpy
 import pytest
 import torch
+from conftest import read_metrics
 from torch.nn import functional
 
+import checkpoint
+import finetune
+import generate
+import pointer
 import training
 from model import RNNModel
 from splitcross import SplitCrossEntropy, splits_for
@@ -137,3 +142,17 @@ def test_model_loss_and_logprobs_agree_with_splits():
     expected = model.logprob(output).gather(-1, targets.unsqueeze(-1)).squeeze(-1)
     torch.testing.assert_close(model.target_logprob(output, targets), expected)
     torch.testing.assert_close(model.loss(output, targets), -expected.mean())
+
+
+def test_every_script_works_with_a_split_softmax(train, corpus_dir, tmp_path, monkeypatch):
+    """Training through the switch to ASGD, fine-tuning, cache and generation; what is saved has the tails."""
+    monkeypatch.setattr("model.splits_for", lambda ntoken: [3, 7])
+    save = str(tmp_path / "m.pt")
+    train(tmp_path / "m.pt", "--epochs", "4", "--nonmono", "0", "--lr", "20")
+    finetune.main(["--no-cuda", "--data", str(corpus_dir), "--save", save, "--epochs", "1"])
+    pointer.main(["--no-cuda", "--save", save, "--window", "20"])
+    generate.main(["--no-cuda", "--checkpoint", save, "--words", "20", "--outf", str(tmp_path / "text.txt")])
+    metrics = read_metrics(tmp_path / "m.pt")
+    assert metrics["switch"] and len((tmp_path / "text.txt").read_text().split()) == 20
+    assert metrics["pointer"][1]["loss"] < 3
+    assert checkpoint.load(save)["model"]["softmax.tail_vectors"].abs().sum() > 0

@@ -1,0 +1,136 @@
+"""Whatever file, corpus or flag comes in, a script succeeds or ends in one line and exit status 2, and then has changed
+no file. FUZZ=5000 tries so many inputs (`make test-long`); a seed fixes them.
+"""
+
+import os
+import random
+import shutil
+import sys
+
+import pytest
+
+import checkpoint
+import finetune
+import generate
+import main
+import pointer
+from utils import run_script
+
+INPUTS = int(os.environ.get("FUZZ", 200))
+SCRIPTS = {"main": main.main, "finetune": finetune.main, "pointer": pointer.main, "generate": generate.main}
+TINY = ["--no-cuda", "--emsize", "5", "--nhid", "6", "--nlayers", "2", "--batch_size", "2", "--bptt", "7", "--lr", "1"]
+
+USES = [  # of a checkpoint
+    ["generate", "--checkpoint", "m.pt", "--words", "5", "--outf", "-"],
+    ["pointer", "--save", "m.pt", "--window", "9"],
+    ["finetune", "--save", "m.pt", "--epochs", "1"],
+    ["main", "--resume", "m.pt", "--epochs", "2"],
+]
+TEXTS = [b"", b"\n", b" \n\t\r\n", b"<eos>\n", b"a", b"a b c\n" * 9, b"\x00\x01 a\x00b\n" * 9, b"a " * 9999,
+         b"\xef\xbb\xbfa\r\nb\r\n" * 9, b"\xe2\x80\xa8\xc2\x85 x\n" * 9, b"\xff\xfea\x00\n\x00",
+         "\U0001f600\n".encode() * 9, b"a" * (2**20 + 9)]
+VALUES = ["0", "1", "-1", "2", "0.5", "1e-320", "1e308", "inf", "nan", "", " ", "x", "--", "999999999999999999999", "٣",
+          "1_0", "0x10", "é", "/", ".", "/dev/null", "word", "char", "byte", "LSTM", "QRNN", "GRU", "adam", "sgd"]
+FLAGS = {
+    "main": ["--dropout", "--wdrop", "--dropoute", "--alpha", "--clip", "--lr", "--epochs", "--batch_size", "--bptt",
+             "--max-bptt", "--nonmono", "--seed", "--log-interval", "--when", "--level", "--model", "--optimizer",
+             "--wdecay", "--data", "--save", "--resume", "--save-interval", "--no-tied", "--shares"],
+    "finetune": ["--dropout", "--lr", "--bptt", "--nhid", "--model", "--level", "--load", "--seed", "--clip"],
+    "pointer": ["--window", "--theta", "--lambdasm", "--bptt", "--data", "--level", "--model", "--save"],
+    "generate": ["--temperature", "--top-k", "--words", "--prompt", "--seed", "--outf", "--checkpoint",
+                 "--log-interval"],
+}
+
+
+@pytest.fixture
+def place(corpus_dir, tmp_path, monkeypatch):
+    """A folder with a corpus and a model trained on it, as the working directory, and a way back to how it was."""
+    monkeypatch.chdir(tmp_path)
+    main.main([*TINY, "--data", "corpus", "--epochs", "1", "--save", "m.pt"])
+    shutil.copytree(tmp_path, tmp_path.parent / "good")
+    yield tmp_path
+    shutil.rmtree(tmp_path.parent / "good")
+
+
+def restore(folder):
+    for path in folder.iterdir():
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    shutil.copytree(folder.parent / "good", folder, dirs_exist_ok=True)
+
+
+def files(folder):
+    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def damaged(chance, content):
+    """The bytes with some of them cut off, flipped, swapped, repeated, overwritten or added."""
+    content = bytearray(content)
+    start, end = sorted(chance.randrange(len(content)) for _ in range(2))
+    kind = chance.randrange(6)
+    if kind == 0:
+        del content[start:]
+    elif kind == 1:
+        for _ in range(chance.randrange(1, 9)):
+            content[chance.randrange(len(content))] ^= 1 << chance.randrange(8)
+    elif kind == 2:
+        content = content[end:] + content[start:end] + content[:start]
+    elif kind == 3:
+        content[start:start] = content[start:end]
+    elif kind == 4:
+        content[start:end] = bytes(end - start)
+    else:
+        content[start:start] = chance.randbytes(chance.randrange(1, 99))
+    return bytes(content)
+
+
+def a_checkpoint(chance, folder):
+    command = chance.choice(USES)
+    path = checkpoint.last_path("m.pt") if "--resume" in command and chance.random() < 0.8 else folder / "m.pt"
+    (folder / path).write_bytes(damaged(chance, (folder / path).read_bytes()))
+    return command
+
+
+def a_corpus(chance, folder):
+    for split in ("train", "valid", "test"):
+        text = chance.choice(TEXTS) * chance.choice([1, 1, 30])
+        if chance.random() < 0.3:
+            text = chance.randbytes(chance.randrange(300))
+        elif chance.random() < 0.5:
+            text = (folder / "corpus" / f"{split}.txt").read_bytes()
+        (folder / "corpus" / f"{split}.txt").write_bytes(text)
+    level = chance.choice([[], ["--level", "char"], ["--level", "byte"]])
+    where = chance.choice(["corpus", "corpus", "corpus/train.txt"])
+    return ["main", *TINY, "--data", where, "--epochs", "1", "--save", "new.pt", *level]
+
+
+def a_flag(chance, folder):
+    script = chance.choice(list(FLAGS))
+    command = {"main": ["main", *TINY, "--data", "corpus", "--epochs", "1", "--save", "new.pt"],
+               "generate": USES[0], "pointer": USES[1], "finetune": USES[2]}[script]
+    for _ in range(chance.randrange(1, 4)):
+        command = [*command, chance.choice(FLAGS[script]), *[chance.choice(VALUES)] * chance.choice([1, 1, 1, 0, 3])]
+    return command
+
+
+def test_any_input_ends_well(place, monkeypatch, capsys):
+    for number in range(INPUTS):
+        chance = random.Random(number)
+        restore(place)
+        script, *arguments = chance.choice([a_checkpoint, a_corpus, a_flag])(chance, place)
+        if "--words" in arguments and len(arguments) > 8:
+            arguments += ["--words", "5"]  # what is asked for is not the point
+        if {"--epochs", "--nonmono"} & set(arguments):
+            arguments += ["--epochs", "2" if "--resume" in arguments else "1"]
+        before = files(place)
+        monkeypatch.setattr(sys, "argv", [f"{script}.py", *arguments])
+        try:
+            with pytest.raises(SystemExit) as end:
+                run_script(SCRIPTS[script])
+        except Exception as error:
+            raise AssertionError(f"input {number}: {script} {arguments}") from error
+        err = capsys.readouterr().err
+        status = end.value.code or 0
+        assert status in (0, 2), (number, script, arguments)
+        if status == 2:
+            assert err.count("\n") == 1 and "error: " in err, (number, script, arguments, err)
+            assert files(place) == before or "epoch 1, batch" in err, (number, script, arguments)
