@@ -17,15 +17,15 @@ QRNN_PTB = ("--model QRNN --batch_size 20 --clip 0.2 --wdrop 0.1 --nhid 1550 --n
             "--seed 9001 --dropouti 0.4 --epochs 550 --save PTB.pt")
 QRNN_WT2 = ("--epochs 500 --data data/wikitext-2 --clip 0.25 --dropouti 0.4 --dropouth 0.2 --nhid 1550 --nlayers 4 "
             "--seed 4002 --model QRNN --wdrop 0.1 --batch_size 40 --save WT2.pt")
-QRNN_WT103 = ("--epochs 14 --nlayers 4 --emsize 400 --nhid 2500 --alpha 0 --beta 0 --dropoute 0 --dropouth 0.1 --dropouti "
-              "0.1 --dropout 0.1 --wdrop 0 --wdecay 0 --bptt 140 --batch_size 60 --optimizer adam --lr 1e-3 --data "
-              "data/wikitext-103 --save WT103.12hr.QRNN.pt --when 12 --model QRNN")
-PTBC = ("--epochs 500 --nlayers 3 --emsize 200 --nhid 1000 --alpha 0 --beta 0 --dropoute 0 --dropouth 0.25 --dropouti 0.1 "
-        "--dropout 0.1 --wdrop 0.5 --wdecay 1.2e-6 --bptt 150 --batch_size 128 --optimizer adam --lr 2e-3 --data "
-        "data/pennchar --save PTBC.pt --when 300 400")
-ENWIK8 = ("--epochs 50 --nlayers 3 --emsize 400 --nhid 1840 --alpha 0 --beta 0 --dropoute 0 --dropouth 0.1 --dropouti 0.1 "
-          "--dropout 0.4 --wdrop 0.2 --wdecay 1.2e-6 --bptt 200 --batch_size 128 --optimizer adam --lr 1e-3 --data "
-          "data/enwik8 --save ENWIK8.pt --when 25 35")
+QRNN_WT103 = ("--epochs 14 --nlayers 4 --emsize 400 --nhid 2500 --alpha 0 --beta 0 --dropoute 0 --dropouth 0.1 "
+              "--dropouti 0.1 --dropout 0.1 --wdrop 0 --wdecay 0 --bptt 140 --batch_size 60 "
+              "--optimizer adam --lr 1e-3 --data data/wikitext-103 --save WT103.12hr.QRNN.pt --when 12 --model QRNN")
+PTBC = ("--epochs 500 --nlayers 3 --emsize 200 --nhid 1000 --alpha 0 --beta 0 --dropoute 0 --dropouth 0.25 "
+        "--dropouti 0.1 --dropout 0.1 --wdrop 0.5 --wdecay 1.2e-6 --bptt 150 --batch_size 128 "
+        "--optimizer adam --lr 2e-3 --data data/pennchar --save PTBC.pt --when 300 400")
+ENWIK8 = ("--epochs 50 --nlayers 3 --emsize 400 --nhid 1840 --alpha 0 --beta 0 --dropoute 0 --dropouth 0.1 "
+          "--dropouti 0.1 --dropout 0.4 --wdrop 0.2 --wdecay 1.2e-6 --bptt 200 --batch_size 128 "
+          "--optimizer adam --lr 1e-3 --data data/enwik8 --save ENWIK8.pt --when 25 35")
 
 
 @pytest.mark.parametrize("recipe, words, parameters", [

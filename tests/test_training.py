@@ -338,3 +338,15 @@ def test_a_dry_run_reports_and_writes_nothing(train, corpus_dir, tmp_path, capsy
     printed = capsys.readouterr().out
     assert status == 0 and "20216813 parameters | peak memory" in printed and "valid loss" in printed
     assert [path.name for path in tmp_path.iterdir()] == ["corpus"] and len(list(corpus_dir.iterdir())) == 3
+
+
+def test_the_hidden_state_is_reset_at_the_start_of_each_epoch(train, tmp_path, monkeypatch):
+    zero, train_step = [], training.train_step
+
+    def recorded(model, optimizer, words, targets, hidden, *rest, **flags):
+        zero.append(not any(part.any() for pair in hidden for part in pair))
+        return train_step(model, optimizer, words, targets, hidden, *rest, **flags)
+
+    monkeypatch.setattr(training, "train_step", recorded)
+    train(tmp_path / "m.pt", "--epochs", "3")
+    assert zero[0] and sum(zero) == 3
