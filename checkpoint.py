@@ -51,13 +51,18 @@ def files_of_run(path):
 
 
 def save(path, model, flags, vocabulary, loss, epoch, state=None):
-    """Write a checkpoint; at every instant either the old file or the whole new one lies at `path`."""
+    """Write a checkpoint; at every instant either the old file or the whole new one lies at `path`. Raises BadInput
+    when there is no room for it, or the folder has gone."""
     content = {"format": FORMAT, "version": VERSION, "flags": flags, "vocabulary": vocabulary,
                "model": model.state_dict(), "loss": loss, "epoch": epoch}
     if state is not None:
         content["state"] = state
-    with replacing(path, "wb") as file:
-        torch.save(content, file)
+    try:
+        with replacing(path) as file:
+            torch.save(content, file)
+    except (OSError, RuntimeError) as error:  # PyTorch wraps what the disk says
+        reason = str(error).splitlines()[0]
+        raise BadInput(f"{path}: could not be written: {reason}; what was there is as it was") from error
 
 
 def load(path, device="cpu"):
