@@ -60,8 +60,8 @@ def save(path, model, flags, vocabulary, loss, epoch, state=None):
     try:
         with replacing(path) as file:
             torch.save(content, file)
-    except (OSError, RuntimeError) as error:  # PyTorch wraps what the disk says
-        reason = str(error).splitlines()[0]
+    except (OSError, RuntimeError) as error:
+        reason = error if isinstance(error, OSError) else error.__context__  # PyTorch's error hides that of the disk
         raise BadInput(f"{path}: could not be written: {reason}; what was there is as it was") from error
 
 
