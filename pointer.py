@@ -15,6 +15,7 @@ import torch
 import checkpoint
 import training
 from utils import (
+    BadInput,
     Parser,
     add_data_flags,
     add_run_flags,
@@ -128,8 +129,8 @@ def main(argv=None):
         metrics = training.Metrics(args.save)
         for line in lines:
             metrics.write("pointer", **line)
-    except OSError as error:  # a model in a folder that may only be read is still a model to score
-        training.say(f"not recorded in {checkpoint.metrics_path(args.save)}: {error.strerror}")
+    except (OSError, BadInput) as error:  # a model in a folder that may only be read is still a model to score
+        training.say(f"not recorded: {error}")
 
 
 if __name__ == "__main__":

@@ -203,8 +203,11 @@ class Metrics:
 
     def write(self, kind, **values):
         values = {name: None if value in (math.inf, -math.inf) else value for name, value in values.items()}
-        with open(self.path, "a", encoding="utf-8") as file:
-            file.write(json.dumps({"kind": kind, "time": round(time.time(), 3), **values}) + "\n")
+        try:
+            with open(self.path, "a", encoding="utf-8") as file:
+                file.write(json.dumps({"kind": kind, "time": round(time.time(), 3), **values}) + "\n")
+        except OSError as error:
+            raise BadInput(f"{self.path}: could not be written: {error.strerror}") from error
 
     def size(self):
         return self.path.stat().st_size
