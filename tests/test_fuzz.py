@@ -3,11 +3,13 @@ no file. FUZZ=5000 tries so many inputs (`make test-long`); a seed fixes them.
 """
 
 import os
+import pickle
 import random
 import shutil
 import sys
 
 import pytest
+import torch
 
 import checkpoint
 import finetune
@@ -83,16 +85,34 @@ def damaged(chance, content):
     return bytes(content)
 
 
+class Payload:
+    """What a hostile pickle does when it is loaded: it leaves a file."""
+
+    def __reduce__(self):
+        return open, ("payload-ran", "w")
+
+
 def a_checkpoint(chance, folder):
     command = chance.choice(USES)
-    path = checkpoint.last_path("m.pt") if "--resume" in command and chance.random() < 0.8 else folder / "m.pt"
-    (folder / path).write_bytes(damaged(chance, (folder / path).read_bytes()))
+    path = folder / (checkpoint.last_path("m.pt") if "--resume" in command and chance.random() < 0.8 else "m.pt")
+    kind = chance.randrange(10)
+    if kind == 0:
+        torch.save([Payload()], path, _use_new_zipfile_serialization=chance.random() < 0.5)
+    elif kind == 1:
+        path.write_bytes(pickle.dumps({"format": "awd-lstm", "version": 1, "model": Payload()}))
+    elif kind == 2:
+        torch.save({**torch.load(path, weights_only=True), "flags": Payload()}, path)
+    elif kind == 3:  # one file in the place of another
+        shutil.copy(chance.choice(["m.last.pt", "m.pt", "m.metrics.jsonl", "corpus/train.txt"]), folder / "swapped")
+        (folder / "swapped").replace(path)
+    else:
+        path.write_bytes(damaged(chance, path.read_bytes()))
     return command
 
 
 def a_corpus(chance, folder):
     for split in ("train", "valid", "test"):
-        text = chance.choice(TEXTS) * chance.choice([1, 1, 30])
+        text = chance.choice([*TEXTS, (folder / "m.pt").read_bytes()]) * chance.choice([1, 1, 30])
         if chance.random() < 0.3:
             text = chance.randbytes(chance.randrange(300))
         elif chance.random() < 0.5:
@@ -134,3 +154,4 @@ def test_any_input_ends_well(place, monkeypatch, capsys):
         if status == 2:
             assert err.count("\n") == 1 and "error: " in err, (number, script, arguments, err)
             assert files(place) == before or "epoch 1, batch" in err, (number, script, arguments)
+        assert not (place / "payload-ran").exists(), (number, script, arguments)

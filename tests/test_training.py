@@ -2,6 +2,8 @@
 
 import math
 import signal
+import subprocess
+import sys
 from argparse import Namespace
 from pathlib import Path
 
@@ -190,7 +192,7 @@ def test_the_saved_model_is_the_best_one_with_its_average(train, corpus_dir, tmp
     ["--model", "LSTM", "--nonmono", "0", "--lr", "20"],                # switches to ASGD on the way
     ["--model", "GRU", "--optimizer", "adam", "--lr", "0.01", "--when", "2"],
     ["--model", "LSTM", "--no-tied", "--when", "1", "3"],
-    ["--model", "QRNN"],
+    ["--model", "QRNN", "--nonmono", "0", "--lr", "20"],
 ])
 def test_a_resumed_run_is_the_run_that_never_stopped(train, tmp_path, flags):
     flags += ["--log-interval", "2"]
@@ -232,7 +234,7 @@ def test_ctrl_c_ends_training_and_reports_the_best_model(train, tmp_path, monkey
 @pytest.mark.parametrize("flags", [
     ["--model", "LSTM", "--nonmono", "0", "--lr", "20"],
     ["--model", "GRU", "--optimizer", "adam", "--lr", "0.01", "--when", "2"],
-    ["--model", "QRNN", "--log-interval", "7"],
+    ["--model", "QRNN", "--log-interval", "7", "--nonmono", "0", "--lr", "20"],
 ])
 @pytest.mark.parametrize("number, step, status", [
     (signal.SIGINT, 3, 130), (signal.SIGTERM, 30, 143), (signal.SIGTERM, 64, 143), (signal.SIGUSR1, 50, 0),
@@ -350,3 +352,33 @@ def test_the_hidden_state_is_reset_at_the_start_of_each_epoch(train, tmp_path, m
     monkeypatch.setattr(training, "train_step", recorded)
     train(tmp_path / "m.pt", "--epochs", "3")
     assert zero[0] and sum(zero) == 3
+
+
+def test_out_of_memory_names_the_length_and_the_flag_that_caps_it(train, tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes.")
+
+    monkeypatch.setattr(training, "train_step", full)
+    with pytest.raises(BadInput, match=r"batch 1: out of memory with \d+ time steps of 4 columns; --max-bptt caps"):
+        train(tmp_path / "m.pt", "--epochs", "1")
+
+
+def test_a_second_signal_ends_the_process_at_once(corpus_dir, tmp_path):
+    code = ("import signal, sys, training, main\n"
+            "def step(*_, **__):\n"
+            "    signal.raise_signal(signal.SIGTERM)\n"
+            "    print('first', flush=True)\n"
+            "    signal.raise_signal(signal.SIGTERM)\n"
+            "    print('never', flush=True)\n"
+            "training.train_step = step\n"
+            "main.main(['--no-cuda', '--data', sys.argv[1], '--batch_size', '4', '--save', sys.argv[2]])\n")
+    ended = subprocess.run([sys.executable, "-c", code, corpus_dir, tmp_path / "m.pt"], cwd=Path(main.__file__).parent,
+                           capture_output=True, text=True)
+    assert ended.returncode == -signal.SIGTERM and ended.stdout.endswith("first\n")
+
+
+def test_the_same_seed_gives_the_same_weights(train, tmp_path):
+    for name in ("a", "b"):
+        train(tmp_path / f"{name}.pt", "--epochs", "2", "--seed", "7")
+    one, other = (checkpoint.load(tmp_path / f"{name}.last.pt")["model"] for name in "ab")
+    assert all(torch.equal(one[name], other[name]) for name in one)
