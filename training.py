@@ -55,7 +55,7 @@ class Progress:
     window_rows: int = 0                            # rows,
     window_loss: float = 0.0                        # the sum of the losses over batches
     window_seconds: float = 0.0
-    history: list = field(default_factory=list)     # validation loss after each of them
+    history: list = field(default_factory=list)     # validation loss after each completed epoch
     best_loss: float = math.inf                     # validation loss of the model at --save, nats per token
     best_epoch: int = 0                             # 0: the model that training started from
     seconds: float = 0.0                            # spent in completed epochs, validation included
