@@ -14,18 +14,23 @@ A run keeps two files: `SAVE`, the best model, for evaluation, and `last_path(SA
 """
 
 import pickle
+import sys
 import zipfile
 from pathlib import Path
 
 import numpy
 import torch
 
+from data import BYTES, LEVELS
 from model import ARCHITECTURE, DROPOUTS, RNNModel
 from utils import BadInput, replacing
 
 FORMAT, VERSION = "awd-lstm", 1
 # The flags that a later run on a model or a state cannot change.
 FIXED = (*ARCHITECTURE, "level", "shares", "optimizer", "seed", "load")
+# What an optimizer keeps for each parameter, once it has made a step.
+OPTIMIZER_STATE = {torch.optim.SGD: set(), torch.optim.ASGD: {"step", "eta", "mu", "ax"},
+                   torch.optim.Adam: {"step", "exp_avg", "exp_avg_sq"}}
 CONTENT = {"flags": dict, "vocabulary": list, "model": dict, "loss": float, "epoch": int}
 
 
@@ -80,13 +85,34 @@ def load(path, device="cpu"):
         raise BadInput(f"{path}: not a checkpoint, or damaged ({type(error).__name__})") from error
     if damaged:
         raise BadInput(f"{path}: damaged checkpoint: what it holds is not what was written")
-    if not isinstance(content, dict) or content.get("format") != FORMAT:
+    if not isinstance(content, dict) or not isinstance(content.get("format"), str) or content["format"] != FORMAT:
         raise BadInput(f"{path}: not a checkpoint of this toolkit")
-    if content.get("version") != VERSION:
-        raise BadInput(f"{path}: checkpoint version {content.get('version')!r}; this toolkit reads version {VERSION}")
-    if not all(isinstance(content.get(key), kind) for key, kind in CONTENT.items()):
+    version = content.get("version")
+    if not isinstance(version, int) or version != VERSION:
+        raise BadInput(f"{path}: checkpoint version {version!r:.60}; this toolkit reads version {VERSION}")
+    if not (all(isinstance(content.get(key), kind) for key, kind in CONTENT.items())
+            and all(map(is_plain, content["flags"].values()))):
         raise BadInput(f"{path}: damaged checkpoint")
+    check_tokens(content, path)
     return content
+
+
+def is_plain(value):
+    """Whether a value is one that a flag may have."""
+    if isinstance(value, list):
+        return all(map(is_plain, value))
+    return value is None or isinstance(value, (str, int, float))
+
+
+def check_tokens(content, path):
+    """Raise BadInput unless the vocabulary of the checkpoint `content` can be that of a text at its level."""
+    vocabulary, level = content["vocabulary"], content["flags"].get("level", "word")
+    try:
+        known = level in LEVELS and len("".join(vocabulary).encode()) > 0
+    except (TypeError, UnicodeEncodeError):
+        known = False
+    if not known or (level == "byte" and not BYTES.issuperset(vocabulary)):
+        raise BadInput(f"{path}: damaged checkpoint: its vocabulary is not that of a text")
 
 
 def restore_model(content, path, flags=None, device="cpu"):
@@ -108,24 +134,44 @@ def restore_model(content, path, flags=None, device="cpu"):
     return model
 
 
-def keep_flags(args, given, content, path, names):
-    """Set each flag in `names` that the command line did not give to the value it has in the checkpoint `content`.
+def keep_flags(parse, argv, content, path, names):
+    """The flags that `parse` reads from `argv` (None: the command line), those in `names` that it does not give as they
+    are in the checkpoint `content`; and what it changes in these, as {name: (value in the checkpoint, value given)}.
 
-    Raises BadInput when a given flag contradicts one that cannot change any more, or the checkpoint lacks one; returns
-    the other given flags that change a value, as {name: (value in the checkpoint, value given)}.
+    Raises BadInput when `argv` contradicts a flag that cannot change any more, and when the checkpoint has a value that
+    `parse` would not take from a command line either.
     """
-    changed = {}
-    for name in names:
-        if name not in content["flags"]:
-            raise BadInput(f"{path}: damaged checkpoint: it does not say with which --{name} it was trained")
-        ours, theirs = getattr(args, name), content["flags"][name]
-        if name not in given:
-            setattr(args, name, theirs)
-        elif ours != theirs and name in FIXED:
-            raise BadInput(f"--{name} {ours} contradicts {path}, which was trained with {name} {theirs}")
-        elif ours != theirs:
-            changed[name] = theirs, ours
-    return changed
+    flags = content["flags"]
+    lacking = [name for name in names if name not in flags]
+    if lacking:
+        raise BadInput(f"{path}: damaged checkpoint: it does not say with which --{lacking[0]} it was trained")
+    saved = [token for name in names for token in command_line(name, flags[name])]
+    try:
+        theirs = vars(parse(saved))
+    except BadInput as error:
+        raise BadInput(f"{path}: damaged checkpoint: {error}") from error
+    strange = [name for name in names if theirs[name] != flags[name]]
+    if strange:
+        raise BadInput(f"{path}: damaged checkpoint: no --{strange[0]} is {flags[strange[0]]!r:.60}")
+    args = parse(saved + (sys.argv[1:] if argv is None else list(argv)))
+    changed = {name: (theirs[name], ours) for name, ours in vars(args).items()
+               if name in names and ours != theirs[name]}
+    for name in FIXED:
+        if name in changed:
+            raise BadInput(f"--{name} {changed[name][1]} contradicts {path}, which was trained with {name} "
+                           f"{changed[name][0]}")
+    return args, changed
+
+
+def command_line(name, value):
+    """The tokens that set the flag `name` to `value` on a command line; none for a value that none can set."""
+    flag = "--" + (name if name == "batch_size" else name.replace("_", "-"))  # the one name with a _ in it
+    if isinstance(value, bool):
+        return [flag if value else flag.replace("--", "--no-", 1)]
+    if isinstance(value, list):
+        numbers = [str(number) for number in value if isinstance(number, (int, float))]
+        return [flag, *numbers] if numbers else []
+    return [f"{flag}={value}"] if isinstance(value, (str, int, float)) else []
 
 
 def check_vocabulary(content, path, dictionary, data):
@@ -133,6 +179,19 @@ def check_vocabulary(content, path, dictionary, data):
     if content["vocabulary"] != dictionary.idx2word:
         raise BadInput(f"{path}: its vocabulary ({len(content['vocabulary'])} words) is not that of {data} "
                        f"({len(dictionary)} words): the model was trained on another corpus")
+
+
+def restore_optimizer(optimizer, state):
+    """Load `state` into a fresh optimizer; raises ValueError, or what PyTorch raises, unless it fits."""
+    kinds = [{name: type(value) for name, value in group.items()} for group in optimizer.param_groups]
+    optimizer.load_state_dict(state)
+    if kinds != [{name: type(value) for name, value in group.items()} for group in optimizer.param_groups]:
+        raise ValueError
+    for parameter, values in optimizer.state.items():
+        if set(values) != OPTIMIZER_STATE[type(optimizer)]:
+            raise ValueError
+        if any(value.shape not in (parameter.shape, ()) for value in values.values()):
+            raise ValueError
 
 
 def generator_states():

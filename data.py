@@ -30,6 +30,7 @@ from utils import BadInput, replacing
 
 SPLITS = ("train", "valid", "test")
 LEVELS = ("word", "char", "byte")
+BYTES = {"<eos>", *map(str, range(256))}  # the tokens at byte level
 
 CACHE_FORMAT, CACHE_VERSION = "awd-lstm-corpus", 1
 CACHE_TOKENS = 2**22      # a text of this length is read in a second or two

@@ -10,6 +10,7 @@ import checkpoint
 import training
 from model import ARCHITECTURE, DROPOUTS
 from utils import (
+    BadInput,
     Parser,
     add_training_flags,
     check_writable,
@@ -35,26 +36,25 @@ class ModelsOwn:
 
 
 def parse_flags(argv):
-    """The flags, and the names of those that the command line gave."""
     parser = Parser(description="Fine-tune a trained AWD-LSTM language model with averaged SGD.")
     add_training_flags(parser, max_bptt="bptt + 10", plateau="training ends", save="that of --load")
     parser.add_argument("--load", metavar="FILE", help="the model to fine-tune (default: that of --save)")
     parser.set_defaults(**dict.fromkeys(INHERITED, ModelsOwn()))
-    args, given = parser.parse_given(argv)
-    if not (args.load or args.save or args.resume):
-        parser.error("which model? --save FILE fine-tunes it in place, --load FILE --save OTHER keeps it as it is")
-    return args, given
+    return parser.parse_args(argv)
 
 
 def main(argv=None):
-    args, given = parse_flags(argv)
+    args = parse_flags(argv)
     device = pick_device(args.cuda)
     if args.resume:
-        return training.train(args, "finetune", *training.resume(args, given, "finetune", device))
-    args.load, args.save, args.lr = args.load or args.save, args.save or args.load, args.lr or LR
+        return training.train("finetune", *training.resume(parse_flags, argv, "finetune", device))
+    load = args.load or args.save
+    if not load:
+        raise BadInput("which model? --save FILE fine-tunes it in place, --load FILE --save OTHER keeps it as it is")
+    content = checkpoint.load(load, device)
+    args, _ = checkpoint.keep_flags(parse_flags, argv, content, load, INHERITED)
+    args.load, args.save, args.lr = load, args.save or load, args.lr or LR
     check_writable(*checkpoint.files_of_run(args.save))
-    content = checkpoint.load(args.load, device)
-    checkpoint.keep_flags(args, given, content, args.load, INHERITED)
     dictionary, batches = training.open_corpus(args, device)
     checkpoint.check_vocabulary(content, args.load, dictionary, args.data)
     training.seed_everything(args.seed)
@@ -66,7 +66,7 @@ def main(argv=None):
     training.say(f"| {args.load} as loaded | {score('valid', progress.best_loss)}")
     if not same_file(args.load, args.save):
         copy_file(args.load, args.save)  # the best so far, until an epoch is better
-    return training.train(args, "finetune", dictionary, batches, model, optimizer, progress)
+    return training.train("finetune", args, dictionary, batches, model, optimizer, progress)
 
 
 if __name__ == "__main__":

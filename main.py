@@ -18,7 +18,6 @@ DEFAULT_LR = {"sgd": 30.0, "adam": 1e-3}
 
 
 def parse_flags(argv):
-    """The flags, and the names of those that the command line gave."""
     parser = Parser(description="Train an AWD-LSTM language model.")
     add_training_flags(parser, max_bptt="no limit", plateau="SGD turns into ASGD", save="a name made from the time")
     group = parser.add_argument_group("schedule")
@@ -27,14 +26,14 @@ def parse_flags(argv):
     group.add_argument("--when", type=count, nargs="+", default=[], metavar="E",
                        help="epochs after which a copy of the model is kept as SAVE.eE and the rate is divided "
                             "by 10 (default: none; no longer once ASGD runs)")
-    return parser.parse_given(argv)
+    return parser.parse_args(argv)
 
 
 def main(argv=None):
-    args, given = parse_flags(argv)
+    args = parse_flags(argv)
     device = pick_device(args.cuda)
     if args.resume:
-        return training.train(args, "train", *training.resume(args, given, "train", device))
+        return training.train("train", *training.resume(parse_flags, argv, "train", device))
     args.lr = args.lr or DEFAULT_LR[args.optimizer]
     args.save = args.save or f"{time.time_ns() // 10**6}.pt"
     check_writable(*checkpoint.files_of_run(args.save))
@@ -46,7 +45,7 @@ def main(argv=None):
     except RuntimeError as error:  # what PyTorch raises when it gets no memory
         raise BadInput(f"no model of this size: {str(error).splitlines()[0]}") from error
     optimizer = training.make_optimizer(args.optimizer, model, args.lr, args.wdecay)
-    return training.train(args, "train", dictionary, batches, model, optimizer, training.Progress())
+    return training.train("train", args, dictionary, batches, model, optimizer, training.Progress())
 
 
 if __name__ == "__main__":

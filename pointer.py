@@ -14,6 +14,7 @@ import torch
 
 import checkpoint
 import training
+from model import LAYERS
 from utils import (
     BadInput,
     Parser,
@@ -33,12 +34,11 @@ QUERY_ROWS = 512  # predictions scored at once: a block of QUERY_ROWS x (window 
 
 
 def parse_flags(argv):
-    """The flags, and the names of those that the command line gave."""
     parser = Parser(description="Score a trained model together with a continuous neural cache.")
     add_data_flags(parser)
     parser.add_argument("--save", default="best.pt", metavar="FILE",
                         help="the trained model (default: %(default)s)")
-    parser.add_argument("--model", help="recurrent layer; has to be that of the trained model")
+    parser.add_argument("--model", choices=list(LAYERS), help="recurrent layer; has to be that of the trained model")
     parser.add_argument("--bptt", type=count, default=2000, metavar="T",
                         help="time steps per pass of the model: more memory, same result (default: %(default)s)")
     parser.add_argument("--window", type=count, default=3785, metavar="N",
@@ -48,7 +48,7 @@ def parse_flags(argv):
     parser.add_argument("--lambdasm", type=rate, default=0.12785920428335693, metavar="P",
                         help="share of the cache in the mixture, from 0 (off) to below 1 (default: %(default)s)")
     add_run_flags(parser)
-    return parser.parse_given(argv)
+    return parser.parse_args(argv)
 
 
 @torch.no_grad()
@@ -106,10 +106,10 @@ def mixture_loss(chunks, window, theta, lambdasm):
 
 
 def main(argv=None):
-    args, given = parse_flags(argv)
+    args = parse_flags(argv)
     device = pick_device(args.cuda)
     content = checkpoint.load(args.save, device)
-    checkpoint.keep_flags(args, given, content, args.save, ["model", "data", "level", "shares"])
+    args, _ = checkpoint.keep_flags(parse_flags, argv, content, args.save, ["model", "data", "level", "shares"])
     corpus = training.load_corpus(args)
     checkpoint.check_vocabulary(content, args.save, corpus.dictionary, args.data)
     model = checkpoint.restore_model(content, args.save, device=device)

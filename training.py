@@ -14,7 +14,7 @@ import sys
 import time
 from collections import namedtuple
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
 import numpy
@@ -245,29 +245,51 @@ def training_state(stage, progress, optimizer):
             "optimizer": optimizer.state_dict(), "generators": checkpoint.generator_states()}
 
 
-def resume(args, given, stage, device):
-    """Dictionary, batches, model, optimizer and progress of the run `args.resume`, with the random generators as it
-    left them.
+def restore_progress(values, hidden):
+    """The Progress with these values by name; raises TypeError or ValueError unless they are what one holds, with a
+    hidden state of the form of `hidden`."""
+    progress = Progress(**values)
+    for entry in fields(Progress):
+        value = values[entry.name]
+        if not isinstance(value, entry.type) or (isinstance(value, int) and value < 0):
+            raise ValueError
+    if progress.hidden is not None and form(progress.hidden) != form(hidden):
+        raise ValueError
+    if not all(isinstance(loss, float) for loss in progress.history):
+        raise ValueError
+    return progress
 
-    Flags in `given` (those of the command line) take the place of the run's own, the others in `args` become the run's.
-    Raises BadInput when there is no such state, or a flag or the corpus contradicts it.
+
+def form(hidden):
+    """The shapes of a hidden state, nested as it is."""
+    return hidden.shape if isinstance(hidden, torch.Tensor) else [form(part) for part in hidden]
+
+
+def resume(parse, argv, stage, device):
+    """Flags, dictionary, batches, model, optimizer and progress of the run that the flag `--resume` names among those
+    that `parse` reads from `argv`, with the random generators as the run left them.
+
+    Flags in `argv` take the place of the run's own. Raises BadInput when there is no such state, or a flag or the
+    corpus contradicts it.
     """
+    args = parse(argv)
     best = checkpoint.best_path(args.resume)
     path = checkpoint.last_path(best)
     content = checkpoint.load(path, device)
     state = content.get("state")
     if not isinstance(state, dict) or state.get("stage") != stage:
         raise BadInput(f"{path}: not the state of a run of this script (its stage is not {stage!r})")
-    changed = checkpoint.keep_flags(args, given, content, path, vars(args).keys() - NOT_RESUMED)
+    names = [name for name in vars(args) if name not in NOT_RESUMED]
+    args, changed = checkpoint.keep_flags(parse, argv, content, path, names)
     args.save = args.save or str(best)
     check_writable(*checkpoint.files_of_run(args.save))
     dictionary, batches = open_corpus(args, device)
     checkpoint.check_vocabulary(content, path, dictionary, args.data)
     model = checkpoint.restore_model(content, path, vars(args), device)
     try:
-        progress = Progress(**state["progress"])
+        progress = restore_progress(state["progress"], model.init_hidden(args.batch_size))
         optimizer = make_optimizer("asgd" if state["averaging"] else args.optimizer, model, args.lr, args.wdecay)
-        optimizer.load_state_dict(state["optimizer"])
+        checkpoint.restore_optimizer(optimizer, state["optimizer"])
         checkpoint.restore_generators(state["generators"])
     except (AttributeError, LookupError, TypeError, ValueError, RuntimeError) as error:
         raise BadInput(f"{path}: damaged checkpoint: its state cannot be restored") from error
@@ -285,7 +307,7 @@ def resume(args, given, stage, device):
                 copy_file(old, new)
     say("; ".join([f"resuming {path} in epoch {progress.epoch + 1}, batch {progress.batch + 1}",
                    *(f"{name} {theirs} -> {ours}" for name, (theirs, ours) in changed.items())]))
-    return dictionary, batches, model, optimizer, progress
+    return args, dictionary, batches, model, optimizer, progress
 
 
 # --- the loop --------------------------------------------------------------------------------------------------------
@@ -322,7 +344,7 @@ def lay_out(args, corpus, split, batch_size, device, rows=2):
         raise BadInput(f"{args.data}, {split}: {error}") from error
 
 
-def train(args, stage, dictionary, batches, model, optimizer, progress):
+def train(stage, args, dictionary, batches, model, optimizer, progress):
     """Train `model` on from `progress` for `args.epochs` epochs or until a signal to stop, then test the best model.
 
     The `stage` "train" turns SGD into ASGD at a plateau (NT-ASGD); the stage "finetune" ends there. The best model is
@@ -353,7 +375,8 @@ def train(args, stage, dictionary, batches, model, optimizer, progress):
 
     with Signals() as signals:
         saved = time.monotonic()
-        while progress.epoch < args.epochs and not (stage == "finetune" and at_plateau(progress.history, args.nonmono)):
+        while not (signals.stop or progress.epoch >= args.epochs
+                   or (stage == "finetune" and at_plateau(progress.history, args.nonmono))):
             with tqdm(total=len(batches.train), initial=progress.row, unit="row", desc=f"epoch {progress.epoch + 1}",
                       leave=False, file=sys.stdout, disable=not sys.stdout.isatty()) as bar:
                 for rows, loss, seconds in train_epoch(model, optimizer, batches.train, args, progress, max_bptt):
@@ -371,8 +394,6 @@ def train(args, stage, dictionary, batches, model, optimizer, progress):
             optimizer = after_epoch(args, model, optimizer, progress, save, metrics)
             save_state()
             saved = time.monotonic()
-            if signals.stop:
-                break
     if signals.stop:
         say(f"| stopped by {signal.Signals(signals.stop).name} | --resume {args.save} goes on from epoch "
             f"{progress.epoch + 1}, batch {progress.batch + 1}")

@@ -30,7 +30,7 @@ def run_script(main):
         status = main()
         sys.stdout.flush()
     except BadInput as error:
-        print(f"{sys.argv[0]}: error: {error}", file=sys.stderr)
+        print(f"{sys.argv[0]}: error: {' '.join(str(error).splitlines())}", file=sys.stderr)
         status = 2
     except KeyboardInterrupt:
         print(f"{sys.argv[0]}: interrupted", file=sys.stderr)
@@ -179,16 +179,10 @@ def score(name, loss):
 # --- flags -----------------------------------------------------------------------------------------------------------
 
 class Parser(argparse.ArgumentParser):
-    """An ArgumentParser that complains in one line and knows which flags were given."""
+    """An ArgumentParser to which a flag that it cannot take is bad input like any other."""
 
     def error(self, message):
-        self.exit(2, f"{self.prog}: error: {message}\n")
-
-    def parse_given(self, argv=None):
-        """The flags, and the names of those that the command line gave."""
-        args = self.parse_args(argv)
-        marked = self.parse_args(argv, argparse.Namespace(**dict.fromkeys(vars(args), self)))
-        return args, {name for name, value in vars(marked).items() if value is not self}
+        raise BadInput(message)
 
 
 def number(kind, low, below=math.inf, exclusive=False):
@@ -208,8 +202,8 @@ def number(kind, low, below=math.inf, exclusive=False):
 
 
 count, natural = number(int, 1, 2**31), number(int, 0, 2**31)
-amount, rate = number(float, 0), number(float, 0, 1)
-positive = number(float, 0, exclusive=True)
+amount, rate = number(float, 0, 1e30), number(float, 0, 1)  # what times a step's length is still a number in fp32
+positive = number(float, 0, 1e30, exclusive=True)
 
 
 def add_run_flags(parser):

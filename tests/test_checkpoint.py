@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import checkpoint
+import main
 from model import RNNModel
 from utils import BadInput
 
@@ -101,3 +102,23 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
 def test_names_of_the_files_of_a_run():
     assert str(checkpoint.last_path("runs/PTB.pt")) == "runs/PTB.last.pt"
     assert str(checkpoint.metrics_path("runs/WT103.12hr.QRNN.pt")) == "runs/WT103.12hr.QRNN.metrics.jsonl"
+
+
+@pytest.mark.parametrize("flag, value", [
+    ("bptt", "x"), ("wdrop", 5.0), ("clip", None), ("batch_size", True), ("bptt", 7.5), ("alpha", "1"), ("beta", "nan"),
+    ("data", 3), ("shares", ["--save=lost", 1, 2]), ("shares", []), ("level", "page"), ("seed", -1), ("when", "--cuda"),
+])
+def test_a_flag_that_no_command_line_could_have_set_is_refused(tmp_path, flag, value):
+    flags = vars(main.parse_flags([])) | {flag: value}
+    with pytest.raises(BadInput, match="m.pt: damaged checkpoint"):
+        checkpoint.keep_flags(main.parse_flags, [], {"flags": flags}, "m.pt", [flag])
+
+
+def test_the_command_line_wins_over_the_flags_of_a_checkpoint():
+    theirs = main.parse_flags("--bptt 9 --no-tied --when 3 5 --save-interval 0.5 --shares 8 1 1".split())
+    args, changed = checkpoint.keep_flags(main.parse_flags, ["--bptt", "8"], {"flags": vars(theirs)}, "m.pt",
+                                          vars(theirs))
+    assert changed == {"bptt": (9, 8)}
+    assert vars(args) == vars(theirs) | {"bptt": 8}
+    with pytest.raises(BadInput, match="--tied True contradicts m.pt, which was trained with tied False"):
+        checkpoint.keep_flags(main.parse_flags, ["--tied"], {"flags": vars(theirs)}, "m.pt", ["tied"])

@@ -35,7 +35,7 @@ ENWIK8 = ("--epochs 50 --nlayers 3 --emsize 400 --nhid 1840 --alpha 0 --beta 0 -
     (ENWIK8, 205, 47_270_045),
 ])
 def test_recipes_of_the_papers_and_their_parameter_counts(recipe, words, parameters):
-    args, _ = main.parse_flags(recipe.split())
+    args = main.parse_flags(recipe.split())
     with torch.device("meta"):
         model = RNNModel(words, **{name: getattr(args, name) for name in ARCHITECTURE + DROPOUTS})
     assert model.parameter_count() == parameters
