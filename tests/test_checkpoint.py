@@ -7,6 +7,7 @@ import torch
 
 import checkpoint
 import main
+import training
 from model import RNNModel
 from utils import BadInput
 
@@ -115,9 +116,10 @@ def test_a_flag_that_no_command_line_could_have_set_is_refused(tmp_path, flag, v
 
 
 def test_the_command_line_wins_over_the_flags_of_a_checkpoint():
-    theirs = main.parse_flags("--bptt 9 --no-tied --when 3 5 --save-interval 0.5 --shares 8 1 1".split())
-    args, changed = checkpoint.keep_flags(main.parse_flags, ["--bptt", "8"], {"flags": vars(theirs)}, "m.pt",
-                                          vars(theirs))
+    flags = "--bptt 9 --no-tied --when 3 5 --save-interval 0.5 --shares 8 1 1"
+    theirs = main.parse_flags(flags.split())
+    names = [name for name in vars(theirs) if name not in training.NOT_RESUMED]
+    args, changed = checkpoint.keep_flags(main.parse_flags, ["--bptt", "8"], {"flags": vars(theirs)}, "m.pt", names)
     assert changed == {"bptt": (9, 8)}
     assert vars(args) == vars(theirs) | {"bptt": 8}
     with pytest.raises(BadInput, match="--tied True contradicts m.pt, which was trained with tied False"):
