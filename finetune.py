@@ -60,12 +60,12 @@ def main(argv=None):
     training.seed_everything(args.seed)
     model = checkpoint.restore_model(content, args.load, vars(args), device)
     optimizer = training.make_optimizer("asgd", model, args.lr, args.wdecay)
-    if args.dry_run:
-        return training.dry_run(args, batches, model, optimizer)
-    progress = training.Progress(best_loss=training.evaluate(model, batches.valid, args.bptt))
-    training.say(f"| {args.load} as loaded | {score('valid', progress.best_loss)}")
-    if not same_file(args.load, args.save):
-        copy_file(args.load, args.save)  # the best so far, until an epoch is better
+    progress = training.Progress()
+    if not args.dry_run:
+        progress.best_loss = training.evaluate(model, batches.valid, args.bptt)
+        training.say(f"| {args.load} as loaded | {score('valid', progress.best_loss)}")
+        if not same_file(args.load, args.save):
+            copy_file(args.load, args.save)  # the best so far, until an epoch is better
     return training.train("finetune", args, dictionary, batches, model, optimizer, progress)
 
 

@@ -2,6 +2,7 @@
 
     python generate.py --checkpoint PTB.pt --words 1000 --outf generated.txt
     python generate.py --checkpoint PTB.pt --words 50 --prompt "the company said" --temperature 0.8 --top-k 40 --outf -
+    python generate.py --checkpoint PTB.pt --words 1000 --batch 100 --outf texts.txt      (100 texts, much faster)
 
 Needs no corpus: the vocabulary is in the checkpoint. Shapes are in the alphabet of `model.py`.
 """
@@ -39,6 +40,9 @@ def parse_flags(argv):
                         help="where the text goes, - prints it (default: %(default)s)")
     parser.add_argument("--words", type=count, default=1000, metavar="N",
                         help="words (characters, bytes) to sample (default: %(default)s)")
+    parser.add_argument("--batch", type=count, default=1, metavar="B",
+                        help="texts of so many words to sample at once, from one prompt, written with an empty line "
+                             "between them (default: %(default)s)")
     parser.add_argument("--prompt", default="", metavar="TEXT",
                         help="words to go on from (default: none, the start of a line)")
     parser.add_argument("--temperature", type=positive, default=1.0, metavar="X",
@@ -54,22 +58,37 @@ def parse_flags(argv):
 
 
 @torch.no_grad()
-def sample(model, context, length, temperature=1.0, top_k=0):
-    """Yield `length` word ids sampled after the ids `context` (t,), t > 0, from p(w)^(1 / temperature), normalised,
-    among the `top_k` likeliest words (0: all)."""
+def sample(model, context, length, temperature=1.0, top_k=0, batch_size=1):
+    """Yield `length` times the B = `batch_size` word ids, a list, that are sampled next, independently, after the ids
+    `context` (t,), t > 0, and those before, from p(w)^(1 / temperature), normalised, among the `top_k` likeliest words
+    (0: all). Raises BadInput when the model has no probabilities to offer."""
     model.eval()
-    hidden = model.init_hidden(1)
-    words = context.unsqueeze(1)
+    hidden = model.init_hidden(batch_size)
+    words = context.unsqueeze(1).expand(-1, batch_size)
     for _ in range(length):
         output, hidden, _ = model(words, hidden)
-        logprob = model.logprob(output[-1]).double()
-        scores = (logprob - logprob.max()) / temperature  # the likeliest word stays at 0, however small the temperature
+        scores = model.logprob(output[-1]).double()
+        candidates = None
         if 0 < top_k < scores.size(-1):
             scores, candidates = scores.topk(top_k)
-            words = candidates.gather(1, torch.multinomial(scores.softmax(-1), 1))
-        else:
-            words = torch.multinomial(scores.softmax(-1), 1)
-        yield words.item()
+        scores -= scores.amax(-1, keepdim=True)  # the likeliest stays at 0, however small the temperature
+        chosen = draw(scores.div_(temperature).exp_())
+        words = chosen.t() if candidates is None else candidates.gather(1, chosen).t()
+        yield words[0].tolist()
+
+
+def draw(weights):
+    """For each row of `weights` (B, V) a column, with a probability in proportion to its weight: (B, 1).
+
+    By the cumulative sum: for 10,000 words a sixth of the time of `torch.multinomial`, which draws a random number for
+    each of them.
+    """
+    cumulative = weights.cumsum(-1)
+    total = cumulative[:, -1:]
+    if not total.isfinite().all():
+        raise BadInput("the model's weights make no finite probabilities")
+    below = torch.rand_like(total) * total
+    return torch.searchsorted(cumulative, below, right=True).clamp_(max=weights.size(-1) - 1)
 
 
 def tokens_of(text, level):
@@ -112,10 +131,10 @@ def spell(tokens, level):
         yield decoder.decode(b"", final=True)
 
 
-def logged(words, total, interval):
-    """The same words, with a progress line after each `interval` of them."""
-    for done, word in enumerate(words, 1):
-        yield word
+def logged(steps, total, interval):
+    """The same steps, with a progress line after each `interval` of them."""
+    for done, words in enumerate(steps, 1):
+        yield words
         if done % interval == 0:
             print(f"| generated {done:6d}/{total:6d} words", flush=True)
 
@@ -133,12 +152,21 @@ def main(argv=None):
     prompt = tokens_of(args.prompt, level)
     context = torch.tensor(encode(prompt, dictionary), device=device)
     torch.manual_seed(args.seed)
-    tokens = (dictionary.idx2word[index] for index in sample(model, context, args.words, args.temperature, args.top_k))
+    steps = sample(model, context, args.words, args.temperature, args.top_k, args.batch)
+    if args.outf != "-":
+        steps = logged(steps, args.words, args.log_interval)
+    texts = zip(*steps) if args.batch > 1 else [(word for (word,) in steps)]  # one text is written as it comes
+
+    def write(file):
+        for place, text in enumerate(texts):
+            file.write("\n" if place else "")
+            file.writelines(spell(chain(prompt, (dictionary.idx2word[word] for word in text)), level))
+
     if args.outf == "-":
-        sys.stdout.writelines(spell(chain(prompt, tokens), level))
+        write(sys.stdout)
     else:
         with replacing(args.outf, "w", encoding="utf-8") as file:
-            file.writelines(spell(chain(prompt, logged(tokens, args.words, args.log_interval)), level))
+            write(file)
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from torch import nn
 
 from embed_regularize import embedded_dropout
 from locked_dropout import locked_dropout
+from lstm import LSTM
 from qrnn import QRNN
 from splitcross import SplitCrossEntropy, splits_for
 from weight_drop import weight_drop
@@ -31,7 +32,7 @@ def make_layer(model, input_size, hidden_size, first):
     """A recurrent layer of the type `model`; the first layer of a QRNN looks at two words at a time."""
     if model == "QRNN":
         return QRNN(input_size, hidden_size, window=2 if first else 1)
-    return {"LSTM": nn.LSTM, "GRU": nn.GRU}[model](input_size, hidden_size)
+    return {"LSTM": LSTM, "GRU": nn.GRU}[model](input_size, hidden_size)
 
 
 class RNNModel(nn.Module):
@@ -72,7 +73,7 @@ class RNNModel(nn.Module):
             if isinstance(rnn, QRNN):
                 return rnn.init_hidden(batch_size)
             h = self.decoder.bias.new_zeros(1, batch_size, rnn.hidden_size)
-            return (h, h) if isinstance(rnn, nn.LSTM) else h
+            return (h, h) if isinstance(rnn, LSTM) else h
         return [zeros(rnn) for rnn in self.rnns]
 
     def forward(self, words, hidden):

@@ -1,7 +1,7 @@
 """Score a trained model together with a continuous neural cache (a pointer to the recent past).
 
     python pointer.py --data data/penn --save PTB.pt --lambdasm 0.1 --theta 1.0 --window 500 --bptt 5000
-    python pointer.py --data data/wikitext-2 --save WT2.pt --lambdasm 0.1279 --theta 0.662 --window 3785 --bptt 2000
+    python pointer.py --data data/penn --save PTB.pt --window 100 500 2000 --theta 0.3 0.66 1 --lambdasm 0.05 0.1 0.2
 
 The model is not trained further. Paper: Grave, Joulin, Usunier, "Improving Neural Language Models with a Continuous
 Cache" (arXiv 1612.04426); 1708.02182, section 6. Shapes are in the alphabet of `model.py`.
@@ -9,6 +9,7 @@ Cache" (arXiv 1612.04426); 1708.02182, section 6. Shapes are in the alphabet of 
 
 import math
 import time
+from itertools import product
 
 import torch
 
@@ -30,23 +31,25 @@ from utils import (
     score,
 )
 
-QUERY_ROWS = 512  # predictions scored at once: a block of QUERY_ROWS x (window + QUERY_ROWS) similarities is in memory
+QUERY_ROWS = 256  # predictions scored at once: QUERY_ROWS x (window + QUERY_ROWS) similarities are in memory
 
 
 def parse_flags(argv):
-    parser = Parser(description="Score a trained model together with a continuous neural cache.")
+    parser = Parser(description="Score a trained model together with a continuous neural cache.",
+                    epilog="Given several windows, thetas or lambdasms, all combinations are scored on validation and "
+                           "the best is applied to test.")
     add_data_flags(parser)
     parser.add_argument("--save", default="best.pt", metavar="FILE",
                         help="the trained model (default: %(default)s)")
     parser.add_argument("--model", choices=list(LAYERS), help="recurrent layer; has to be that of the trained model")
     parser.add_argument("--bptt", type=count, default=2000, metavar="T",
                         help="time steps per pass of the model: more memory, same result (default: %(default)s)")
-    parser.add_argument("--window", type=count, default=3785, metavar="N",
-                        help="words that the cache remembers (default: %(default)s)")
-    parser.add_argument("--theta", type=amount, default=0.6625523432485668, metavar="X",
-                        help="sharpness of the cache: factor of the similarities (0: flat; default: %(default)s)")
-    parser.add_argument("--lambdasm", type=rate, default=0.12785920428335693, metavar="P",
-                        help="share of the cache in the mixture, from 0 (off) to below 1 (default: %(default)s)")
+    parser.add_argument("--window", type=count, nargs="+", default=[3785], metavar="N",
+                        help="words that the cache remembers (default: 3785)")
+    parser.add_argument("--theta", type=amount, nargs="+", default=[0.6625523432485668], metavar="X",
+                        help="sharpness of the cache: factor of the similarities (0: flat; default: 0.66255)")
+    parser.add_argument("--lambdasm", type=rate, nargs="+", default=[0.12785920428335693], metavar="P",
+                        help="share of the cache in the mixture, from 0 (off) to below 1 (default: 0.12786)")
     add_run_flags(parser)
     return parser.parse_args(argv)
 
@@ -63,46 +66,71 @@ def scored_chunks(model, source, bptt):
         yield raw.squeeze(1), targets.squeeze(1), model.target_logprob(output, targets).squeeze(1)
 
 
-def cache_logprob(queries, keys, targets, followers, first, window, theta):
-    """Log-probability (Q,) in nats that the cache alone gives to `targets` (Q,) for the outputs `queries` (Q, H).
+def cache_logprob(similarities, same, first, window, theta):
+    """Log-probability (Q,) in nats that the cache alone gives to the target of each of Q predictions.
 
-    `keys` (K, H) are the outputs that came before or among the queries, `followers` (K,) the words that followed them;
-    query q is key number `first` + q, and sees the `window` keys before it: softmax over them of theta * query . key,
-    summed where the follower is the target. -inf where it is none of them.
+    `similarities` (Q, K) are the products of the queries, their outputs, with the keys, the outputs that came before or
+    among them; `same` (Q, K) says where the word that followed the key is the target. Query q is key number `first` + q
+    and sees the `window` keys before it: a softmax over theta * similarity, summed over the keys where `same`. -inf
+    where there are none.
     """
-    numbers = torch.arange(len(keys), device=keys.device)
-    place = numbers - numbers[first:first + len(queries)].unsqueeze(1)
-    weight = (theta * queries @ keys.t()).masked_fill((place < -window) | (place >= 0), -math.inf)
-    found = weight.masked_fill(followers != targets.unsqueeze(1), -math.inf)
-    return found.logsumexp(1) - weight.logsumexp(1)
+    nearest = max(0, first - window)
+    queries, keys = len(similarities), similarities.size(1)
+    number = torch.arange(nearest, keys, device=similarities.device)
+    own = number[first - nearest:first - nearest + queries].unsqueeze(1)
+    weight = similarities[:, nearest:] * theta
+    weight.masked_fill_((number >= own) | (number < own - window), -math.inf)
+    weight.sub_(weight.amax(1, keepdim=True)).exp_()
+    return ((weight * same[:, nearest:]).sum(1) / weight.sum(1)).log()
 
 
-def mixture_loss(chunks, window, theta, lambdasm):
-    """Mean cross entropy, in nats per token, of (1 - lambdasm) * model + lambdasm * cache over `scored_chunks`.
+def mixture_losses(chunks, windows, thetas, lambdasms):
+    """Mean cross entropy, in nats per token, of (1 - lambdasm) * model + lambdasm * cache over `scored_chunks`, for all
+    combinations: a tensor (windows, thetas, lambdasms).
 
-    As in the published numbers the cache joins once more than `window` predictions lie behind; until then the model
+    As in the published numbers a cache joins once more than its window of predictions lie behind; until then the model
     stands alone.
     """
-    log_lambdasm = math.log(lambdasm) if lambdasm else -math.inf
+    longest = max(windows)
+    totals = torch.zeros(len(windows), len(thetas), len(lambdasms), dtype=torch.float64)
     keys = followers = None
-    seen, total = 0, 0.0  # predictions so far
+    seen = 0  # predictions so far
     for outputs, targets, logprob in chunks:
         keys = outputs if keys is None else torch.cat([keys, outputs])
         followers = targets if followers is None else torch.cat([followers, targets])
+        share = logprob.new_tensor(lambdasms).unsqueeze(1)
         past = len(keys) - len(outputs)
         for start in range(0, len(outputs), QUERY_ROWS):
             block = slice(start, start + QUERY_ROWS)
-            first = past + start
-            near = slice(max(0, first - window), first + QUERY_ROWS)
-            cached = cache_logprob(outputs[block], keys[near], targets[block], followers[near], first - near.start,
-                                   window, theta)
-            alone = logprob[block]
-            mixed = torch.logaddexp(alone + math.log1p(-lambdasm), cached + log_lambdasm)
+            alone, first = logprob[block], past + start
+            near = slice(max(0, first - longest), first + len(alone))
+            similarities = outputs[block] @ keys[near].t()
+            same = followers[near] == targets[block].unsqueeze(1)
             behind = torch.arange(seen, seen + len(alone), device=alone.device)
-            total -= torch.where(behind > window, mixed, alone).double().sum().item()
+            for w, window in enumerate(windows):
+                for t, theta in enumerate(thetas):
+                    cached = cache_logprob(similarities, same, first - near.start, window, theta)
+                    mixed = torch.logaddexp(alone + (-share).log1p(), cached + share.log())
+                    totals[w, t] -= torch.where(behind > window, mixed, alone).double().sum(1).cpu()
             seen += len(alone)
-        keys, followers = keys[-window:], followers[-window:]
-    return total / seen
+        keys, followers = keys[-longest:], followers[-longest:]
+    return totals / seen
+
+
+def score_split(model, source, bptt, settings):
+    """The loss of each combination of `settings`, (windows, thetas, lambdasms), over `source` (N, 1); returns them as
+    [((window, theta, lambdasm), loss), ...] and the seconds they took."""
+    start = time.perf_counter()
+    losses = mixture_losses(scored_chunks(model, source, bptt), *settings).flatten().tolist()
+    return list(zip(product(*settings), losses)), time.perf_counter() - start
+
+
+def report(kind, split, setting, loss, seconds):
+    """Print the score of a setting; returns kind and values of its line in the metrics file."""
+    values = dict(zip(("window", "theta", "lambdasm"), setting))
+    named = " | ".join(f"{name} {value:6.4g}" for name, value in values.items())
+    training.say(f"| {kind:7} | {named} | {score(split, loss)}")
+    return kind, {"split": split, **values, "seconds": seconds, **figures(loss)}
 
 
 def main(argv=None):
@@ -113,22 +141,22 @@ def main(argv=None):
     corpus = training.load_corpus(args)
     checkpoint.check_vocabulary(content, args.save, corpus.dictionary, args.data)
     model = checkpoint.restore_model(content, args.save, device=device)
-    training.say(f"pointer: window={args.window} theta={args.theta} lambdasm={args.lambdasm}")
+    settings = args.window, args.theta, args.lambdasm
     sources = {split: training.lay_out(args, corpus, split, 1, device) for split in ("valid", "test")}
-    lines = []
     for split, source in sources.items():
-        if args.window >= len(source) - 2:
-            training.say(f"| pointer | {split} has {len(source) - 1} words: with this --window the cache never joins")
-        start = time.perf_counter()
-        chunks = scored_chunks(model, source, args.bptt)
-        loss = mixture_loss(chunks, args.window, args.theta, args.lambdasm)
-        lines.append({"split": split, "window": args.window, "theta": args.theta, "lambdasm": args.lambdasm,
-                      "seconds": time.perf_counter() - start, **figures(loss)})
-        training.say(f"| pointer | {score(split, loss)}")
+        if max(args.window) >= len(source) - 2:
+            training.say(f"| pointer | {split} has {len(source) - 1} words: with --window {max(args.window)} the cache "
+                         "never joins")
+    searched, seconds = score_split(model, sources["valid"], args.bptt, settings)
+    lines = [report("grid", "valid", *found, seconds) for found in searched if len(searched) > 1]
+    best, loss = min(searched, key=lambda found: found[1])
+    lines.append(report("pointer", "valid", best, loss, seconds))
+    ((_, loss),), seconds = score_split(model, sources["test"], args.bptt, [[value] for value in best])
+    lines.append(report("pointer", "test", best, loss, seconds))
     try:
         metrics = training.Metrics(args.save)
-        for line in lines:
-            metrics.write("pointer", **line)
+        for kind, values in lines:
+            metrics.write(kind, **values)
     except (OSError, BadInput) as error:  # a model in a folder that may only be read is still a model to score
         training.say(f"not recorded: {error}")
 

@@ -132,7 +132,7 @@ class QRNN(nn.Module):
         """Run x (T, B, E) from `hidden`; returns the output (T, B, H) and the new hidden state."""
         c, *previous = hidden
         source = torch.cat([x, torch.cat([previous[0], x[:-1]])], -1) if self.window == 2 else x
-        z, f, o = self.linear(source).chunk(3, -1)
+        z, f, o = self.linear(source).to(c.dtype).chunk(3, -1)  # under autocast only the product is in bfloat16
         z, f, o = z.tanh(), f.sigmoid(), o.sigmoid()
         if self.zoneout:
             moves = dropout_mask(f, f.shape, self.zoneout) if self.training else 1

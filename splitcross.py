@@ -12,7 +12,12 @@ are in the alphabet of `model.py`.
 
 import torch
 from torch import nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional
+
+from utils import for_products
+
+LARGE = 2**20  # logits; fewer stay in the cache anyway
 
 
 def splits_for(ntoken):
@@ -22,6 +27,43 @@ def splits_for(ntoken):
     if ntoken > 75_000:
         return [2800, 20_000, 76_000]
     return []
+
+
+class SoftmaxLoss(torch.autograd.Function):
+    """Mean cross entropy of linear(hidden, weight, bias) for `hidden` (N, E or H), `weight` (V, E or H), `bias` (V)
+    against `targets` (N,), its gradient computed at once, a block of ROWS rows after the other.
+
+    No N x V matrix is ever written to memory and read again, and the logits of a block are still in the cache when
+    their gradient is due. Products are in the type that autocast says, the loss in that of `bias`.
+    """
+
+    ROWS = 384
+
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, targets):
+        rows, factor, term = for_products(hidden, weight, bias)
+        grad_hidden, grad_weight, grad_bias = torch.empty_like(rows), torch.zeros_like(weight), torch.zeros_like(bias)
+        loss = bias.new_zeros(())
+        for block, wanted, grad_block in zip(*(t.split(SoftmaxLoss.ROWS) for t in (rows, targets, grad_hidden))):
+            logprob = torch.addmm(term, block, factor.t()).log_softmax(1, dtype=bias.dtype)
+            wanted = wanted.unsqueeze(1)
+            loss -= logprob.gather(1, wanted).sum()
+            grad = logprob.exp_().scatter_add_(1, wanted, -logprob.new_ones(wanted.shape))
+            grad_bias += grad.sum(0)
+            grad = grad.to(factor.dtype)
+            torch.mm(grad, factor, out=grad_block)
+            if grad.dtype == grad_weight.dtype:
+                grad_weight.addmm_(grad.t(), block)
+            else:
+                grad_weight += grad.t() @ block
+        ctx.save_for_backward(grad_hidden.to(hidden.dtype), grad_weight, grad_bias)
+        return loss / len(hidden)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_loss):
+        scale = grad_loss / len(ctx.saved_tensors[0])
+        return *(grad * scale for grad in ctx.saved_tensors), None
 
 
 class SplitCrossEntropy(nn.Module):
@@ -44,7 +86,10 @@ class SplitCrossEntropy(nn.Module):
         """Mean cross entropy, nats per token, of `hidden` (..., E or H) against `targets` (...), under the softmax
         `weight` (V, E or H), `bias` (V)."""
         if len(self.sizes) == 1:
-            return functional.cross_entropy(functional.linear(hidden, weight, bias).flatten(0, -2), targets.flatten())
+            hidden, targets = hidden.flatten(0, -2), targets.flatten()
+            if hidden.requires_grad and not hidden.is_cuda and len(hidden) * len(weight) >= LARGE:
+                return SoftmaxLoss.apply(hidden, weight, bias, targets)
+            return functional.cross_entropy(functional.linear(hidden, weight, bias), targets)
         return -self.target_logprob(weight, bias, hidden, targets).mean()
 
     def target_logprob(self, weight, bias, hidden, targets):

@@ -33,6 +33,7 @@ from utils import (
     copy_file,
     figures,
     get_batch,
+    has_bf16,
     peak_memory,
     repackage_hidden,
     same_file,
@@ -73,7 +74,7 @@ def make_optimizer(name, model, lr, wdecay):
     is kept.
     """
     if name == "sgd":
-        return torch.optim.SGD(model.parameters(), lr=lr, weight_decay=wdecay)
+        return torch.optim.SGD(model.parameters(), lr=lr, weight_decay=wdecay, fused=True)
     if name == "asgd":
         return torch.optim.ASGD(model.parameters(), lr=lr, t0=0, lambd=0.0, weight_decay=wdecay)
     return torch.optim.Adam(model.parameters(), lr=lr, weight_decay=wdecay)
@@ -121,8 +122,9 @@ def train_step(model, optimizer, words, targets, hidden, args, lr_scale):
 
     Raises FloatingPointError, having changed no weight, when loss or gradient is not finite.
     """
-    output, hidden, raw = model(words, hidden)
-    cross_entropy = objective = model.loss(output, targets)
+    with torch.autocast(words.device.type, torch.bfloat16, enabled=args.precision == "bf16"):
+        output, hidden, raw = model(words, hidden)
+        cross_entropy = objective = model.loss(output, targets)
     if args.alpha:
         objective = objective + args.alpha * output.pow(2).mean()
     if args.beta:
@@ -350,9 +352,12 @@ def train(stage, args, dictionary, batches, model, optimizer, progress):
     The `stage` "train" turns SGD into ASGD at a plateau (NT-ASGD); the stage "finetune" ends there. The best model is
     kept at `args.save`, the state to resume from and the metrics beside it. Returns the exit status of the script.
     """
+    device = batches.train.device
+    if args.precision == "bf16" and device.type == "cpu" and not has_bf16():
+        say("--precision bf16: this CPU has no instructions for it; training in fp32")
+        args.precision = "fp32"
     if args.dry_run:
         return dry_run(args, batches, model, optimizer)
-    device = batches.train.device
     max_bptt = args.bptt + 10 if stage == "finetune" and args.max_bptt is None else args.max_bptt
     assert ({id(p) for group in optimizer.param_groups for p in group["params"]}
             == {id(p) for p in model.parameters() if p.requires_grad}), "the optimizer has to own what can be trained"

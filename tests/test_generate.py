@@ -39,14 +39,14 @@ def test_words_follow_the_models_softmax(model, temperature, top_k):
         kept = expected.argsort()[-2:]
         expected = torch.zeros(6).index_copy(0, kept, expected[kept] / expected[kept].sum())
     torch.manual_seed(0)
-    first = torch.tensor([next(generate.sample(model, context, 1, temperature, top_k)) for _ in range(3000)])
+    first = torch.tensor([next(generate.sample(model, context, 1, temperature, top_k))[0] for _ in range(3000)])
     torch.testing.assert_close(first.bincount(minlength=6) / 3000, expected, atol=0.03, rtol=0)
 
 
 def test_each_word_is_sampled_after_all_words_before_it(model):
     """With only the likeliest word to choose, the text is the greedy one, computed from the whole context each time."""
     context = torch.tensor([3, 1])
-    sampled = list(generate.sample(model, context, 8, top_k=1))
+    sampled = [word for (word,) in generate.sample(model, context, 8, top_k=1)]
     for _ in range(8):
         context = torch.cat([context, distribution(model, context).argmax().unsqueeze(0)])
     assert sampled == context[2:].tolist()
@@ -62,6 +62,26 @@ def test_text_has_the_words_asked_for_and_a_line_for_each_sentence(trained, tmp_
     assert all(line.split()[-1] == "<eos>" for line in text.splitlines()[:-1])
     generate.main([*arguments, "--outf", "-"])
     assert capsys.readouterr().out == text, "a seed gives the same text"
+
+
+def test_texts_of_a_batch_are_texts_of_their_own(trained, tmp_path):
+    out = tmp_path / "text.txt"
+    generate.main(["--no-cuda", "--checkpoint", str(trained), "--words", "30", "--batch", "3", "--prompt", "the cat",
+                   "--outf", str(out)])
+    texts = out.read_text().split("\n\n")
+    assert [len(text.split()) for text in texts] == [32] * 3
+    assert len(set(texts)) == 3 and all(text.startswith("the cat ") for text in texts)
+
+
+def test_a_drawn_column_has_the_probability_of_its_weight():
+    torch.manual_seed(0)
+    weights = torch.tensor([[0.0, 2, 0, 1, 5, 0], [3, 0, 0, 0, 0, 1]], dtype=torch.double)
+    drawn = torch.cat([generate.draw(weights) for _ in range(4000)], 1)
+    for row, weight in zip(drawn, weights):
+        torch.testing.assert_close(row.bincount(minlength=6) / 4000, (weight / weight.sum()).float(), atol=0.03, rtol=0)
+        assert set(row.tolist()) == set(weight.nonzero().flatten().tolist())
+    with pytest.raises(BadInput, match="no finite probabilities"):
+        generate.draw(torch.tensor([[1.0, float("nan")]]))
 
 
 def test_unknown_prompt_words():

@@ -1,6 +1,7 @@
 """The cache in blocks is the cache of its definition, whatever the blocks are."""
 
 import math
+from itertools import product
 
 import pytest
 import torch
@@ -35,12 +36,14 @@ def test_blocks_are_the_definition(bptt, window, monkeypatch):
     monkeypatch.setattr(pointer, "QUERY_ROWS", 16)
     (whole,) = stream(200, 1000)
     expected = naive_loss(*whole, window, 0.7, 0.2)
-    assert pointer.mixture_loss(stream(200, bptt), window, 0.7, 0.2) == pytest.approx(expected, abs=1e-12)
+    loss = pointer.mixture_losses(stream(200, bptt), [window], [0.7], [0.2]).item()
+    assert loss == pytest.approx(expected, abs=1e-12)
 
 
 def test_without_the_cache_it_is_the_model():
     (whole,) = stream(200, 1000)
-    assert pointer.mixture_loss([whole], 20, 1.0, 0.0) == pytest.approx(-whole[2].mean().item(), abs=1e-12)
+    loss = pointer.mixture_losses([whole], [20], [1.0], [0.0]).item()
+    assert loss == pytest.approx(-whole[2].mean().item(), abs=1e-12)
 
 
 def test_a_flat_cache_counts_the_words_of_the_window():
@@ -48,7 +51,32 @@ def test_a_flat_cache_counts_the_words_of_the_window():
     outputs, targets, logprob = torch.randn(6, 4), torch.tensor([1, 2, 1, 1, 3, 1]), torch.full((6,), -1.0)
     p = [math.exp(-1)] * 4 + [0.5 * math.exp(-1) + 0.5 * share for share in (0 / 3, 2 / 3)]
     expected = -sum(map(math.log, p)) / 6
-    assert pointer.mixture_loss([(outputs, targets, logprob)], 3, 0.0, 0.5) == pytest.approx(expected, abs=1e-6)
+    (loss,) = pointer.mixture_losses([(outputs, targets, logprob)], [3], [0.0], [0.5]).flatten()
+    assert loss.item() == pytest.approx(expected, abs=1e-6)
+
+
+def test_a_grid_is_each_of_its_settings_alone():
+    settings = [1, 30, 150], [0.0, 0.5, 2.0], [0.0, 0.1, 0.9]
+    (whole,) = stream(200, 1000)
+    grid = pointer.mixture_losses(stream(200, 64), *settings)
+    for (w, window), (t, theta), (m, lambdasm) in product(*map(enumerate, settings)):
+        assert grid[w, t, m].item() == pytest.approx(naive_loss(*whole, window, theta, lambdasm), abs=1e-12)
+
+
+def test_the_best_setting_on_validation_is_applied_to_test(train, corpus_dir, tmp_path, capsys):
+    save = tmp_path / "m.pt"
+    train(save, "--epochs", "1")
+    command = ["--no-cuda", "--data", str(corpus_dir), "--save", str(save)]
+    pointer.main([*command, "--window", "5", "20", "--theta", "0", "1", "9", "--lambdasm", "0.1", "0.6"])
+    found = read_metrics(save)
+    assert len(found["grid"]) == capsys.readouterr().out.count("| grid ") == 12
+    best = min(found["grid"], key=lambda line: line["loss"])
+    valid, test = found["pointer"]
+    setting = {name: best[name] for name in ("window", "theta", "lambdasm")}
+    assert best["loss"] == valid["loss"] < max(line["loss"] for line in found["grid"])
+    assert setting.items() <= valid.items() and setting.items() <= test.items()
+    pointer.main([*command, *(token for name, value in setting.items() for token in (f"--{name}", str(value)))])
+    assert read_metrics(save)["pointer"][3]["loss"] == pytest.approx(test["loss"], abs=1e-6)
 
 
 def test_the_script_scores_and_records(train, corpus_dir, tmp_path, capsys):
@@ -57,7 +85,7 @@ def test_the_script_scores_and_records(train, corpus_dir, tmp_path, capsys):
     for bptt in ("3", "5000"):
         pointer.main(["--no-cuda", "--data", str(corpus_dir), "--save", str(save), "--model", "LSTM",
                       "--lambdasm", "0.1", "--theta", "1.0", "--window", "20", "--bptt", bptt])
-    assert capsys.readouterr().out.count("| pointer | test loss") == 2
+    assert capsys.readouterr().out.count("| pointer ") == 4
     cache = read_metrics(save)["pointer"]
     assert [line["split"] for line in cache] == ["valid", "test"] * 2
     assert [line["loss"] for line in cache[:2]] == pytest.approx([line["loss"] for line in cache[2:]], abs=1e-6)

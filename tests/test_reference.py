@@ -11,6 +11,7 @@ when a trajectory parts, and the summary says where it did.
 """
 
 import json
+import math
 import os
 from pathlib import Path
 
@@ -19,8 +20,10 @@ import pytest
 import torch
 from conftest import read_metrics
 
+import locked_dropout
 import main
 import pointer
+import splitcross
 from data import Corpus
 from model import ARCHITECTURE, DROPOUTS, LAYERS, RNNModel
 from training import evaluate, seed_everything
@@ -33,6 +36,7 @@ FOLLOWED = {}  # how closely each run came out as recorded, for the summary
 
 LOSS_TOLERANCE, CACHE_TOLERANCE = 1e-4, 1e-5
 STRICT_BATCHES = 50
+CHAOTIC, CHAOTIC_BATCHES = {"lstm_sgd", "lstm_ntasgd"}, 25
 TWINS, TWIN_DIFFERENCE, TWIN_FACTOR = (1, 2), 1e-6, 5
 
 
@@ -114,6 +118,15 @@ def test_training_follows_the_original(case, tmp_path, monkeypatch):
     assert (epochs - allowed_epochs).max() <= 0
 
 
+def test_training_follows_the_original_on_the_path_for_large_models_too(case, tmp_path, monkeypatch):
+    """The blockwise softmax, which models as small as these do not take; the masks stay those of the recorder."""
+    monkeypatch.setattr(splitcross, "LARGE", 0)
+    monkeypatch.setattr(locked_dropout, "LARGE", math.inf)
+    run = train(case, tmp_path / "run.pt", monkeypatch)
+    difference = furthest(losses(run["batch"]) - case["train_losses"])
+    assert difference[:CHAOTIC_BATCHES if case["name"] in CHAOTIC else None].max() <= LOSS_TOLERANCE
+
+
 def test_evaluation_and_cache_score_as_the_original(case):
     corpus = Corpus(FOLDER / "corpus")
     flags = {name: case["flags"][name] for name in ARCHITECTURE + DROPOUTS if name in case["flags"]}
@@ -123,5 +136,5 @@ def test_evaluation_and_cache_score_as_the_original(case):
     for setting in case["pointer"]:
         for split in ("valid", "test"):
             chunks = pointer.scored_chunks(model, batchify(getattr(corpus, split), 1), bptt=300)
-            loss = pointer.mixture_loss(chunks, setting["window"], setting["theta"], setting["lambdasm"])
-            assert loss == pytest.approx(setting[f"{split}_loss"], abs=CACHE_TOLERANCE)
+            loss = pointer.mixture_losses(chunks, [setting["window"]], [setting["theta"]], [setting["lambdasm"]])
+            assert loss.item() == pytest.approx(setting[f"{split}_loss"], abs=CACHE_TOLERANCE)

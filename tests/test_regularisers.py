@@ -21,6 +21,19 @@ def test_mask_is_zero_or_rescaled_one_and_draws_as_bernoulli_():
     assert (mask == 0).float().mean().item() == pytest.approx(0.3, abs=0.02)
 
 
+@pytest.mark.parametrize("p", [0.1, 0.3, 0.5, 0.98, 1e-6, 1 - 1e-6])
+def test_a_large_mask_keeps_the_share_it_is_scaled_by(p):
+    torch.manual_seed(3)
+    mask = dropout_mask(torch.empty(0), (999, 1001), p)
+    kept = mask[mask > 0].unique()
+    assert len(kept) == 1 and 1 / kept.item() == pytest.approx(1 - p, abs=2**-15)
+    deviation = (p * (1 - p) / mask.numel()) ** 0.5
+    assert (mask > 0).double().mean().item() == pytest.approx(1 - p, abs=5 * deviation + 2**-15)
+    columns = (mask > 0).double().mean(0)
+    assert columns.std().item() == pytest.approx((p * (1 - p) / 999) ** 0.5, rel=0.15, abs=2e-3), "they are independent"
+    assert not torch.equal(mask, dropout_mask(torch.empty(0), (999, 1001), p)) or not 0.01 < p < 0.99
+
+
 def test_locked_dropout_drops_the_same_units_at_every_step():
     x = torch.rand(T, 40, H) + 1
     dropped = locked_dropout(x, 0.5)

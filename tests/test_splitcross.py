@@ -13,9 +13,10 @@ import checkpoint
 import finetune
 import generate
 import pointer
+import splitcross
 import training
 from model import RNNModel
-from splitcross import SplitCrossEntropy, splits_for
+from splitcross import SoftmaxLoss, SplitCrossEntropy, splits_for
 
 FOLDER = Path(__file__).parent / "reference"
 RECORDED = json.loads((FOLDER / "splitcross.json").read_text())
@@ -156,3 +157,32 @@ def test_every_script_works_with_a_split_softmax(train, corpus_dir, tmp_path, mo
     assert metrics["switch"] and len((tmp_path / "text.txt").read_text().split()) == 20
     assert metrics["pointer"][1]["loss"] < 3
     assert checkpoint.load(save)["model"]["softmax.tail_vectors"].abs().sum() > 0
+
+
+@pytest.mark.parametrize("rows", [1, 7, 100])
+def test_the_loss_in_blocks_and_its_gradients_are_those_of_cross_entropy(monkeypatch, rows):
+    monkeypatch.setattr(SoftmaxLoss, "ROWS", rows)
+    torch.manual_seed(0)
+    inputs = [torch.randn(shape, dtype=torch.double, requires_grad=True) for shape in ((20, 5), (11, 5), (11,))]
+    targets = torch.randint(11, (20,))
+    (3 * SoftmaxLoss.apply(*inputs, targets)).backward()
+    ours = [tensor.grad.clone() for tensor in inputs]
+    loss = 3 * functional.cross_entropy(functional.linear(*inputs), targets)
+    torch.testing.assert_close(3 * SoftmaxLoss.apply(*inputs, targets), loss)
+    for gradient, expected in zip(ours, torch.autograd.grad(loss, inputs)):
+        torch.testing.assert_close(gradient, expected)
+
+
+def test_the_loss_in_bfloat16_has_gradients_to_the_precision_of_bfloat16(monkeypatch):
+    monkeypatch.setattr(splitcross, "LARGE", 0)
+    torch.manual_seed(0)
+    softmax, targets = SplitCrossEntropy(5, 11, []), torch.randint(11, (20, 3))
+    inputs = [torch.randn(shape, requires_grad=True) for shape in ((11, 5), (11,), (20, 3, 5))]
+    expected = torch.autograd.grad(functional.cross_entropy(
+        functional.linear(inputs[2], *inputs[:2]).flatten(0, 1), targets.flatten()), inputs)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = softmax(*inputs, targets)
+    assert loss.dtype == torch.float32
+    for ours, theirs in zip(torch.autograd.grad(loss, inputs), expected):
+        assert ours.dtype == torch.float32
+        assert 0 < (ours - theirs).norm() < 0.02 * theirs.norm()

@@ -17,6 +17,7 @@ import checkpoint
 import data
 import main
 import training
+import utils
 from model import RNNModel
 from utils import BadInput, batchify, figures
 
@@ -29,7 +30,7 @@ def small_model():
 
 
 def args(**changes):
-    return Namespace(**{"alpha": 0, "beta": 0, "clip": 0, "bptt": 7, "max_bptt": None, **changes})
+    return Namespace(precision="fp32", **{"alpha": 0, "beta": 0, "clip": 0, "bptt": 7, "max_bptt": None, **changes})
 
 
 # --- batch lengths ---------------------------------------------------------------------------------------------------
@@ -183,7 +184,7 @@ def test_the_saved_model_is_the_best_one_with_its_average(train, corpus_dir, tmp
     best = min(metrics["epoch"], key=lambda line: line["loss"])
     assert best["optimizer"] == "ASGD"
     model = checkpoint.restore_model(content, "m.pt")
-    _, batches = training.open_corpus(Namespace(data=corpus_dir, level=None, shares=None, batch_size=4), "cpu")
+    _, batches = training.open_corpus(Namespace(precision="fp32", data=corpus_dir, level=None, shares=None, batch_size=4), "cpu")
     assert training.evaluate(model, batches.valid, 7) == pytest.approx(best["loss"], abs=1e-7)
     assert (content["loss"], content["epoch"]) == (best["loss"], best["epoch"])
 
@@ -382,3 +383,40 @@ def test_the_same_seed_gives_the_same_weights(train, tmp_path):
         train(tmp_path / f"{name}.pt", "--epochs", "2", "--seed", "7")
     one, other = (checkpoint.load(tmp_path / f"{name}.last.pt")["model"] for name in "ab")
     assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_training_in_bfloat16_learns_what_fp32_learns(train, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(training, "has_bf16", lambda: True)
+    runs = [train(tmp_path / f"{precision}.pt", "--epochs", "3", "--precision", precision)[1]
+            for precision in ("fp32", "bf16")]
+    fp32, bf16 = ([line["loss"] for line in run["epoch"]] for run in runs)
+    assert fp32 != bf16 and fp32 == pytest.approx(bf16, abs=0.03)
+    assert all(value.dtype == torch.float32 for value in checkpoint.load(tmp_path / "bf16.pt")["model"].values())
+
+
+@pytest.mark.parametrize("model", ["LSTM", "GRU", "QRNN"])
+def test_without_instructions_for_bfloat16_it_trains_in_fp32_and_says_so(train, tmp_path, monkeypatch, capsys, model):
+    monkeypatch.setattr(training, "has_bf16", lambda: False)
+    train(tmp_path / "a.pt", "--epochs", "1", "--model", model)
+    train(tmp_path / "b.pt", "--epochs", "1", "--model", model, "--precision", "bf16")
+    assert "--precision bf16: this CPU has no instructions for it; training in fp32" in capsys.readouterr().out
+    a, b = (checkpoint.load(tmp_path / name)["model"] for name in ("a.pt", "b.pt"))
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    monkeypatch.setattr(training, "has_bf16", lambda: True)
+    assert train(tmp_path / "c.pt", "--epochs", "1", "--model", model, "--precision", "bf16")[0] == 0
+
+
+def test_onednn_computes_products_only_where_they_are_exact(monkeypatch):
+    settings = []
+    monkeypatch.setattr(torch, "set_float32_matmul_precision", settings.append)
+    monkeypatch.setattr(utils, "cpuinfo", lambda: "GenuineIntel")
+    utils.use_onednn()
+    assert settings == []
+    monkeypatch.setattr(utils, "cpuinfo", lambda: "AuthenticAMD")
+    utils.use_onednn()
+    assert settings == ["medium"]
+    product = torch.Tensor.__matmul__
+    monkeypatch.setattr(torch.Tensor, "__matmul__", lambda a, b: product(a.bfloat16(), b.bfloat16()).float()
+                        if a.dtype == torch.float32 else product(a, b))
+    utils.use_onednn()
+    assert settings[-1] == "highest"

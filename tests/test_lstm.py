@@ -1,0 +1,65 @@
+"""The passes that the LSTM layer has of its own compute what PyTorch's do."""
+
+import pytest
+import torch
+from torch import nn
+
+import lstm
+
+T, B, E, H = 7, 3, 5, 6
+
+
+@pytest.fixture
+def layer():
+    torch.manual_seed(1)
+    return lstm.LSTM(E, H)
+
+
+@pytest.fixture
+def batch():
+    torch.manual_seed(2)
+    return torch.randn(T, B, E), (torch.rand(1, B, H), torch.randn(1, B, H))
+
+
+def stock(layer):
+    """PyTorch's layer with the same weights, in float64."""
+    twin = nn.LSTM(E, H)
+    twin.load_state_dict(layer.state_dict())
+    return twin.double()
+
+
+def test_the_gradients_of_the_recurrence_are_those_of_finite_differences():
+    torch.manual_seed(0)
+    inputs = [torch.randn(shape, dtype=torch.double, requires_grad=True) for shape in
+              ((4, B, 4 * H), (4 * H, H), (B, H), (B, H))]
+    assert torch.autograd.gradcheck(lstm.Recurrence.apply, inputs)
+
+
+def test_training_in_bfloat16_is_that_of_pytorch_to_the_precision_of_bfloat16(layer, batch):
+    x, hidden = batch
+    results = []
+    for module, kind in ((layer, torch.float32), (stock(layer), torch.float64)):
+        source = x.to(kind, copy=True).requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16, enabled=module is layer):
+            output, (h, c) = module(source, tuple(part.to(kind) for part in hidden))
+        assert output.dtype == c.dtype == kind
+        (output * output.detach().cos() + c.pow(2).sum()).sum().backward()
+        results.append([output, h, c, source.grad, *(parameter.grad for parameter in module.parameters())])
+    for ours, theirs in zip(*results):
+        assert (ours - theirs).norm() < 0.02 * theirs.norm()
+        assert not torch.equal(ours.double(), theirs)
+
+
+def test_one_step_is_that_of_pytorch(layer, batch):
+    x, hidden = batch
+    twin = stock(layer)
+    theirs, (h, c) = twin(x[:1].double(), tuple(part.double() for part in hidden))
+    with torch.no_grad():
+        ours, state = layer(x[:1], hidden)
+    for a, b in zip((ours, *state), (theirs, h, c)):
+        torch.testing.assert_close(a.double(), b, atol=1e-6, rtol=1e-6)
+
+
+def test_in_fp32_it_is_pytorchs_pass_to_the_last_bit(layer, batch):
+    twin = stock(layer).float()
+    assert torch.equal(layer(*batch)[0], twin(*batch)[0])
