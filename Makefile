@@ -1,6 +1,7 @@
 # make demo     a small AWD-LSTM from nothing: corpus, training, fine-tuning, cache, text; no network after the install
 # make test     all tests and the linter
-# make test-long  training killed 100 times, and 5,000 hostile inputs: half an hour
+# make test-long  training killed 100 times, and 5,000 hostile inputs: ten minutes
+# make bench    the speed of each part beside a plain baseline: ten minutes, on a machine that does nothing else
 # make clean    forget both
 
 PYTHON ?= python3
@@ -8,7 +9,7 @@ VENV ?= .venv
 DEMO ?= demo
 PY = $(VENV)/bin/python
 
-.PHONY: demo test test-long clean
+.PHONY: demo test test-long bench clean
 
 demo: $(VENV)/.installed
 	mkdir -p $(DEMO)
@@ -30,6 +31,9 @@ test: $(VENV)/.installed-test
 
 test-long: $(VENV)/.installed-test
 	KILLS=100 FUZZ=5000 $(PY) -m pytest tests/test_kill.py tests/test_fuzz.py
+
+bench: $(VENV)/.installed
+	OMP_WAIT_POLICY=PASSIVE $(PY) benchmarks/speed.py --json benchmarks/results/speed.json
 
 clean:
 	rm -rf $(VENV) $(DEMO)

@@ -87,8 +87,8 @@ class LSTM(nn.LSTM):
         return outputs, (outputs[-1:], c.unsqueeze(0))
 
     def step(self, x, h, c):
-        """One step without gradient, for x, h, c (1, B, E or H): PyTorch's pass takes 8 times as long for it, most of
-        that to bring the weights into another order."""
+        """One step without gradient, for x, h, c (1, B, E or H), in less than half the time of PyTorch's pass, which
+        first brings the weights into another order."""
         gates = functional.linear(x, self.weight_ih_l0, self.bias_ih_l0)
         gates += functional.linear(h, self.weight_hh_l0, self.bias_hh_l0)
         i, f, g, o = gates.chunk(4, -1)

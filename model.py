@@ -83,8 +83,15 @@ class RNNModel(nn.Module):
         The masks are drawn in the order: embedding rows, input, then for each layer its weight and its output
         (`dropouth`; after the last layer `dropout`).
         """
-        output = embedded_dropout(self.encoder.weight, words, self.dropoute, self.training)
-        output = locked_dropout(output, self.dropouti, self.training)
+        return self.recur(self.embed(words), hidden)
+
+    def embed(self, words):
+        """The first half of `forward`: the input (T, B, E) of the first layer."""
+        embedded = embedded_dropout(self.encoder.weight, words, self.dropoute, self.training)
+        return locked_dropout(embedded, self.dropouti, self.training)
+
+    def recur(self, output, hidden):
+        """The second half: through the layers from `output` (T, B, E); returns what `forward` does."""
         new_hidden = []
         for layer, (rnn, state) in enumerate(zip(self.rnns, hidden), 1):
             raw, state = weight_drop(rnn, self.dropped_weight, self.wdrop, output, state)

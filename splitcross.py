@@ -45,7 +45,7 @@ class SoftmaxLoss(torch.autograd.Function):
         grad_hidden, grad_weight, grad_bias = torch.empty_like(rows), torch.zeros_like(weight), torch.zeros_like(bias)
         loss = bias.new_zeros(())
         for block, wanted, grad_block in zip(*(t.split(SoftmaxLoss.ROWS) for t in (rows, targets, grad_hidden))):
-            logprob = torch.addmm(term, block, factor.t()).log_softmax(1, dtype=bias.dtype)
+            logprob = torch.addmm(term, block, factor.t()).to(bias.dtype).log_softmax(1)
             wanted = wanted.unsqueeze(1)
             loss -= logprob.gather(1, wanted).sum()
             grad = logprob.exp_().scatter_add_(1, wanted, -logprob.new_ones(wanted.shape))
@@ -55,7 +55,7 @@ class SoftmaxLoss(torch.autograd.Function):
             if grad.dtype == grad_weight.dtype:
                 grad_weight.addmm_(grad.t(), block)
             else:
-                grad_weight += grad.t() @ block
+                grad_weight += (grad.t() @ block).to(grad_weight.dtype)
         ctx.save_for_backward(grad_hidden.to(hidden.dtype), grad_weight, grad_bias)
         return loss / len(hidden)
 

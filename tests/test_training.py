@@ -30,7 +30,7 @@ def small_model():
 
 
 def args(**changes):
-    return Namespace(precision="fp32", **{"alpha": 0, "beta": 0, "clip": 0, "bptt": 7, "max_bptt": None, **changes})
+    return Namespace(**{"precision": "fp32", "alpha": 0, "beta": 0, "clip": 0, "bptt": 7, "max_bptt": None} | changes)
 
 
 # --- batch lengths ---------------------------------------------------------------------------------------------------
@@ -184,7 +184,7 @@ def test_the_saved_model_is_the_best_one_with_its_average(train, corpus_dir, tmp
     best = min(metrics["epoch"], key=lambda line: line["loss"])
     assert best["optimizer"] == "ASGD"
     model = checkpoint.restore_model(content, "m.pt")
-    _, batches = training.open_corpus(Namespace(precision="fp32", data=corpus_dir, level=None, shares=None, batch_size=4), "cpu")
+    _, batches = training.open_corpus(Namespace(data=corpus_dir, level=None, shares=None, batch_size=4), "cpu")
     assert training.evaluate(model, batches.valid, 7) == pytest.approx(best["loss"], abs=1e-7)
     assert (content["loss"], content["epoch"]) == (best["loss"], best["epoch"])
 

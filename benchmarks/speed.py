@@ -1,0 +1,303 @@
+"""How fast the toolkit is on this machine's CPU: each part beside a plain baseline (`baseline.py`), the same step
+without any regularisation, and the floor that the matrix products set, all in one process and one run.
+
+    python benchmarks/speed.py --json speed.json           (make bench; 10 minutes on 2 cores that do nothing else)
+    python benchmarks/speed.py --only ptb-lstm cache
+
+Each figure is the median over repetitions in which all candidates take turns. Text is random: its words do not matter.
+"""
+
+import argparse
+import json
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy
+import torch
+from torch.nn.utils import clip_grad_norm_
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import baseline
+
+import generate
+import main
+import pointer
+import training
+from data import Corpus
+from model import ARCHITECTURE, DROPOUTS, RNNModel
+from utils import cpuinfo, has_bf16, use_onednn
+
+RECIPES = {  # words in the vocabulary, flags
+    "ptb-lstm": (10_000, "--batch_size 20 --dropouti 0.4 --dropouth 0.25"),
+    "ptb-qrnn": (10_000, "--model QRNN --batch_size 20 --clip 0.2 --wdrop 0.1 --nhid 1550 --nlayers 4 --dropouth 0.3 "
+                         "--dropouti 0.4"),
+    "wt2-lstm": (33_278, "--dropouth 0.2"),
+    "ptbc": (50, "--nlayers 3 --emsize 200 --nhid 1000 --alpha 0 --beta 0 --dropoute 0 --dropouth 0.25 --dropouti 0.1 "
+                 "--dropout 0.1 --wdrop 0.5 --bptt 150 --batch_size 128"),
+}
+PARTS = ("embedding", "recurrence", "softmax", "optimizer")
+NO_REGULARISATION = dict.fromkeys((*DROPOUTS, "alpha", "beta", "wdecay", "clip"), 0)
+
+
+def seconds(function):
+    start = time.perf_counter()
+    function()
+    return time.perf_counter() - start
+
+
+def medians(candidates, repetitions):
+    """Seconds of each of `candidates` (name: function), the median over turns after one to warm up."""
+    for function in candidates.values():
+        function()
+    turns = [{name: seconds(function) for name, function in candidates.items()} for _ in range(repetitions)]
+    return {name: statistics.median(turn[name] for turn in turns) for name in candidates}
+
+
+def as_shipped(function):
+    """The function with fp32 products where the toolkit has them done."""
+    def call():
+        use_onednn()
+        return function()
+    return call
+
+
+def as_pytorch(function):
+    """The function with PyTorch as it comes."""
+    def call():
+        torch.set_float32_matmul_precision("highest")
+        return function()
+    return call
+
+
+def peaks(repetitions):
+    """FLOP/s of the fastest product in fp32 and in bf16: the LSTM's, 1400 words through 4 x 1150 gates, 20 times."""
+    candidates = {}
+    for precision in (torch.float32, torch.bfloat16):
+        words, weight = torch.randn(1400, 1150).to(precision), torch.randn(4600, 1150).to(precision)
+        for setting in (as_shipped, as_pytorch):
+            candidates[precision, setting] = setting(
+                lambda words=words, weight=weight: [words @ weight.t() for _ in range(20)])
+    found = medians(candidates, repetitions)
+    return {name: 20 * 2 * 1400 * 1150 * 4600 / min(time for (kind, _), time in found.items() if kind == precision)
+            for name, precision in (("fp32", torch.float32), ("bf16", torch.bfloat16))}
+
+
+def flags_of(recipe, **changes):
+    args = main.parse_flags(RECIPES[recipe][1].split())
+    for name, value in changes.items():
+        setattr(args, name, value)
+    return args
+
+
+def our_model(recipe, args):
+    return RNNModel(RECIPES[recipe][0], **{name: getattr(args, name) for name in ARCHITECTURE + DROPOUTS})
+
+
+def our_step(recipe, words, targets, **changes):
+    """A training step of the toolkit, ready to be called."""
+    args = flags_of(recipe, **changes)
+    model = our_model(recipe, args).train()
+    optimizer = training.make_optimizer("sgd", model, 1.0, args.wdecay)
+    hidden = model.init_hidden(args.batch_size)
+    return as_shipped(lambda: training.train_step(model, optimizer, words, targets, hidden, args, lr_scale=1.0))
+
+
+def plain_step(recipe, words, targets):
+    """A training step of the baseline."""
+    args = flags_of(recipe)
+    model = baseline.PlainModel(RECIPES[recipe][0], args).train()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0, weight_decay=args.wdecay)
+    hidden = model.init_hidden(args.batch_size)
+    return as_pytorch(lambda: baseline.train_step(model, optimizer, words, targets, hidden, args))
+
+
+def step_in_parts(recipe, words, targets, precision, repetitions):
+    """The share of each of PARTS in the time of a training step, which is cut at their borders."""
+    args = flags_of(recipe, precision=precision)
+    model = our_model(recipe, args).train()
+    optimizer = training.make_optimizer("sgd", model, 1.0, args.wdecay)
+    hidden = model.init_hidden(args.batch_size)
+    turns = []
+    use_onednn()
+    for _ in range(repetitions + 1):
+        marks = [time.perf_counter()]
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+            embedded = model.embed(words)
+            cut = embedded.detach().requires_grad_()
+            marks.append(time.perf_counter())
+            output, _, raw = model.recur(cut, hidden)
+            tops = [top.detach().requires_grad_() for top in (output, raw)]
+            marks.append(time.perf_counter())
+            loss = model.loss(tops[0], targets)
+        loss = loss + args.alpha * tops[0].pow(2).mean() + args.beta * (tops[1][1:] - tops[1][:-1]).pow(2).mean()
+        loss.backward()
+        marks.append(time.perf_counter())
+        torch.autograd.backward([output, raw], [top.grad for top in tops])
+        marks.append(time.perf_counter())
+        embedded.backward(cut.grad)
+        marks.append(time.perf_counter())
+        clip_grad_norm_(model.parameters(), args.clip)
+        optimizer.step()
+        optimizer.zero_grad()
+        marks.append(time.perf_counter())
+        first, second, third, fourth, fifth, sixth = (b - a for a, b in zip(marks, marks[1:]))
+        turns.append((first + fifth, second + fourth, third, sixth))
+    times = [statistics.median(part) for part in zip(*turns[1:])]
+    return {name: part / sum(times) for name, part in zip(PARTS, times)}
+
+
+def measure_recipe(recipe, peak, repetitions):
+    """Tokens per second of the training step by candidate, and the shares of its parts."""
+    args = flags_of(recipe)
+    text = torch.randint(RECIPES[recipe][0], (args.bptt + 1, args.batch_size))
+    words, targets, tokens = text[:-1], text[1:], args.bptt * args.batch_size
+    candidates = {"baseline": plain_step(recipe, words, targets),
+                  "no regularisation": our_step(recipe, words, targets, **NO_REGULARISATION),
+                  "fp32": our_step(recipe, words, targets)}
+    precisions = ["fp32"]
+    if has_bf16():
+        precisions.append("bf16")
+        candidates["bf16"] = our_step(recipe, words, targets, precision="bf16")
+    times = medians(candidates, repetitions)
+    model = our_model(recipe, args)
+    weights = sum(p.numel() for p in model.parameters() if p.dim() == 2)
+    times |= {f"floor {precision}": 6 * weights * tokens / peak[precision] for precision in precisions}
+    shares = {precision: step_in_parts(recipe, words, targets, precision, repetitions) for precision in precisions}
+    return {"unit": "tokens/s", "rate": {name: tokens / time for name, time in times.items()}, "shares": shares}
+
+
+def measure_evaluation(peak, repetitions):
+    args = flags_of("ptb-lstm")
+    ntoken = RECIPES["ptb-lstm"][0]
+    source, tokens = torch.randint(ntoken, (281, 10)), 2800
+    plain, ours = baseline.PlainModel(ntoken, args), our_model("ptb-lstm", args)
+    times = medians({"baseline": as_pytorch(lambda: training.evaluate(plain, source, args.bptt)),
+                     "fp32": as_shipped(lambda: training.evaluate(ours, source, args.bptt))}, repetitions)
+    weights = sum(p.numel() for p in ours.parameters() if p.dim() == 2)
+    times["floor fp32"] = 2 * weights * tokens / peak["fp32"]
+    return {"unit": "tokens/s", "rate": {name: tokens / time for name, time in times.items()}}
+
+
+def measure_cache(window, peak, repetitions):
+    """The cache alone, on outputs as a model of 400 units gives them."""
+    few, many, ntoken = (window + 41, window + 8001, 10_000)
+    outputs, targets = torch.randn(many, 400) * 0.1, torch.randint(1000, (many,))
+    logprob = torch.full((many,), -6.0)
+    found = {}
+
+    def plain():
+        found["baseline"] = baseline.cache_loss(outputs[:few], targets[:few], logprob[:few], ntoken, window, 1.0, 0.1)
+
+    def ours(n):
+        found["fp32"] = pointer.mixture_losses([(outputs[:n], targets[:n], logprob[:n])], [window], [1.0],
+                                               [0.1]).item() * n - 6.0 * (window + 1)
+
+    ours(few)
+    plain()
+    assert abs(found["fp32"] - found["baseline"]) < 1e-5 * 40, found
+    times = medians({"baseline": as_pytorch(plain), "fp32": as_shipped(lambda: ours(many))}, repetitions)
+    rate = {"baseline": (few - window - 1) / times["baseline"], "fp32": many / times["fp32"],
+            "floor fp32": peak["fp32"] / (2 * 400 * window)}
+    return {"unit": "tokens/s", "rate": rate}
+
+
+def measure_corpus(repetitions):
+    """A corpus of the size of Penn Treebank's, words as frequent as in language."""
+    with tempfile.TemporaryDirectory() as folder:
+        for split, tokens in (("train", 900_000), ("valid", 70_000), ("test", 80_000)):
+            ids = numpy.random.default_rng(0).zipf(1.2, tokens) % 10_000
+            lines = (" ".join(f"word{i}" for i in ids[n:n + 20]) for n in range(0, tokens, 20))
+            (Path(folder) / f"{split}.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+        times = medians({"baseline": lambda: baseline.load_corpus(Path(folder)),
+                         "fp32": lambda: Corpus(folder)}, min(3, repetitions))
+    return {"unit": "tokens/s", "rate": {name: 1_102_500 / time for name, time in times.items()}}
+
+
+def measure_generation(repetitions):
+    """Words per second: a full call of the training module for each against `generate.sample`."""
+    args = flags_of("ptb-lstm")
+    ntoken = RECIPES["ptb-lstm"][0]
+    plain, ours = baseline.PlainModel(ntoken, args).eval(), our_model("ptb-lstm", args)
+
+    @torch.no_grad()
+    def word_by_word(count=40):
+        hidden, word = plain.init_hidden(1), torch.zeros(1, 1, dtype=torch.long)
+        for _ in range(count):
+            output, hidden, _ = plain(word, hidden)
+            word = torch.multinomial(plain.decoder(output[-1]).softmax(-1), 1)
+        return count
+
+    def sampled(steps, batch_size):
+        return lambda: list(generate.sample(ours, torch.zeros(1, dtype=torch.long), steps, batch_size=batch_size))
+
+    times = medians({"baseline": as_pytorch(word_by_word), "fp32": as_shipped(sampled(200, 1)),
+                     "fp32, --batch 100": as_shipped(sampled(40, 100))}, repetitions)
+    words = {"baseline": 40, "fp32": 200, "fp32, --batch 100": 4000}
+    return {"unit": "words/s", "rate": {name: words[name] / time for name, time in times.items()}}
+
+
+def machine():
+    model = next((line.split(":")[1].strip() for line in cpuinfo().splitlines() if line.startswith("model name")),
+                 platform.processor())
+    commit = subprocess.run(["git", "describe", "--always", "--dirty", "--exclude=*"], cwd=Path(__file__).parent,
+                            capture_output=True, text=True, check=False).stdout.strip()
+    return {"cpu": model, "threads": torch.get_num_threads(), "torch": torch.__version__, "commit": commit}
+
+
+COLUMNS = ("baseline", "no regularisation", "fp32", "bf16", "fp32, --batch 100", "floor fp32", "floor bf16")
+
+
+def table(results):
+    """Markdown: rates, and as how many times the baseline; then the shares of the parts."""
+    yield f"| {'':14} | {'unit':8} | " + " | ".join(f"{name:>17}" for name in COLUMNS) + " |"
+    yield f"|{'-' * 16}|{'-' * 10}|" + "|".join("-" * 18 + ":" for _ in COLUMNS) + "|"
+    for name, found in results.items():
+        rate = found["rate"]
+        cells = (f"{rate[column]:,.0f} ({rate[column] / rate['baseline']:,.2f})" if column in rate else ""
+                 for column in COLUMNS)
+        yield f"| {name:14} | {found['unit']:8} | " + " | ".join(f"{cell:>17}" for cell in cells) + " |"
+    yield ""
+    yield f"| {'share of the step':24} | " + " | ".join(f"{part:>10}" for part in PARTS) + " |"
+    yield f"|{'-' * 26}|" + "|".join("-" * 11 + ":" for _ in PARTS) + "|"
+    for name, found in results.items():
+        for precision, shares in found.get("shares", {}).items():
+            yield f"| {f'{name}, {precision}':24} | " + " | ".join(f"{shares[part]:>10.0%}" for part in PARTS) + " |"
+
+
+def run():
+    parser = argparse.ArgumentParser(description="Measure the speed of the toolkit on the CPU.")
+    jobs = {**{recipe: lambda peak, n, recipe=recipe: measure_recipe(recipe, peak, n) for recipe in RECIPES},
+            "evaluation": measure_evaluation,
+            "cache-500": lambda peak, n: measure_cache(500, peak, n),
+            "cache-3785": lambda peak, n: measure_cache(3785, peak, n),
+            "corpus": lambda peak, n: measure_corpus(n),
+            "generation": lambda peak, n: measure_generation(n)}
+    parser.add_argument("--only", nargs="+", choices=list(jobs), default=list(jobs), metavar="NAME",
+                        help=f"what to measure: {', '.join(jobs)} (default: all)")
+    parser.add_argument("--repetitions", type=int, default=5, metavar="N",
+                        help="turns of each candidate (default: %(default)s)")
+    parser.add_argument("--json", metavar="FILE", help="where the figures go too")
+    args = parser.parse_args()
+    torch.manual_seed(0)
+    peak = peaks(args.repetitions)
+    print(", ".join(f"{name} {value}" for name, value in machine().items()))
+    print(", ".join(f"peak of a product in {name} {value / 1e9:,.0f} GFLOP/s" for name, value in peak.items()))
+    results = {}
+    for name in args.only:
+        print(f"measuring {name}", file=sys.stderr, flush=True)
+        results[name] = jobs[name](peak, args.repetitions)
+    print("\nRates, and in brackets how many times the baseline.\n")
+    print("\n".join(table(results)))
+    if args.json:
+        Path(args.json).write_text(json.dumps({**machine(), "peak": peak, "results": results}, indent=1) + "\n",
+                                   encoding="utf-8")
+
+
+if __name__ == "__main__":
+    run()
