@@ -1,0 +1,67 @@
+"""A row of the papers is made stage by stage, and a run that has to stop in between goes on."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+import finetune
+import main
+import pointer
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
+import reproduce
+
+TINY = "--emsize 5 --nhid 6 --nlayers 2 --batch_size 4 --bptt 7 --lr 1 --epochs 30 --nonmono 3 --no-cuda"
+
+
+@pytest.fixture
+def make(corpus_dir, tmp_path, monkeypatch, capfd):
+    """Run the row "tiny" in a folder; returns what it prints."""
+    monkeypatch.setattr(reproduce, "GRID", "--window 5 20 --theta 1 --lambdasm 0.1 0.3 --no-cuda")
+    monkeypatch.setitem(reproduce.RECIPES, "tiny", {
+        "train": f"{TINY} --data {corpus_dir}", "finetune": f"{TINY} --data {corpus_dir}",
+        "cache": "--window 9 --no-cuda", "published": ["9.1 / 9.2", "8.1 / 8.2", "7.1 / 7.2"]})
+
+    def call(folder, *flags):
+        monkeypatch.setattr(sys, "argv", ["reproduce.py", "tiny", "--folder", str(tmp_path / folder), *flags])
+        reproduce.main()
+        return capfd.readouterr().out
+    return call
+
+
+def test_every_recipe_is_one_that_the_scripts_take():
+    for recipe in reproduce.RECIPES.values():
+        for stage, script in (("train", main), ("finetune", finetune), ("cache", pointer)):
+            if stage in recipe:
+                script.parse_flags(recipe[stage].split())
+    pointer.parse_flags(reproduce.GRID.split())
+
+
+def test_a_row_stage_by_stage(make, tmp_path):
+    printed = make("whole")
+    row = printed.splitlines()[-1]
+    cells = [cell.strip() for cell in row.strip("|").split("|")]
+    assert cells[0] == "tiny" and [cell.partition(" (")[2] for cell in cells[1:5]] == [
+        "9.1 / 9.2)", "8.1 / 8.2)", "7.1 / 7.2)", ""]
+    assert make("whole").splitlines() == [row], "nothing is left to do"
+
+
+def test_a_stage_that_is_stopped_goes_on(make, tmp_path, monkeypatch):
+    """Stopped by its deadline as often as it takes, the row is that of the run that never stopped."""
+    whole = make("whole").splitlines()[-1].split(" | ")
+    wait = reproduce.subprocess.Popen.wait
+    stops = []
+
+    def impatient(process, timeout=None):
+        if timeout is not None and len(stops) < 2:
+            while not list((tmp_path / "stopped").glob("*.metrics.jsonl")):
+                reproduce.time.sleep(0.05)
+            stops.append(timeout)
+            raise reproduce.subprocess.TimeoutExpired(process.args, timeout)
+        return wait(process, timeout)
+
+    monkeypatch.setattr(reproduce.subprocess.Popen, "wait", impatient)
+    for _ in range(2):
+        assert "the same command goes on" in make("stopped", "--minutes", "5")
+    assert make("stopped", "--minutes", "5").splitlines()[-1].split(" | ")[:6] == whole[:6]
