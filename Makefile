@@ -2,14 +2,15 @@
 # make test     all tests and the linter
 # make test-long  training killed 100 times, and 5,000 hostile inputs: ten minutes
 # make bench    the speed of each part beside a plain baseline: ten minutes, on a machine that does nothing else
-# make clean    forget both
+# make reproduce ROW=ptb-qrnn  a row of the papers from end to end; MINUTES=8 stops in time, the same command goes on
+# make clean    forget the environment and the demo
 
 PYTHON ?= python3
 VENV ?= .venv
 DEMO ?= demo
 PY = $(VENV)/bin/python
 
-.PHONY: demo test test-long bench clean
+.PHONY: demo test test-long bench reproduce clean
 
 demo: $(VENV)/.installed
 	mkdir -p $(DEMO)
@@ -34,6 +35,9 @@ test-long: $(VENV)/.installed-test
 
 bench: $(VENV)/.installed
 	OMP_WAIT_POLICY=PASSIVE $(PY) benchmarks/speed.py --json benchmarks/results/speed.json
+
+reproduce: $(VENV)/.installed
+	$(PY) benchmarks/reproduce.py $(ROW) $(if $(MINUTES),--minutes $(MINUTES))
 
 clean:
 	rm -rf $(VENV) $(DEMO)

@@ -138,21 +138,20 @@ def keep_flags(parse, argv, content, path, names):
     """The flags that `parse` reads from `argv` (None: the command line), those in `names` that it does not give as they
     are in the checkpoint `content`; and what it changes in these, as {name: (value in the checkpoint, value given)}.
 
-    Raises BadInput when `argv` contradicts a flag that cannot change any more, and when the checkpoint has a value that
-    `parse` would not take from a command line either.
+    A flag that is younger than the checkpoint has its default. Raises BadInput when `argv` contradicts a flag that
+    cannot change any more, and when the checkpoint has a value that `parse` would not take from a command line either.
     """
     flags = content["flags"]
-    lacking = [name for name in names if name not in flags]
-    if lacking:
-        raise BadInput(f"{path}: damaged checkpoint: it does not say with which --{lacking[0]} it was trained")
-    saved = [token for name in names for token in command_line(name, flags[name])]
+    saved = [token for name in names if name in flags for token in command_line(name, flags[name])]
     try:
         theirs = vars(parse(saved))
     except BadInput as error:
         raise BadInput(f"{path}: damaged checkpoint: {error}") from error
-    strange = [name for name in names if theirs[name] != flags[name]]
-    if strange:
-        raise BadInput(f"{path}: damaged checkpoint: no --{strange[0]} is {flags[strange[0]]!r:.60}")
+    for name in names:
+        if not is_plain(theirs[name]):
+            raise BadInput(f"{path}: damaged checkpoint: it does not say with which --{name} it was trained")
+        if flags.get(name, theirs[name]) != theirs[name]:
+            raise BadInput(f"{path}: damaged checkpoint: no --{name} is {flags[name]!r:.60}")
     args = parse(saved + (sys.argv[1:] if argv is None else list(argv)))
     changed = {name: (theirs[name], ours) for name, ours in vars(args).items()
                if name in names and ours != theirs[name]}
@@ -183,9 +182,13 @@ def check_vocabulary(content, path, dictionary, data):
 
 def restore_optimizer(optimizer, state):
     """Load `state` into a fresh optimizer; raises ValueError, or what PyTorch raises, unless it fits."""
-    kinds = [{name: type(value) for name, value in group.items()} for group in optimizer.param_groups]
+    def kinds():  # how PyTorch computes a step is not part of the state
+        return [{name: type(value) for name, value in group.items() if name not in ("fused", "foreach")}
+                for group in optimizer.param_groups]
+
+    fresh = kinds()
     optimizer.load_state_dict(state)
-    if kinds != [{name: type(value) for name, value in group.items()} for group in optimizer.param_groups]:
+    if kinds() != fresh:
         raise ValueError
     for parameter, values in optimizer.state.items():
         if set(values) != OPTIMIZER_STATE[type(optimizer)]:

@@ -40,7 +40,7 @@ def parse_flags(argv):
                         help="where the text goes, - prints it (default: %(default)s)")
     parser.add_argument("--words", type=count, default=1000, metavar="N",
                         help="words (characters, bytes) to sample (default: %(default)s)")
-    parser.add_argument("--batch", type=count, default=1, metavar="B",
+    parser.add_argument("--batch", type=number(int, 1, 10_001), default=1, metavar="B",
                         help="texts of so many words to sample at once, from one prompt, written with an empty line "
                              "between them (default: %(default)s)")
     parser.add_argument("--prompt", default="", metavar="TEXT",
@@ -159,7 +159,8 @@ def main(argv=None):
 
     def write(file):
         for place, text in enumerate(texts):
-            file.write("\n" if place else "")
+            if place:
+                file.write("\n" if level == "word" else "\n\n")  # only words end in a new line of their own
             file.writelines(spell(chain(prompt, (dictionary.idx2word[word] for word in text)), level))
 
     if args.outf == "-":

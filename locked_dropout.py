@@ -12,8 +12,8 @@ LARGE = 2**16  # infinity puts the plain source back everywhere
 def dropout_mask(like, shape, p):
     """A mask of `shape`, 0 with probability `p` and 1/(1 - p) otherwise, on the device and in the type of `like`.
 
-    It draws as `Tensor.bernoulli_` does, so that a seed gives the same masks as the trajectories of the original; on
-    the CPU masks of LARGE or more values, those of weights, come from `large_mask`.
+    It draws as `Tensor.bernoulli_` does, as the original; on the CPU masks of LARGE or more values, those of most
+    weights and of the states of wide batches, come from `large_mask` and are others for the same seed.
     """
     mask = like.new_empty(shape)
     if mask.numel() >= LARGE and not mask.is_cuda:
@@ -25,7 +25,8 @@ def large_mask(mask, p):
     """Fill `mask` as above, from 16 random bits a value: for 4600 x 1150 in 6 ms, where `bernoulli_`, which makes a
     double of 53 bits for each, takes 58 (2 cores of an AMD EPYC).
 
-    `p` is rounded to a multiple of 2^-16, and the values that are kept are scaled by what it is rounded to.
+    `p` is rounded to a multiple of 2^-16, but not to 0 or 1, and the values that are kept are scaled by what it is
+    rounded to.
     """
     words = torch.empty(-(-mask.numel() // 4), dtype=torch.int64).random_(-2**63, None)
     bits = words.view(torch.int16)[:mask.numel()].view(mask.shape)

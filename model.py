@@ -18,6 +18,7 @@ from locked_dropout import locked_dropout
 from lstm import LSTM
 from qrnn import QRNN
 from splitcross import SplitCrossEntropy, splits_for
+from utils import map_hidden
 from weight_drop import weight_drop
 
 # The layer types, each with the name of the weight that weight drop acts on.
@@ -90,12 +91,13 @@ class RNNModel(nn.Module):
         embedded = embedded_dropout(self.encoder.weight, words, self.dropoute, self.training)
         return locked_dropout(embedded, self.dropouti, self.training)
 
-    def recur(self, output, hidden):
-        """The second half: through the layers from `output` (T, B, E); returns what `forward` does."""
-        new_hidden = []
+    def recur(self, embedded, hidden):
+        """The second half: through the layers from `embedded` (T, B, E); returns what `forward` does."""
+        output, new_hidden = embedded, []
         for layer, (rnn, state) in enumerate(zip(self.rnns, hidden), 1):
             raw, state = weight_drop(rnn, self.dropped_weight, self.wdrop, output, state)
-            new_hidden.append(state)
+            raw = raw.to(embedded.dtype)  # cuDNN's are bfloat16 under autocast
+            new_hidden.append(map_hidden(lambda part: part.to(embedded.dtype), state))
             output = locked_dropout(raw, self.dropout if layer == len(self.rnns) else self.dropouth, self.training)
         return output, new_hidden, raw
 

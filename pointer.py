@@ -72,7 +72,7 @@ def cache_logprob(similarities, same, first, window, theta):
     `similarities` (Q, K) are the products of the queries, their outputs, with the keys, the outputs that came before or
     among them; `same` (Q, K) says where the word that followed the key is the target. Query q is key number `first` + q
     and sees the `window` keys before it: a softmax over theta * similarity, summed over the keys where `same`. -inf
-    where there are none.
+    where there are none, NaN where there are no keys at all.
     """
     nearest = max(0, first - window)
     queries, keys = len(similarities), similarities.size(1)
@@ -98,7 +98,8 @@ def mixture_losses(chunks, windows, thetas, lambdasms):
     for outputs, targets, logprob in chunks:
         keys = outputs if keys is None else torch.cat([keys, outputs])
         followers = targets if followers is None else torch.cat([followers, targets])
-        share = logprob.new_tensor(lambdasms).unsqueeze(1)
+        share = torch.tensor(lambdasms, dtype=torch.double, device=logprob.device).unsqueeze(1)
+        model_part, cache_part = ((-share).log1p().to(logprob.dtype), share.log().to(logprob.dtype))
         past = len(keys) - len(outputs)
         for start in range(0, len(outputs), QUERY_ROWS):
             block = slice(start, start + QUERY_ROWS)
@@ -110,7 +111,7 @@ def mixture_losses(chunks, windows, thetas, lambdasms):
             for w, window in enumerate(windows):
                 for t, theta in enumerate(thetas):
                     cached = cache_logprob(similarities, same, first - near.start, window, theta)
-                    mixed = torch.logaddexp(alone + (-share).log1p(), cached + share.log())
+                    mixed = torch.logaddexp(alone + model_part, cached + cache_part)
                     totals[w, t] -= torch.where(behind > window, mixed, alone).double().sum(1).cpu()
             seen += len(alone)
         keys, followers = keys[-longest:], followers[-longest:]

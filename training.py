@@ -34,6 +34,7 @@ from utils import (
     figures,
     get_batch,
     has_bf16,
+    map_hidden,
     peak_memory,
     repackage_hidden,
     same_file,
@@ -122,7 +123,8 @@ def train_step(model, optimizer, words, targets, hidden, args, lr_scale):
 
     Raises FloatingPointError, having changed no weight, when loss or gradient is not finite.
     """
-    with torch.autocast(words.device.type, torch.bfloat16, enabled=args.precision == "bf16"):
+    bf16 = args.precision == "bf16" and (words.is_cuda or has_bf16())
+    with torch.autocast(words.device.type, torch.bfloat16, enabled=bf16):
         output, hidden, raw = model(words, hidden)
         cross_entropy = objective = model.loss(output, targets)
     if args.alpha:
@@ -263,8 +265,8 @@ def restore_progress(values, hidden):
 
 
 def form(hidden):
-    """The shapes of a hidden state, nested as it is."""
-    return hidden.shape if isinstance(hidden, torch.Tensor) else [form(part) for part in hidden]
+    """The shapes and types of a hidden state, nested as it is."""
+    return map_hidden(lambda part: (part.shape, part.dtype), hidden)
 
 
 def resume(parse, argv, stage, device):
@@ -355,7 +357,6 @@ def train(stage, args, dictionary, batches, model, optimizer, progress):
     device = batches.train.device
     if args.precision == "bf16" and device.type == "cpu" and not has_bf16():
         say("--precision bf16: this CPU has no instructions for it; training in fp32")
-        args.precision = "fp32"
     if args.dry_run:
         return dry_run(args, batches, model, optimizer)
     max_bptt = args.bptt + 10 if stage == "finetune" and args.max_bptt is None else args.max_bptt
@@ -409,8 +410,8 @@ def train(stage, args, dictionary, batches, model, optimizer, progress):
     else:
         best = checkpoint.restore_model(checkpoint.load(args.save, device), args.save, device=device)
         loss = evaluate(best, batches.test, args.bptt)
-        metrics.write("test", epoch=progress.best_epoch, epochs=progress.epoch, seconds=progress.seconds,
-                      valid_loss=progress.best_loss, **figures(loss))
+        metrics.write("test", epoch=progress.best_epoch, epochs=progress.epoch, finished=not signals.stop,
+                      seconds=progress.seconds, valid_loss=progress.best_loss, **figures(loss))
         say(f"| end of training | best epoch {progress.best_epoch:3d} | {score('test', loss)}")
     return 128 + signals.stop if signals.stop else 0
 

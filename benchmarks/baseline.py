@@ -74,17 +74,22 @@ def train_step(model, optimizer, words, targets, hidden, args):
     """One step of the optimizer on `words`, `targets` (T, B)."""
     output, hidden, raw = model(words, hidden)
     loss = model.loss(output, targets)
-    loss = loss + args.alpha * output.pow(2).mean() + args.beta * (raw[1:] - raw[:-1]).pow(2).mean()
+    if args.alpha:
+        loss = loss + args.alpha * output.pow(2).mean()
+    if args.beta:
+        loss = loss + args.beta * (raw[1:] - raw[:-1]).pow(2).mean()
     optimizer.zero_grad()
     loss.backward()
     clip_grad_norm_(model.parameters(), args.clip)
     optimizer.step()
 
 
-def cache_loss(outputs, targets, logprob, ntoken, window, theta, lambdasm):
-    """The cache over `outputs` (N, H), `targets` (N,), `logprob` (N,), from prediction `window` + 1 on."""
-    words, total = functional.one_hot(targets, ntoken).float(), 0.0
+def cache_loss(outputs, targets, logprob, words, window, theta, lambdasm):
+    """The cache over `outputs` (N, H), `targets` (N,), `logprob` (N,), from prediction `window` + 1 on; `words` (N, V)
+    are the targets as one-hot vectors."""
+    total, ntoken = 0.0, words.size(1)
     for t in range(window + 1, len(targets)):
+        words[t] = functional.one_hot(targets[t], ntoken)
         attention = torch.softmax(theta * (outputs[t - window:t] @ outputs[t]), 0).unsqueeze(1)
         cached = (attention.expand(window, ntoken) * words[t - window:t]).sum(0)
         total -= torch.log(lambdasm * cached[targets[t]] + (1 - lambdasm) * logprob[t].exp()).item()

@@ -2,7 +2,7 @@
 without any regularisation, and the floor that the matrix products set, all in one process and one run.
 
     python benchmarks/speed.py --json speed.json           (make bench; 10 minutes on 2 cores that do nothing else)
-    python benchmarks/speed.py --only ptb-lstm cache
+    python benchmarks/speed.py --only ptb-lstm cache-500
 
 Each figure is the median over repetitions in which all candidates take turns. Text is random: its words do not matter.
 """
@@ -19,6 +19,7 @@ from pathlib import Path
 
 import numpy
 import torch
+from torch.nn import functional
 from torch.nn.utils import clip_grad_norm_
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
@@ -39,7 +40,7 @@ RECIPES = {  # words in the vocabulary, flags
                          "--dropouti 0.4"),
     "wt2-lstm": (33_278, "--dropouth 0.2"),
     "ptbc": (50, "--nlayers 3 --emsize 200 --nhid 1000 --alpha 0 --beta 0 --dropoute 0 --dropouth 0.25 --dropouti 0.1 "
-                 "--dropout 0.1 --wdrop 0.5 --bptt 150 --batch_size 128"),
+                 "--dropout 0.1 --wdrop 0.5 --bptt 150 --batch_size 128 --optimizer adam --lr 2e-3"),
 }
 PARTS = ("embedding", "recurrence", "softmax", "optimizer")
 NO_REGULARISATION = dict.fromkeys((*DROPOUTS, "alpha", "beta", "wdecay", "clip"), 0)
@@ -90,6 +91,7 @@ def peaks(repetitions):
 
 def flags_of(recipe, **changes):
     args = main.parse_flags(RECIPES[recipe][1].split())
+    args.lr = args.lr or 1.0
     for name, value in changes.items():
         setattr(args, name, value)
     return args
@@ -103,25 +105,26 @@ def our_step(recipe, words, targets, **changes):
     """A training step of the toolkit, ready to be called."""
     args = flags_of(recipe, **changes)
     model = our_model(recipe, args).train()
-    optimizer = training.make_optimizer("sgd", model, 1.0, args.wdecay)
+    optimizer = training.make_optimizer(args.optimizer, model, args.lr, args.wdecay)
     hidden = model.init_hidden(args.batch_size)
     return as_shipped(lambda: training.train_step(model, optimizer, words, targets, hidden, args, lr_scale=1.0))
 
 
 def plain_step(recipe, words, targets):
-    """A training step of the baseline."""
+    """A training step of the baseline, ready to be called."""
     args = flags_of(recipe)
     model = baseline.PlainModel(RECIPES[recipe][0], args).train()
-    optimizer = torch.optim.SGD(model.parameters(), lr=1.0, weight_decay=args.wdecay)
+    kind = torch.optim.Adam if args.optimizer == "adam" else torch.optim.SGD
+    optimizer = kind(model.parameters(), lr=args.lr, weight_decay=args.wdecay)
     hidden = model.init_hidden(args.batch_size)
-    return as_pytorch(lambda: baseline.train_step(model, optimizer, words, targets, hidden, args))
+    return (lambda: baseline.train_step(model, optimizer, words, targets, hidden, args))
 
 
 def step_in_parts(recipe, words, targets, precision, repetitions):
     """The share of each of PARTS in the time of a training step, which is cut at their borders."""
     args = flags_of(recipe, precision=precision)
     model = our_model(recipe, args).train()
-    optimizer = training.make_optimizer("sgd", model, 1.0, args.wdecay)
+    optimizer = training.make_optimizer(args.optimizer, model, args.lr, args.wdecay)
     hidden = model.init_hidden(args.batch_size)
     turns = []
     use_onednn()
@@ -135,10 +138,14 @@ def step_in_parts(recipe, words, targets, precision, repetitions):
             tops = [top.detach().requires_grad_() for top in (output, raw)]
             marks.append(time.perf_counter())
             loss = model.loss(tops[0], targets)
-        loss = loss + args.alpha * tops[0].pow(2).mean() + args.beta * (tops[1][1:] - tops[1][:-1]).pow(2).mean()
+        if args.alpha:
+            loss = loss + args.alpha * tops[0].pow(2).mean()
+        if args.beta:
+            loss = loss + args.beta * (tops[1][1:] - tops[1][:-1]).pow(2).mean()
         loss.backward()
         marks.append(time.perf_counter())
-        torch.autograd.backward([output, raw], [top.grad for top in tops])
+        reached = [(top, cut_top.grad) for top, cut_top in zip((output, raw), tops) if cut_top.grad is not None]
+        torch.autograd.backward(*zip(*reached))
         marks.append(time.perf_counter())
         embedded.backward(cut.grad)
         marks.append(time.perf_counter())
@@ -157,7 +164,8 @@ def measure_recipe(recipe, peak, repetitions):
     args = flags_of(recipe)
     text = torch.randint(RECIPES[recipe][0], (args.bptt + 1, args.batch_size))
     words, targets, tokens = text[:-1], text[1:], args.bptt * args.batch_size
-    candidates = {"baseline": plain_step(recipe, words, targets),
+    plain = plain_step(recipe, words, targets)
+    candidates = {"baseline": as_pytorch(plain), "baseline, oneDNN": as_shipped(plain),
                   "no regularisation": our_step(recipe, words, targets, **NO_REGULARISATION),
                   "fp32": our_step(recipe, words, targets)}
     precisions = ["fp32"]
@@ -188,11 +196,12 @@ def measure_cache(window, peak, repetitions):
     """The cache alone, on outputs as a model of 400 units gives them."""
     few, many, ntoken = (window + 41, window + 8001, 10_000)
     outputs, targets = torch.randn(many, 400) * 0.1, torch.randint(1000, (many,))
-    logprob = torch.full((many,), -6.0)
+    logprob, history = torch.full((many,), -6.0), functional.one_hot(targets[:few], ntoken).float()
     found = {}
 
     def plain():
-        found["baseline"] = baseline.cache_loss(outputs[:few], targets[:few], logprob[:few], ntoken, window, 1.0, 0.1)
+        found["baseline"] = baseline.cache_loss(outputs[:few], targets[:few], logprob[:few], history, window, 1.0,
+                                                0.1)
 
     def ours(n):
         found["fp32"] = pointer.mixture_losses([(outputs[:n], targets[:n], logprob[:n])], [window], [1.0],
@@ -250,7 +259,8 @@ def machine():
     return {"cpu": model, "threads": torch.get_num_threads(), "torch": torch.__version__, "commit": commit}
 
 
-COLUMNS = ("baseline", "no regularisation", "fp32", "bf16", "fp32, --batch 100", "floor fp32", "floor bf16")
+COLUMNS = ("baseline", "baseline, oneDNN", "no regularisation", "fp32", "bf16", "fp32, --batch 100", "floor fp32",
+           "floor bf16")
 
 
 def table(results):

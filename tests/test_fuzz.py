@@ -33,15 +33,17 @@ TEXTS = [b"", b"\n", b" \n\t\r\n", b"<eos>\n", b"a", b"a b c\n" * 9, b"\x00\x01 
          b"\xef\xbb\xbfa\r\nb\r\n" * 9, b"\xe2\x80\xa8\xc2\x85 x\n" * 9, b"\xff\xfea\x00\n\x00",
          "\U0001f600\n".encode() * 9, b"a" * (2**20 + 9)]
 VALUES = ["0", "1", "-1", "2", "0.5", "1e-320", "1e308", "inf", "nan", "", " ", "x", "--", "999999999999999999999", "٣",
-          "1_0", "0x10", "é", "/", ".", "/dev/null", "word", "char", "byte", "LSTM", "QRNN", "GRU", "adam", "sgd"]
+          "1_0", "0x10", "é", "/", ".", "/dev/null", "word", "char", "byte", "LSTM", "QRNN", "GRU", "adam", "sgd",
+          "bf16"]
 FLAGS = {
     "main": ["--dropout", "--wdrop", "--dropoute", "--alpha", "--clip", "--lr", "--epochs", "--batch_size", "--bptt",
              "--max-bptt", "--nonmono", "--seed", "--log-interval", "--when", "--level", "--model", "--optimizer",
-             "--wdecay", "--data", "--save", "--resume", "--save-interval", "--no-tied", "--shares"],
+             "--wdecay", "--data", "--save", "--resume", "--save-interval", "--no-tied", "--shares",
+             "--precision"],
     "finetune": ["--dropout", "--lr", "--bptt", "--nhid", "--model", "--level", "--load", "--seed", "--clip"],
     "pointer": ["--window", "--theta", "--lambdasm", "--bptt", "--data", "--level", "--model", "--save"],
     "generate": ["--temperature", "--top-k", "--words", "--prompt", "--seed", "--outf", "--checkpoint",
-                 "--log-interval"],
+                 "--log-interval", "--batch"],
 }
 
 

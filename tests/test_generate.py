@@ -64,13 +64,19 @@ def test_text_has_the_words_asked_for_and_a_line_for_each_sentence(trained, tmp_
     assert capsys.readouterr().out == text, "a seed gives the same text"
 
 
-def test_texts_of_a_batch_are_texts_of_their_own(trained, tmp_path):
+@pytest.mark.parametrize("level", ["word", "char"])
+def test_texts_of_a_batch_are_texts_of_their_own(train, tmp_path, level):
     out = tmp_path / "text.txt"
-    generate.main(["--no-cuda", "--checkpoint", str(trained), "--words", "30", "--batch", "3", "--prompt", "the cat",
-                   "--outf", str(out)])
-    texts = out.read_text().split("\n\n")
-    assert [len(text.split()) for text in texts] == [32] * 3
-    assert len(set(texts)) == 3 and all(text.startswith("the cat ") for text in texts)
+    train(tmp_path / "m.pt", "--epochs", "1", "--level", level)
+    generate.main(["--no-cuda", "--checkpoint", str(tmp_path / "m.pt"), "--words", "30", "--batch", "3",
+                   "--prompt", "the cat", "--top-k", "5", "--outf", str(out)])
+    text = out.read_text()
+    if level == "word":
+        assert [len(part.split()) for part in text.split("\n\n")] == [32] * 3
+        assert len(set(text.split("\n\n"))) == 3
+    else:
+        assert len(text) == 3 * len("the cat") + 3 * 30 + 2 * len("\n\n")
+    assert text.startswith("the cat") and text.count("\n\nthe cat") == 2
 
 
 def test_a_drawn_column_has_the_probability_of_its_weight():

@@ -56,7 +56,7 @@ def test_a_flat_cache_counts_the_words_of_the_window():
 
 
 def test_a_grid_is_each_of_its_settings_alone():
-    settings = [1, 30, 150], [0.0, 0.5, 2.0], [0.0, 0.1, 0.9]
+    settings = [1, 30, 150, 500], [0.0, 0.5, 2.0], [0.0, 0.1, 0.9, 1 - 1e-9]
     (whole,) = stream(200, 1000)
     grid = pointer.mixture_losses(stream(200, 64), *settings)
     for (w, window), (t, theta), (m, lambdasm) in product(*map(enumerate, settings)):

@@ -36,7 +36,7 @@ FOLLOWED = {}  # how closely each run came out as recorded, for the summary
 
 LOSS_TOLERANCE, CACHE_TOLERANCE = 1e-4, 1e-5
 STRICT_BATCHES = 50
-CHAOTIC, CHAOTIC_BATCHES = {"lstm_sgd", "lstm_ntasgd"}, 25
+LARGE_BATCHES = 25  # softmax in another order: half as many before the chaos of rounding reaches 1e-4 here
 TWINS, TWIN_DIFFERENCE, TWIN_FACTOR = (1, 2), 1e-6, 5
 
 
@@ -118,13 +118,16 @@ def test_training_follows_the_original(case, tmp_path, monkeypatch):
     assert (epochs - allowed_epochs).max() <= 0
 
 
-def test_training_follows_the_original_on_the_path_for_large_models_too(case, tmp_path, monkeypatch):
+def test_training_follows_the_original_on_the_path_of_large_models_too(case, tmp_path, monkeypatch):
     """The blockwise softmax, which models as small as these do not take; the masks stay those of the recorder."""
+    blocks, forward = [], splitcross.SoftmaxLoss.forward
+    monkeypatch.setattr(splitcross.SoftmaxLoss, "forward", lambda *inputs: blocks.append(1) or forward(*inputs))
     monkeypatch.setattr(splitcross, "LARGE", 0)
     monkeypatch.setattr(locked_dropout, "LARGE", math.inf)
     run = train(case, tmp_path / "run.pt", monkeypatch)
-    difference = furthest(losses(run["batch"]) - case["train_losses"])
-    assert difference[:CHAOTIC_BATCHES if case["name"] in CHAOTIC else None].max() <= LOSS_TOLERANCE
+    assert len(blocks) == len(run["batch"])
+    difference = abs(losses(run["batch"]) - case["train_losses"])
+    assert difference[:LARGE_BATCHES].max() <= LOSS_TOLERANCE
 
 
 def test_evaluation_and_cache_score_as_the_original(case):

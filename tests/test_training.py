@@ -385,6 +385,27 @@ def test_the_same_seed_gives_the_same_weights(train, tmp_path):
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
+def test_a_state_from_before_a_flag_existed_goes_on_with_its_default(train, tmp_path):
+    train(tmp_path / "m.pt", "--epochs", "1")
+    path = checkpoint.last_path(tmp_path / "m.pt")
+    content = checkpoint.load(path)
+    del content["flags"]["precision"]
+    for group in content["state"]["optimizer"]["param_groups"]:
+        group["fused"] = None
+    torch.save(content, path)
+    assert main.main(["--no-cuda", "--resume", str(tmp_path / "m.pt"), "--epochs", "2"]) == 0
+
+
+@pytest.mark.parametrize("model", ["LSTM", "GRU", "QRNN"])
+def test_a_carried_hidden_state_keeps_no_sequence_in_memory(model):
+    network = RNNModel(11, model=model, emsize=5, nhid=6, nlayers=2)
+    _, hidden, _ = network(torch.randint(11, (50, 3)), network.init_hidden(3))
+    sizes = []
+    utils.map_hidden(lambda part: sizes.append((part.untyped_storage().nbytes(), part.nbytes)),
+                     utils.repackage_hidden(hidden))
+    assert sizes and all(stored == needed for stored, needed in sizes)
+
+
 def test_training_in_bfloat16_learns_what_fp32_learns(train, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(training, "has_bf16", lambda: True)
     runs = [train(tmp_path / f"{precision}.pt", "--epochs", "3", "--precision", precision)[1]
@@ -402,6 +423,7 @@ def test_without_instructions_for_bfloat16_it_trains_in_fp32_and_says_so(train, 
     assert "--precision bf16: this CPU has no instructions for it; training in fp32" in capsys.readouterr().out
     a, b = (checkpoint.load(tmp_path / name)["model"] for name in ("a.pt", "b.pt"))
     assert all(torch.equal(a[name], b[name]) for name in a)
+    assert checkpoint.load(tmp_path / "b.pt")["flags"]["precision"] == "bf16", "what was asked for"
     monkeypatch.setattr(training, "has_bf16", lambda: True)
     assert train(tmp_path / "c.pt", "--epochs", "1", "--model", model, "--precision", "bf16")[0] == 0
 
