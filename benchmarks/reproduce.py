@@ -49,7 +49,8 @@ RECIPES = {
                  "published": ["69.3 / 66.8", "68.5 / 65.9", "53.6 / 52.1"]},
     "enwik8": {"train": "--epochs 50 --nlayers 3 --emsize 400 --nhid 1840 --alpha 0 --beta 0 --dropoute 0 "
                         "--dropouth 0.1 --dropouti 0.1 --dropout 0.4 --wdrop 0.2 --wdecay 1.2e-6 --bptt 200 "
-                        "--batch_size 128 --optimizer adam --lr 1e-3 --data data/enwik8 --when 25 35", "published": ["1.232 bpc"]},
+                        "--batch_size 128 --optimizer adam --lr 1e-3 --data data/enwik8 --when 25 35",
+               "published": ["1.232 bpc"]},
     "wt103-qrnn": {"train": "--epochs 14 --nlayers 4 --emsize 400 --nhid 2500 --alpha 0 --beta 0 --dropoute 0 "
                             "--dropouth 0.1 --dropouti 0.1 --dropout 0.1 --wdrop 0 --wdecay 0 --bptt 140 "
                             "--batch_size 60 --optimizer adam --lr 1e-3 --data data/wikitext-103 --when 12 "
