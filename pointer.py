@@ -99,7 +99,7 @@ def mixture_losses(chunks, windows, thetas, lambdasms):
         keys = outputs if keys is None else torch.cat([keys, outputs])
         followers = targets if followers is None else torch.cat([followers, targets])
         share = torch.tensor(lambdasms, dtype=torch.double, device=logprob.device).unsqueeze(1)
-        model_part, cache_part = ((-share).log1p().to(logprob.dtype), share.log().to(logprob.dtype))
+        model_part, cache_part = (-share).log1p().to(logprob.dtype), share.log().to(logprob.dtype)
         past = len(keys) - len(outputs)
         for start in range(0, len(outputs), QUERY_ROWS):
             block = slice(start, start + QUERY_ROWS)

@@ -385,6 +385,17 @@ def test_the_same_seed_gives_the_same_weights(train, tmp_path):
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
+def test_the_batch_size_cannot_change_in_the_middle_of_an_epoch(train, tmp_path):
+    train(tmp_path / "m.pt", "--epochs", "1")
+    path = checkpoint.last_path(tmp_path / "m.pt")
+    content = checkpoint.load(path)
+    hidden = RNNModel(13, emsize=5, nhid=6, nlayers=2).init_hidden(4)
+    content["state"]["progress"].update(row=7, batch=1, hidden=hidden)
+    torch.save(content, path)
+    with pytest.raises(BadInput, match="--batch_size cannot change in the middle of an epoch"):
+        main.main(["--no-cuda", "--resume", str(tmp_path / "m.pt"), "--epochs", "2", "--batch_size", "3"])
+
+
 def test_a_state_from_before_a_flag_existed_goes_on_with_its_default(train, tmp_path):
     train(tmp_path / "m.pt", "--epochs", "1")
     path = checkpoint.last_path(tmp_path / "m.pt")
