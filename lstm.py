@@ -53,7 +53,6 @@ class Recurrence(torch.autograd.Function):
         weight_type, input_type = ctx.types
         steps, batch_size, _, hidden_size = gates.shape
         grads = states.new_empty(gates.shape)
-        transposed = factor.t().contiguous()  # a product with this, transposed, takes 0.8 of the time of one without
         grad_h, grad_c = torch.zeros_like(grad_c), grad_c.clone()
         for t in range(steps - 1, -1, -1):
             i, f, g, o = gates[t].unbind(1)
@@ -67,7 +66,7 @@ class Recurrence(torch.autograd.Function):
             grad[:, 2] = torch.addcmul(through_i, through_i * g, g, value=-1)
             grad[:, 3] = (through_o * tanh_c).mul_(1 - o)
             grad_c *= f
-            grad_h = grad.view(batch_size, -1) @ transposed.t()
+            grad_h = grad.view(batch_size, -1) @ factor
         flat = grads.view(steps * batch_size, -1)
         grad_weight = flat.t() @ states[:-1].view(steps * batch_size, hidden_size)
         return (flat.view(steps, batch_size, -1).to(input_type), grad_weight.to(weight_type), grad_h.to(grad_c.dtype),
