@@ -2,6 +2,7 @@
 # make test     all tests and the linter
 # make test-long  training killed 100 times, and 5,000 hostile inputs: ten minutes
 # make bench    the speed of each part beside a plain baseline: ten minutes, on a machine that does nothing else
+# make gpu-check  whether all is right and fast on the GPU, in up to 8 minutes; the PYTHON given has torch, pytest, tqdm
 # make reproduce ROW=ptb-qrnn  a row of the papers from end to end; MINUTES=8 stops in time, the same command goes on
 # make clean    forget the environment and the demo
 
@@ -10,7 +11,7 @@ VENV ?= .venv
 DEMO ?= demo
 PY = $(VENV)/bin/python
 
-.PHONY: demo test test-long bench reproduce clean
+.PHONY: demo test test-long bench gpu-check reproduce clean
 
 demo: $(VENV)/.installed
 	mkdir -p $(DEMO)
@@ -35,6 +36,9 @@ test-long: $(VENV)/.installed-test
 
 bench: $(VENV)/.installed
 	OMP_WAIT_POLICY=PASSIVE $(PY) benchmarks/speed.py --json benchmarks/results/speed.json
+
+gpu-check:
+	$(PYTHON) benchmarks/gpu_check.py --json benchmarks/results/gpu.json
 
 reproduce: $(VENV)/.installed
 	$(PY) benchmarks/reproduce.py $(ROW) $(if $(MINUTES),--minutes $(MINUTES))

@@ -45,7 +45,7 @@ def parse_flags(argv):
 
 def main(argv=None):
     args = parse_flags(argv)
-    device = pick_device(args.cuda)
+    device = pick_device(args.cuda, args.cuda_graphs)
     if args.resume:
         return training.train("finetune", *training.resume(parse_flags, argv, "finetune", device))
     load = args.load or args.save

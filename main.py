@@ -31,7 +31,7 @@ def parse_flags(argv):
 
 def main(argv=None):
     args = parse_flags(argv)
-    device = pick_device(args.cuda)
+    device = pick_device(args.cuda, args.cuda_graphs)
     if args.resume:
         return training.train("train", *training.resume(parse_flags, argv, "train", device))
     args.lr = args.lr or DEFAULT_LR[args.optimizer]

@@ -15,8 +15,8 @@ from torch import nn
 
 from embed_regularize import embedded_dropout
 from locked_dropout import locked_dropout
-from lstm import LSTM
 from qrnn import QRNN
+from rnn import GRU, LSTM
 from splitcross import SplitCrossEntropy, splits_for
 from utils import map_hidden
 from weight_drop import weight_drop
@@ -33,7 +33,7 @@ def make_layer(model, input_size, hidden_size, first):
     """A recurrent layer of the type `model`; the first layer of a QRNN looks at two words at a time."""
     if model == "QRNN":
         return QRNN(input_size, hidden_size, window=2 if first else 1)
-    return {"LSTM": LSTM, "GRU": nn.GRU}[model](input_size, hidden_size)
+    return {"LSTM": LSTM, "GRU": GRU}[model](input_size, hidden_size)
 
 
 class RNNModel(nn.Module):
@@ -76,6 +76,11 @@ class RNNModel(nn.Module):
             h = self.decoder.bias.new_zeros(1, batch_size, rnn.hidden_size)
             return (h, h) if isinstance(rnn, LSTM) else h
         return [zeros(rnn) for rnn in self.rnns]
+
+    def keep_still(self):
+        """From here on no pass moves a parameter in memory, which a CUDA graph needs (`rnn.in_one_piece`)."""
+        for rnn in self.rnns:
+            rnn.still = True  # a QRNN is anyway
 
     def forward(self, words, hidden):
         """Run `words` (T, B) from `hidden`; returns the last layer's output with dropout, the new hidden state, and

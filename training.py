@@ -13,17 +13,18 @@ import subprocess
 import sys
 import time
 from collections import namedtuple
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
 import numpy
 import torch
-from torch.nn.utils import clip_grad_norm_
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from tqdm import tqdm
 
 import checkpoint
 from data import Corpus
+from graphs import GraphedPass
 from utils import (
     PARTIAL,
     BadInput,
@@ -39,9 +40,10 @@ from utils import (
     repackage_hidden,
     same_file,
     score,
+    tf32,
 )
 
-NOT_RESUMED = {"save", "resume", "cuda", "dry_run"}  # flags of a command, not of the run that it goes on with
+NOT_RESUMED = {"save", "resume", "cuda", "cuda_graphs", "dry_run"}  # a command's, not the run's that it goes on with
 
 
 @dataclass
@@ -117,37 +119,57 @@ def sample_seq_len(bptt, max_bptt=None):
     return min(seq_len, max_bptt) if max_bptt else seq_len
 
 
-def train_step(model, optimizer, words, targets, hidden, args, lr_scale):
+def gradients(model, words, targets, hidden, args):
+    """Add the gradient of the regularised loss on the batch `words`, `targets` (T, B) from the state `hidden` to that
+    of the parameters; returns the new hidden state, and in one tensor (2,) the cross entropy, nats per token, without
+    AR and TAR, and the norm of the gradient. 1708.02182, section 4.6."""
+    bf16 = args.precision == "bf16" and (words.is_cuda or has_bf16())
+    with tf32() if args.precision == "tf32" and words.is_cuda else nullcontext():
+        with torch.autocast(words.device.type, torch.bfloat16, enabled=bf16):
+            output, hidden, raw = model(words, hidden)
+            cross_entropy = objective = model.loss(output, targets)
+        if args.alpha:
+            objective = objective + args.alpha * output.pow(2).mean()
+        if args.beta:
+            objective = objective + args.beta * (raw[1:] - raw[:-1]).pow(2).mean()
+        objective.backward()
+    norm = get_total_norm([parameter.grad for parameter in model.parameters()])
+    return repackage_hidden(hidden), torch.stack([cross_entropy.detach(), norm])
+
+
+def train_step(model, optimizer, words, targets, hidden, args, lr_scale, run=gradients):
     """One step of the optimizer on the batch `words`, `targets` (T, B) from the state `hidden`, with the learning rate
-    times `lr_scale`; returns the new hidden state and the cross entropy, nats per token, without AR and TAR.
+    times `lr_scale`; returns the new hidden state and the cross entropy, nats per token, without AR and TAR. `run` is
+    `gradients`, or that from a graph.
 
     Raises FloatingPointError, having changed no weight, when loss or gradient is not finite.
     """
-    bf16 = args.precision == "bf16" and (words.is_cuda or has_bf16())
-    with torch.autocast(words.device.type, torch.bfloat16, enabled=bf16):
-        output, hidden, raw = model(words, hidden)
-        cross_entropy = objective = model.loss(output, targets)
-    if args.alpha:
-        objective = objective + args.alpha * output.pow(2).mean()
-    if args.beta:
-        objective = objective + args.beta * (raw[1:] - raw[:-1]).pow(2).mean()
-    optimizer.zero_grad()
-    objective.backward()
-    norm = clip_grad_norm_(model.parameters(), args.clip or math.inf).item()
-    loss = cross_entropy.item()
+    optimizer.zero_grad(set_to_none=run is gradients)  # graphs know the gradients by where they lie
+    hidden, found = run(model, words, targets, hidden, args)
+    loss, norm = found.tolist()  # the one time in a step that the CPU waits for a GPU
     if not (math.isfinite(loss) and math.isfinite(norm)):
         raise FloatingPointError(f"the loss is {loss} and the norm of the gradient {norm}")
+    if args.clip:
+        clip_grads_with_norm_(model.parameters(), args.clip, found[1])
     group = optimizer.param_groups[0]
     lr = group["lr"]
     group["lr"] = lr * lr_scale
     optimizer.step()
     group["lr"] = lr
-    return repackage_hidden(hidden), loss
+    return hidden, loss
 
 
-def train_epoch(model, optimizer, source, args, progress, max_bptt=None):
-    """Train over `source` (N, B) from where `progress` stands to its end, in batches of up to `max_bptt` steps; yields
-    after each batch its rows, its loss in nats per token and its seconds.
+def graphed_gradients(model):
+    """`gradients` of `model` by CUDA graphs; raises BadInput with a split softmax, whose work depends on the words."""
+    if len(model.softmax.sizes) > 1:
+        raise BadInput(f"--cuda-graphs: not with a split softmax, which {sum(model.softmax.sizes):,} words have")
+    model.keep_still()
+    return GraphedPass(gradients)
+
+
+def train_epoch(model, optimizer, source, args, progress, max_bptt=None, run=gradients):
+    """Train over `source` (N, B) from where `progress` stands to its end, in batches of up to `max_bptt` steps, with
+    gradients from `run`; yields after each batch its rows, its loss in nats per token and its seconds.
 
     A longer batch takes a proportionally larger step, so that no part of the text weighs more than another. Raises
     BadInput when a loss or gradient is not finite, or when memory runs out.
@@ -161,7 +183,7 @@ def train_epoch(model, optimizer, source, args, progress, max_bptt=None):
         where = f"epoch {progress.epoch + 1}, batch {progress.batch + 1}"
         try:
             progress.hidden, loss = train_step(model, optimizer, words, targets, progress.hidden, args,
-                                               lr_scale=seq_len / args.bptt)
+                                               lr_scale=seq_len / args.bptt, run=run)
         except FloatingPointError as error:
             again = f"--resume {args.save}" if progress.metrics_bytes else "the same command"
             raise BadInput(f"{where}: {error}; the best checkpoint is as it was; {again} replays it "
@@ -356,8 +378,8 @@ def train(stage, args, dictionary, batches, model, optimizer, progress):
     kept at `args.save`, the state to resume from and the metrics beside it. Returns the exit status of the script.
     """
     device = batches.train.device
-    if args.precision == "bf16" and device.type == "cpu" and not has_bf16():
-        say("--precision bf16: this CPU has no instructions for it; training in fp32")
+    if device.type == "cpu" and (args.precision == "tf32" or args.precision == "bf16" and not has_bf16()):
+        say(f"--precision {args.precision}: this CPU has no instructions for it; training in fp32")
     if args.dry_run:
         return dry_run(args, batches, model, optimizer)
     max_bptt = args.bptt + 10 if stage == "finetune" and args.max_bptt is None else args.max_bptt
@@ -365,6 +387,7 @@ def train(stage, args, dictionary, batches, model, optimizer, progress):
             == {id(p) for p in model.parameters() if p.requires_grad}), "the optimizer has to own what can be trained"
     for path in checkpoint.files_of_run(args.save):
         Path(f"{path}{PARTIAL}").unlink(missing_ok=True)  # of a run that was killed
+    run = graphed_gradients(model) if args.cuda_graphs else gradients
     resumed = progress.metrics_bytes > 0
     metrics = Metrics(args.save, keep=progress.metrics_bytes if resumed else None)
     description = describe_run(args, model, device)
@@ -386,7 +409,8 @@ def train(stage, args, dictionary, batches, model, optimizer, progress):
                    or (stage == "finetune" and at_plateau(progress.history, args.nonmono))):
             with tqdm(total=len(batches.train), initial=progress.row, unit="row", desc=f"epoch {progress.epoch + 1}",
                       leave=False, file=sys.stdout, disable=not sys.stdout.isatty()) as bar:
-                for rows, loss, seconds in train_epoch(model, optimizer, batches.train, args, progress, max_bptt):
+                for rows, loss, seconds in train_epoch(model, optimizer, batches.train, args, progress, max_bptt,
+                                                       run):
                     bar.update(rows)
                     log_batch(args, metrics, progress, optimizer, batches.train, rows, loss, seconds)
                     due = args.save_interval and time.monotonic() > saved + 60 * args.save_interval

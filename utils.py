@@ -273,10 +273,13 @@ def add_training_flags(parser, max_bptt, plateau, save):
     group.add_argument("--nonmono", type=natural, default=5, metavar="N",
                        help="epochs that may pass without a better validation loss before "
                             f"{plateau} (default: %(default)s)")
-    group.add_argument("--precision", choices=["fp32", "bf16"], default="fp32",
-                       help="of the matrix products of training; weights, gates, loss and all scores are fp32 "
-                            "(default: %(default)s)")
+    group.add_argument("--precision", choices=["fp32", "tf32", "bf16"], default="fp32",
+                       help="of the matrix products of training; weights, gates, loss and all scores are fp32; "
+                            "tf32 needs a GPU (default: %(default)s)")
     group = parser.add_argument_group("run")
+    group.add_argument("--cuda-graphs", action=argparse.BooleanOptionalAction, default=False,
+                       help="launch the passes of training on a GPU as CUDA graphs, one for each length of batch "
+                            "(default: %(default)s)")
     group.add_argument("--seed", type=number(int, 0, 2**32), default=1111, metavar="N",
                        help="random seed (default: %(default)s)")
     group.add_argument("--log-interval", type=count, default=200, metavar="N",
@@ -294,14 +297,35 @@ def add_training_flags(parser, max_bptt, plateau, save):
 
 # --- the machine ------------------------------------------------------------------------------------------------------
 
-def pick_device(cuda):
-    """The device that `--cuda` or `--no-cuda` asks for; raises BadInput when there is none. On the CPU the process
-    computes its products as `use_onednn` says from here on."""
+def pick_device(cuda, cuda_graphs=False):
+    """The device that `--cuda` or `--no-cuda` asks for; raises BadInput when there is none, or none that
+    `--cuda-graphs` could run on. From here on the process computes its products on a CPU as `use_onednn` says, on a GPU
+    in fp32 and nothing less."""
     if cuda and not torch.cuda.is_available():
         raise BadInput("--cuda: PyTorch finds no CUDA device on this machine")
-    if not cuda:
+    if cuda_graphs and not cuda:
+        raise BadInput("--cuda-graphs: there are none on a CPU")
+    if cuda:
+        allow_tf32(False)
+    else:
         use_onednn()
     return torch.device("cuda" if cuda else "cpu")
+
+
+def allow_tf32(on):
+    """Whether a GPU may compute products of fp32 tensors in TF32, with 10 bits of mantissa for 23. PyTorch by itself
+    allows it to cuDNN, whose are the recurrent layers, and not to matrix products."""
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = on
+
+
+@contextmanager
+def tf32():
+    """`with tf32()`: a GPU computes products of fp32 tensors in TF32."""
+    allow_tf32(True)
+    try:
+        yield
+    finally:
+        allow_tf32(False)
 
 
 def use_onednn():

@@ -12,6 +12,8 @@ from torch.func import functional_call
 from torch.nn import functional
 from torch.nn.utils import clip_grad_norm_
 
+from splitcross import SplitCrossEntropy, splits_for
+
 
 def locked(x, p):
     return x * x.new_empty(1, *x.shape[1:]).bernoulli_(1 - p).div_(1 - p) if p else x
@@ -40,13 +42,15 @@ class PlainModel(nn.Module):
         super().__init__()
         self.args, self.encoder, self.decoder = args, nn.Embedding(ntoken, args.emsize), nn.Linear(args.emsize, ntoken)
         self.decoder.weight = self.encoder.weight
+        self.splits = SplitCrossEntropy(args.emsize, ntoken, splits_for(ntoken)) if splits_for(ntoken) else None
         nn.init.uniform_(self.encoder.weight, -0.1, 0.1)
         sizes = [args.emsize] + [args.nhid] * (args.nlayers - 1) + [args.emsize]
         self.rnns = nn.ModuleList(nn.LSTM(n, m) if args.model == "LSTM" else PlainQRNN(n, m, 1 + (layer == 0))
                                   for layer, (n, m) in enumerate(zip(sizes, sizes[1:])))
 
     def init_hidden(self, batch_size):
-        return [(torch.zeros(1, batch_size, rnn.hidden_size),) * (1 + (self.args.model == "LSTM")) for rnn in self.rnns]
+        return [(self.decoder.bias.new_zeros(1, batch_size, rnn.hidden_size),) * (1 + (self.args.model == "LSTM"))
+                for rnn in self.rnns]
 
     def forward(self, words, hidden):
         args, weight, dropped = self.args, self.encoder.weight, "linear.weight"
@@ -66,6 +70,8 @@ class PlainModel(nn.Module):
         return output, new_hidden, raw
 
     def loss(self, output, targets):
+        if self.splits:  # as the original had them
+            return self.splits(self.decoder.weight, self.decoder.bias, output, targets)
         logits = functional.linear(output.flatten(0, 1), self.decoder.weight, self.decoder.bias)
         return -functional.log_softmax(logits, 1).gather(1, targets.view(-1, 1)).mean()
 

@@ -40,6 +40,12 @@ def read_metrics(save):
     return {kind: [line for line in lines if line["kind"] == kind] for kind in sorted({line["kind"] for line in lines})}
 
 
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if item.get_closest_marker("cuda") and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="no CUDA"))
+
+
 def pytest_terminal_summary(terminalreporter):
     from test_reference import FOLLOWED
     for name, how in FOLLOWED.items():

@@ -1,5 +1,9 @@
 """The forget-mult is exact forward and backward, in each implementation, and the QRNN layer is its equations."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -9,10 +13,14 @@ from qrnn import QRNN, ForgetMult, forget_mult
 from training import evaluate
 from utils import batchify
 
-CUDA = pytest.mark.skipif(not torch.cuda.is_available() or qrnn.triton is None, reason="no CUDA with Triton")
+WITH_TRITON = pytest.mark.skipif(qrnn.triton is None, reason="no Triton")
+INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"  # Triton asks for this when a kernel is defined
 IMPLEMENTATIONS = [
     pytest.param(ForgetMult, "cpu", id="loop"),
-    pytest.param(getattr(qrnn, "TritonForgetMult", None), "cuda", id="triton", marks=CUDA),
+    pytest.param(qrnn.TritonForgetMult, "cuda", id="triton",
+                 marks=[WITH_TRITON, pytest.mark.cuda("Triton's forget-mult is the oracle's, gradcheck")]),
+    pytest.param(qrnn.TritonForgetMult, "cpu", id="interpreted",
+                 marks=pytest.mark.skipif(not INTERPRETING, reason="TRITON_INTERPRET is not 1")),
 ]
 
 
@@ -52,6 +60,15 @@ def test_forget_mult_takes_inputs_that_are_not_contiguous(implementation, device
     f, z, start = inputs(device, (6, 4, 8))
     f, z, start = f[:, :, ::2], z.transpose(0, 1).transpose(0, 1)[:, :, :4], start[:, 1::2]
     torch.testing.assert_close(implementation.apply(f, z, start), naive(f, z, start))
+
+
+@WITH_TRITON
+@pytest.mark.skipif(INTERPRETING, reason="this is the run under the interpreter")
+def test_the_kernels_of_triton_under_its_interpreter():
+    """The cases "interpreted" of the tests above, for which no GPU is needed."""
+    command = [sys.executable, "-m", "pytest", __file__, "-k", "interpreted"]
+    done = subprocess.run(command, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True)
+    assert done.returncode == 0 and " passed" in done.stdout, done.stdout
 
 
 def test_saturated_gates_are_exact():

@@ -56,7 +56,7 @@ def command_line(flags):
             yield from [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
 
 
-def train(case, save, monkeypatch, twin=None):
+def train(case, save, monkeypatch, twin=None, device="--no-cuda"):
     """Run main.py on a case, from its recorded weights or those of a twin; the metrics by their kind."""
     def start_as_recorded(model):
         set_weights(model, FOLDER / f"{case['name']}.init.npz")
@@ -69,7 +69,7 @@ def train(case, save, monkeypatch, twin=None):
 
     with monkeypatch.context() as patch:
         patch.setattr(RNNModel, "init_weights", start_as_recorded)
-        status = main.main(["--no-cuda", "--data", str(FOLDER / "corpus"), "--save", str(save), "--log-interval", "1",
+        status = main.main([device, "--data", str(FOLDER / "corpus"), "--save", str(save), "--log-interval", "1",
                             *command_line(case["flags"])])
     assert status == 0
     return read_metrics(save)
@@ -127,6 +127,19 @@ def test_training_follows_the_original_on_the_path_of_large_models_too(case, tmp
     run = train(case, tmp_path / "run.pt", monkeypatch)
     assert len(blocks) == len(run["batch"])
     difference = abs(losses(run["batch"]) - case["train_losses"])
+    assert difference[:LARGE_BATCHES].max() <= LOSS_TOLERANCE
+
+
+@pytest.mark.cuda("reference trajectories on the GPU")
+def test_training_follows_the_original_on_a_gpu(case, tmp_path, monkeypatch):
+    """With the masks of the recorder, which a CPU drew."""
+    bernoulli = torch.Tensor.bernoulli_
+    monkeypatch.setattr(torch.Tensor, "bernoulli_",
+                        lambda mask, p: mask.copy_(bernoulli(torch.empty(mask.shape, dtype=mask.dtype), p)))
+    run = train(case, tmp_path / "run.pt", monkeypatch, device="--cuda")
+    difference = furthest(losses(run["batch"]) - case["train_losses"])
+    FOLLOWED[f"{case['name']} on the GPU"] = (f"{(difference <= LOSS_TOLERANCE).sum()} of {len(difference)} batches to "
+                                              f"{LOSS_TOLERANCE}")
     assert difference[:LARGE_BATCHES].max() <= LOSS_TOLERANCE
 
 

@@ -54,7 +54,7 @@ def test_sequence_lengths_have_a_floor_and_a_cap():
 def test_an_epoch_reads_every_row_but_the_last_once(monkeypatch):
     source = batchify(torch.arange(400, dtype=torch.int32) % 11, 4)
     rows = []
-    monkeypatch.setattr(training, "train_step", lambda model, optimizer, words, targets, hidden, args, lr_scale: (
+    monkeypatch.setattr(training, "train_step", lambda model, optimizer, words, targets, hidden, args, lr_scale, run: (
         rows.append((words, targets, lr_scale)), (hidden, 0.0))[1])
     numpy.random.seed(1)
     batches = training.train_epoch(small_model(), None, source, args(), training.Progress())
@@ -269,9 +269,9 @@ def test_hidden_state_is_carried_from_batch_to_batch(monkeypatch):
     source = batchify(torch.arange(200, dtype=torch.int32) % 11, 4)
     states, step = [], training.train_step
 
-    def recorded(model, optimizer, words, targets, hidden, args, lr_scale):
+    def recorded(model, optimizer, words, targets, hidden, *rest, **flags):
         states.append(hidden)
-        result = step(model, optimizer, words, targets, hidden, args, lr_scale)
+        result = step(model, optimizer, words, targets, hidden, *rest, **flags)
         states.append(result[0])
         return result
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-import lstm
+import rnn
 
 T, B, E, H = 7, 3, 5, 6
 
@@ -12,7 +12,7 @@ T, B, E, H = 7, 3, 5, 6
 @pytest.fixture
 def layer():
     torch.manual_seed(1)
-    return lstm.LSTM(E, H)
+    return rnn.LSTM(E, H)
 
 
 @pytest.fixture
@@ -32,7 +32,7 @@ def test_the_gradients_of_the_recurrence_are_those_of_finite_differences():
     torch.manual_seed(0)
     inputs = [torch.randn(shape, dtype=torch.double, requires_grad=True) for shape in
               ((4, B, 4 * H), (4 * H, H), (B, H), (B, H))]
-    assert torch.autograd.gradcheck(lstm.Recurrence.apply, inputs)
+    assert torch.autograd.gradcheck(rnn.Recurrence.apply, inputs)
 
 
 def test_training_in_bfloat16_is_that_of_pytorch_to_the_precision_of_bfloat16(layer, batch):

@@ -1,10 +1,13 @@
-"""The LSTM layer: `torch.nn.LSTM`, with a training pass of its own for bfloat16 on the CPU.
+"""The LSTM and GRU layers: PyTorch's, with passes of their own where those are slow or in the way.
 
-In fp32 there is nothing to gain over PyTorch's pass, which is oneDNN's. In bfloat16 that one is slower than in fp32
-(356 ms for 298, forward and backward, 1150 units, 70 x 20 words, 2 cores of an AMD EPYC with AVX512-BF16), and the one
-here faster (171 ms): the input's product and the gradients of weights are one matrix product each for the whole
-sequence, and only the product with the hidden-to-hidden weight stays in the loop. Shapes are in the alphabet of
-`model.py`.
+LSTM training in bfloat16 on the CPU. In fp32 there is nothing to gain over PyTorch's pass, which is oneDNN's. In
+bfloat16 that one is slower than in fp32 (356 ms for 298, forward and backward, 1150 units, 70 x 20 words, 2 cores of an
+AMD EPYC with AVX512-BF16), and the one here faster (171 ms): the input's product and the gradients of weights are one
+matrix product each for the whole sequence, and only the product with the hidden-to-hidden weight stays in the loop.
+
+Passes for CUDA graphs, which need the parameters to stay where they lie in memory: `in_one_piece` says how.
+
+Shapes are in the alphabet of `model.py`.
 """
 
 import torch
@@ -73,12 +76,41 @@ class Recurrence(torch.autograd.Function):
                 grad_c)
 
 
+def in_one_piece(rnn):
+    """Copies of the weights of an LSTM or GRU layer in one buffer, one after the other, as cuDNN takes them.
+
+    PyTorch's own passes move the parameters themselves into such a buffer whenever one of them was exchanged, which
+    weight drop does, there and back, in every pass. A CUDA graph would go on reading and writing where they lay when it
+    was captured.
+    """
+    weights = (rnn.weight_ih_l0, rnn.weight_hh_l0, rnn.bias_ih_l0, rnn.bias_hh_l0)
+    buffer = torch.cat([weight.flatten() for weight in weights])
+    return [part.view_as(weight) for part, weight in zip(buffer.split([w.numel() for w in weights]), weights)]
+
+
+class GRU(nn.GRU):
+    """`torch.nn.GRU` of one layer, its parameters under its names; `still` as in `LSTM`."""
+
+    still = False
+
+    def forward(self, x, h):
+        """Run x (T, B, E) from `h` (1, B, H); returns the output (T, B, H) and the new h."""
+        if self.still:
+            return torch.gru(x, h, in_one_piece(self), True, 1, 0.0, self.training, False, False)
+        return super().forward(x, h)
+
+
 class LSTM(nn.LSTM):
-    """`torch.nn.LSTM` of one layer, its parameters under its names."""
+    """`torch.nn.LSTM` of one layer, its parameters under its names. If `still`, no pass moves them in memory."""
+
+    still = False
 
     def forward(self, x, hidden):
         """Run x (T, B, E) from `hidden` (h, c), each (1, B, H); returns the output (T, B, H) and the new (h, c)."""
         h, c = hidden
+        if self.still:
+            output, h, c = torch.lstm(x, hidden, in_one_piece(self), True, 1, 0.0, self.training, False, False)
+            return output, (h, c)
         if len(x) == 1 and not x.is_cuda and not torch.is_grad_enabled():
             return self.step(x, h, c)
         if x.is_cuda or not (torch.is_autocast_enabled("cpu") and torch.is_grad_enabled()):

@@ -1,0 +1,187 @@
+"""What only a GPU can show, run by `make gpu-check` under the names in the marks; elsewhere these tests skip."""
+
+from argparse import Namespace
+
+import pytest
+import torch
+from conftest import read_metrics
+
+import finetune
+import generate
+import main
+import pointer
+import rnn
+import training
+from graphs import GraphedPass
+from locked_dropout import dropout_mask
+from model import RNNModel
+from splitcross import SplitCrossEntropy
+
+CLOSE = 1e-4  # of losses in nats: cuDNN adds in another order each time
+TINY = ["--emsize", "5", "--nhid", "6", "--nlayers", "2", "--batch_size", "4", "--bptt", "7", "--lr", "1"]
+
+
+def args(**changes):
+    return Namespace(**{"precision": "fp32", "alpha": 2, "beta": 1, "clip": 0.25, "bptt": 70} | changes)
+
+
+def epochs(metrics):
+    return [line["loss"] for line in metrics["epoch"] + metrics["test"]]
+
+
+# --- layers ----------------------------------------------------------------------------------------------------------
+
+@pytest.mark.cuda("weight drop acts under cuDNN, without warnings")
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("kind", [rnn.LSTM, rnn.GRU])
+def test_weights_in_one_piece_under_cudnn_are_the_layer_on_a_cpu(kind):
+    torch.manual_seed(1)
+    layer, x, h = kind(30, 50), torch.randn(9, 4, 30), torch.randn(1, 4, 50)
+    mask = dropout_mask(torch.empty(0), layer.weight_hh_l0.shape, 0.5)
+    results = []
+    for device in ("cpu", "cuda"):
+        layer.to(device).zero_grad()
+        layer.still = device == "cuda"
+        places = [p.data_ptr() for p in layer.parameters()]
+        start = h.to(device)
+        dropped = torch.func.functional_call(layer, {"weight_hh_l0": layer.weight_hh_l0 * mask.to(device)},
+                                             (x.to(device), (start, start) if kind is rnn.LSTM else start))
+        dropped[0].square().sum().backward()
+        assert places == [p.data_ptr() for p in layer.parameters()]
+        results.append([dropped[0].detach().cpu(), *(p.grad.cpu() for p in layer.parameters())])
+    for ours, theirs in zip(*results):
+        torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.cuda("weight drop acts under cuDNN, without warnings")
+def test_masks_are_fresh_in_every_pass_of_a_model():
+    model = RNNModel(50, emsize=20, nhid=30, nlayers=2, dropout=0, dropouth=0, dropouti=0, dropoute=0, wdrop=0.5).cuda()
+    words = torch.randint(50, (9, 4), device="cuda")
+    first, second = (model(words, model.init_hidden(4))[0] for _ in range(2))
+    assert not torch.allclose(first, second)
+    model.eval()
+    first, second = (model(words, model.init_hidden(4))[0] for _ in range(2))
+    torch.testing.assert_close(first, second)
+
+
+@pytest.mark.cuda("fp32 is fp32, TF32 and bfloat16 are what they are")
+@pytest.mark.parametrize("kind", ["LSTM", "GRU", "QRNN"])
+def test_precision_of_gradients(kind):
+    torch.manual_seed(1)
+    off = dict.fromkeys(("dropout", "dropouth", "dropouti", "dropoute", "wdrop"), 0)
+    model = RNNModel(500, kind, emsize=128, nhid=256, nlayers=2, **off)
+    words = torch.randint(500, (21, 8))
+
+    def error(precision):
+        model.float().cuda().zero_grad()
+        training.gradients(model, words[:-1].cuda(), words[1:].cuda(), model.init_hidden(8), args(precision=precision))
+        ours = torch.cat([p.grad.flatten() for p in model.parameters()]).double().cpu()
+        return ((ours - exact).norm() / exact.norm()).item()
+
+    model.double()
+    training.gradients(model, words[:-1], words[1:], model.init_hidden(8), args())
+    exact = torch.cat([p.grad.flatten() for p in model.parameters()])
+    assert error("fp32") < 1e-5
+    if torch.cuda.get_device_capability() >= (8, 0):
+        assert 1e-5 < error("tf32") < 0.02 and 1e-4 < error("bf16") < 0.1
+    assert error("fp32") < 1e-5, "TF32 was for that pass only"
+
+
+@pytest.mark.cuda("split softmax is that of the CPU")
+@pytest.mark.parametrize("splits", [[], [20], [10, 30, 45]])
+def test_split_softmax(splits):
+    torch.manual_seed(3)
+    softmax = SplitCrossEntropy(8, 60, splits)
+    for parameter in softmax.parameters():
+        torch.nn.init.normal_(parameter)
+    tensors = torch.randn(60, 8), torch.randn(60), torch.randn(50, 8)
+    targets, results = torch.randint(60, (50,)), []
+    for device in ("cpu", "cuda"):
+        weight, bias, hidden = (tensor.to(device).requires_grad_() for tensor in tensors)
+        loss = softmax.to(device)(weight, bias, hidden, targets.to(device))
+        grads = torch.autograd.grad(loss, (weight, bias, hidden))
+        results.append([loss.cpu(), *(grad.cpu() for grad in grads), softmax.logprob(weight, bias, hidden).cpu()])
+    for ours, theirs in zip(*results):
+        torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
+
+
+# --- runs ------------------------------------------------------------------------------------------------------------
+
+@pytest.mark.cuda("a checkpoint of CUDA on a CPU and back")
+@pytest.mark.parametrize("kind", ["LSTM", "QRNN"])
+def test_devices_change_between_runs(train, tmp_path, capsys, kind):
+    save = tmp_path / "m.pt"
+    train(save, "--model", kind, "--cuda", "--epochs", "1")
+    scores = []
+    for device in ("--cuda", "--no-cuda"):
+        pointer.main(["--save", str(save), "--window", "9", device])
+        scores.append([line["loss"] for line in read_metrics(save)["pointer"][-2:]])
+    assert scores[0] == pytest.approx(scores[1], abs=1e-5)
+    for device, count in (("--no-cuda", 2), ("--cuda", 3)):
+        _, metrics = train(save, "--model", kind, device, "--epochs", str(count), "--resume", str(save))
+        assert len(metrics["epoch"]) == count
+
+
+@pytest.mark.cuda("resume is the run that never stopped, same seed same run")
+@pytest.mark.parametrize("flags", [
+    ["--nonmono", "0", "--lr", "20"], ["--model", "QRNN", "--optimizer", "adam", "--lr", "0.01", "--when", "2"],
+    ["--nonmono", "0", "--lr", "20", "--cuda-graphs"],
+])
+def test_resume_and_repeat(train, tmp_path, flags):
+    flags = [*flags, "--cuda"]
+    runs = [train(tmp_path / name, *flags, "--epochs", "4")[1] for name in ("whole.pt", "again.pt")]
+    for count in ("2", "4"):
+        resume = [] if count == "2" else ["--resume", str(tmp_path / "parts.pt")]
+        _, parts = train(tmp_path / "parts.pt", *flags, "--epochs", count, *resume)
+    assert epochs(runs[0]) == pytest.approx(epochs(runs[1]), abs=CLOSE)
+    assert epochs(runs[0]) == pytest.approx(epochs(parts), abs=CLOSE)
+
+
+@pytest.mark.cuda("every script runs")
+def test_every_script(corpus_dir, tmp_path):
+    save = str(tmp_path / "m.pt")
+    data = ["--data", str(corpus_dir), "--cuda"]
+    for precision in ("fp32", "tf32", "bf16"):
+        assert main.main([*data, *TINY, "--epochs", "1", "--save", save, "--precision", precision]) == 0
+    assert finetune.main([*data, "--epochs", "1", "--save", save]) == 0
+    pointer.main([*data, "--save", save, "--window", "5", "20", "--theta", "1", "--lambdasm", "0.1"])
+    text = tmp_path / "text.txt"
+    generate.main(["--cuda", "--checkpoint", save, "--words", "50", "--outf", str(text)])
+    assert len(text.read_text().split()) >= 40
+
+
+# --- graphs ----------------------------------------------------------------------------------------------------------
+
+@pytest.mark.cuda("training by graphs is training")
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("kind", ["LSTM", "GRU", "QRNN"])
+def test_training_by_graphs_is_training(train, tmp_path, kind, precision):
+    flags = ["--cuda", "--model", kind, "--epochs", "4", "--nonmono", "1", "--lr", "5", "--precision", precision]
+    runs = [train(tmp_path / f"{name}.pt", *flags, f"--{name}")[1] for name in ("cuda-graphs", "no-cuda-graphs")]
+    assert epochs(runs[0]) == pytest.approx(epochs(runs[1]), abs=CLOSE if precision == "fp32" else 0.02)
+
+
+@pytest.mark.cuda("masks differ between the replays of a graph")
+@pytest.mark.parametrize("dropped", ["dropout", "dropouth", "dropouti", "dropoute", "wdrop"])
+@pytest.mark.parametrize("kind", ["LSTM", "QRNN"])
+def test_masks_are_fresh_in_every_replay(kind, dropped):
+    off = dict.fromkeys(("dropout", "dropouth", "dropouti", "dropoute", "wdrop"), 0)
+    model = RNNModel(50, kind, emsize=20, nhid=30, nlayers=2, **{**off, dropped: 0.5}).cuda()
+    model.keep_still()
+    run, words = GraphedPass(training.gradients), torch.randint(50, (10, 4), device="cuda")
+    losses = []
+    for _ in range(5):
+        model.zero_grad(set_to_none=False)
+        _, found = run(model, words[:-1], words[1:], model.init_hidden(4), args())
+        losses.append(found[0].item())
+    assert len(set(losses)) == 5
+
+
+@pytest.mark.cuda("masks differ between the replays of a graph")
+def test_without_dropout_replays_repeat():
+    off = dict.fromkeys(("dropout", "dropouth", "dropouti", "dropoute", "wdrop"), 0)
+    model = RNNModel(50, emsize=20, nhid=30, nlayers=2, **off).cuda()
+    model.keep_still()
+    run, words = GraphedPass(training.gradients), torch.randint(50, (10, 4), device="cuda")
+    losses = [run(model, words[:-1], words[1:], model.init_hidden(4), args())[1][0].item() for _ in range(4)]
+    assert losses == pytest.approx([losses[0]] * 4, abs=1e-6)

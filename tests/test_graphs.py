@@ -1,0 +1,128 @@
+"""Training by graphs is training: the logic on any machine with a stand-in for CUDA's graphs, the rest on a GPU."""
+
+import math
+from argparse import Namespace
+
+import pytest
+import torch
+
+import rnn
+import training
+from graphs import GraphedPass
+from model import RNNModel
+from utils import BadInput, map_hidden
+
+ARGS = Namespace(precision="fp32", alpha=2, beta=1, clip=0.25, bptt=7)
+LENGTHS = [5, 7, 5, 5, 7, 9, 7, 5, 9, 9]
+
+
+class Recorder:
+    """What CUDA does, on a CPU: a capture changes nothing, a replay reads and writes the tensors of the capture."""
+
+    def __init__(self, model):
+        self.model, self.events = model, []
+
+    def run(self, function):
+        self.events.append("run")
+        return function()
+
+    def capture(self, function):
+        self.events.append("capture")
+        places = [p.grad for p in self.model.parameters()]
+        before = [grad.clone() for grad in places]
+        with torch.random.fork_rng():
+            result = function()
+        for grad, value in zip(places, before):
+            grad.copy_(value)
+        map_hidden(lambda part: part.fill_(math.nan), result)
+
+        def replay():
+            self.events.append("replay")
+            assert all(p.grad is grad for p, grad in zip(self.model.parameters(), places)), "a graph would not see it"
+            for place, value in zip(leaves(result), leaves(function())):
+                place.copy_(value)
+        return replay, result
+
+
+def leaves(nested):
+    found = []
+    map_hidden(found.append, nested)
+    return found
+
+
+def make_model(kind, device="cpu"):
+    torch.manual_seed(4)
+    return RNNModel(11, kind, emsize=5, nhid=6, nlayers=2).to(device)
+
+
+def steps(model, run, optimizer="sgd", device="cpu"):
+    """The losses of a step for each of LENGTHS, each from the state that the one before ended with."""
+    optimizer = training.make_optimizer(optimizer, model, 0.5, 0.01)
+    torch.manual_seed(5)
+    text = torch.randint(11, (100, 3), device=device)
+    hidden, losses, row = model.init_hidden(3), [], 0
+    for length in LENGTHS:
+        words, targets = text[row:row + length], text[row + 1:row + 1 + length]
+        hidden, loss = training.train_step(model, optimizer, words, targets, hidden, ARGS, lr_scale=length / 7, run=run)
+        losses.append(loss)
+        row += length
+    return losses
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "asgd", "adam"])
+@pytest.mark.parametrize("kind", ["LSTM", "GRU", "QRNN"])
+def test_training_by_graphs_is_training(kind, optimizer):
+    simple, graphed = make_model(kind), make_model(kind)
+    graphed.keep_still()
+    places = [p.data_ptr() for p in graphed.parameters()]
+    ours = steps(graphed, GraphedPass(training.gradients, Recorder(graphed)), optimizer)
+    assert ours == pytest.approx(steps(simple, training.gradients, optimizer), abs=1e-6)
+    for a, b in zip(graphed.parameters(), simple.parameters()):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
+    assert places == [p.data_ptr() for p in graphed.parameters()]
+
+
+def test_a_length_is_run_when_first_met_then_captured_once_and_replayed():
+    model = make_model("LSTM")
+    recorder = Recorder(model)
+    steps(model, GraphedPass(training.gradients, recorder))
+    assert recorder.events == [
+        "run", "run", "capture", "replay", "replay", "capture", "replay", "run", "replay", "replay", "capture",
+        "replay", "replay"]
+
+
+def test_what_a_pass_returns_is_not_written_by_the_next():
+    model = make_model("LSTM")
+    run = GraphedPass(training.gradients, Recorder(model))
+    words = torch.randint(11, (5, 3))
+    returned = [run(model, words, words, model.init_hidden(3), ARGS) for _ in range(3)]
+    kept = [[part.clone() for part in leaves(result)] for result in returned]
+    run(model, words.flip(0), words, model.init_hidden(3), ARGS)
+    for result, values in zip(returned, kept):
+        assert all(torch.equal(part, value) for part, value in zip(leaves(result), values))
+
+
+@pytest.mark.parametrize("kind", [rnn.LSTM, rnn.GRU])
+def test_weights_in_one_piece_give_the_layer_and_its_gradients(kind):
+    torch.manual_seed(1)
+    still, stock = kind(5, 6), kind(5, 6)
+    stock.load_state_dict(still.state_dict())
+    still.still = True
+    x, h = torch.randn(7, 3, 5), torch.randn(1, 3, 6)
+    hidden = (h, torch.randn(1, 3, 6)) if kind is rnn.LSTM else h
+    results = [layer(x, hidden) for layer in (still, stock)]
+    for ours, theirs in zip(*map(leaves, results)):
+        assert torch.equal(ours, theirs)
+    for output, _ in results:
+        output.square().sum().backward()
+    for ours, theirs in zip(still.parameters(), stock.parameters()):
+        torch.testing.assert_close(ours.grad, theirs.grad)
+    (weight, *rest) = rnn.in_one_piece(still)
+    storage = weight.untyped_storage()
+    assert storage.nbytes() == sum(p.nbytes for p in still.parameters())
+    assert all(part.untyped_storage().data_ptr() == storage.data_ptr() for part in rest)
+
+
+def test_a_split_softmax_takes_no_graphs():
+    with pytest.raises(BadInput, match="split softmax"):
+        training.graphed_gradients(RNNModel(11, emsize=5, nhid=6, nlayers=2, splits=[3]))
