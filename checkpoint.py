@@ -31,6 +31,7 @@ FIXED = (*ARCHITECTURE, "level", "shares", "optimizer", "seed", "load")
 # What an optimizer keeps for each parameter, once it has made a step.
 OPTIMIZER_STATE = {torch.optim.SGD: set(), torch.optim.ASGD: {"step", "eta", "mu", "ax"},
                    torch.optim.Adam: {"step", "exp_avg", "exp_avg_sq"}}
+WAYS = ("fused", "foreach", "capturable")  # how PyTorch computes a step: a matter of the device, not of the state
 CONTENT = {"flags": dict, "vocabulary": list, "model": dict, "loss": float, "epoch": int}
 
 
@@ -182,12 +183,13 @@ def check_vocabulary(content, path, dictionary, data):
 
 def restore_optimizer(optimizer, state):
     """Load `state` into a fresh optimizer; raises ValueError, or what PyTorch raises, unless it fits."""
-    def kinds():  # how PyTorch computes a step is not part of the state
-        return [{name: type(value) for name, value in group.items() if name not in ("fused", "foreach")}
-                for group in optimizer.param_groups]
+    def kinds():
+        return [{name: type(value) for name, value in group.items()} for group in optimizer.param_groups]
 
-    fresh = kinds()
+    fresh, ways = kinds(), [{name: group[name] for name in WAYS if name in group} for group in optimizer.param_groups]
     optimizer.load_state_dict(state)
+    for group, way in zip(optimizer.param_groups, ways):
+        group.update(way)
     if kinds() != fresh:
         raise ValueError
     for parameter, values in optimizer.state.items():

@@ -85,6 +85,9 @@ def test_precision_of_gradients(kind):
     if torch.cuda.get_device_capability() >= (8, 0):
         assert 1e-5 < error("tf32") < 0.02 and 1e-4 < error("bf16") < 0.1
     assert error("fp32") < 1e-5, "TF32 was for that pass only"
+    with torch.autocast("cuda", torch.bfloat16):
+        output, _ = model.rnns[0](torch.randn(20, 8, 128, device="cuda"), model.init_hidden(8)[0])
+    assert output.dtype == (torch.float32 if kind == "QRNN" else torch.bfloat16), "and not float16"
 
 
 @pytest.mark.cuda("split softmax is that of the CPU")
@@ -117,9 +120,11 @@ def test_devices_change_between_runs(train, tmp_path, capsys, kind):
         pointer.main(["--save", str(save), "--window", "9", device])
         scores.append([line["loss"] for line in read_metrics(save)["pointer"][-2:]])
     assert scores[0] == pytest.approx(scores[1], abs=1e-5)
-    for device, count in (("--no-cuda", 2), ("--cuda", 3)):
-        _, metrics = train(save, "--model", kind, device, "--epochs", str(count), "--resume", str(save))
+    for device, count in (("--no-cuda", 4), ("--cuda", 6), ("--no-cuda", 7)):
+        _, metrics = train(save, "--model", kind, device, "--epochs", str(count), "--nonmono", "0", "--lr", "20",
+                           "--resume", str(save))
         assert len(metrics["epoch"]) == count
+    assert metrics["epoch"][-1]["optimizer"] == "ASGD"
 
 
 @pytest.mark.cuda("resume is the run that never stopped, same seed same run")

@@ -407,6 +407,18 @@ def test_a_state_from_before_a_flag_existed_goes_on_with_its_default(train, tmp_
     assert main.main(["--no-cuda", "--resume", str(tmp_path / "m.pt"), "--epochs", "2"]) == 0
 
 
+def test_how_a_step_is_computed_does_not_travel_with_a_state(train, tmp_path):
+    """ASGD's way on a GPU, which refuses tensors of a CPU."""
+    train(tmp_path / "m.pt", "--epochs", "4", "--nonmono", "0", "--lr", "20")
+    path = checkpoint.last_path(tmp_path / "m.pt")
+    content = checkpoint.load(path)
+    assert content["state"]["averaging"]
+    for group in content["state"]["optimizer"]["param_groups"]:
+        group["capturable"] = True
+    torch.save(content, path)
+    assert main.main(["--no-cuda", "--resume", str(path), "--epochs", "5"]) == 0
+
+
 @pytest.mark.parametrize("model", ["LSTM", "GRU", "QRNN"])
 def test_a_carried_hidden_state_keeps_no_sequence_in_memory(model):
     network = RNNModel(11, model=model, emsize=5, nhid=6, nlayers=2)
