@@ -13,8 +13,9 @@ from utils import map_hidden
 
 
 class CudaGraphs:
-    """How `GraphedPass` runs and captures a function on the GPU: on one stream, with one memory pool for all graphs,
-    which is safe because they are replayed one at a time."""
+    """How `GraphedPass` runs and captures a function on the GPU: on one stream, with one memory pool for all graphs.
+
+    One graph may write where another left its result: that has to be copied before the next replay."""
 
     def __init__(self):
         self.stream, self.pool = torch.cuda.Stream(), torch.cuda.graph_pool_handle()
@@ -36,7 +37,8 @@ class CudaGraphs:
 
 
 class GraphedPass:
-    """`training.gradients`, or another function of its signature, as replays of graphs.
+    """`training.gradients`, or another function of its signature, as replays of graphs, for one model in training mode
+    and one set of flags.
 
     A length that is met for the first time is run as it is: what it needs is compiled and loaded by then, which a
     capture does not allow. The second time it is captured. So lengths that do not come again cost no graph.

@@ -78,7 +78,7 @@ class RNNModel(nn.Module):
         return [zeros(rnn) for rnn in self.rnns]
 
     def keep_still(self):
-        """From here on no pass moves a parameter in memory, which a CUDA graph needs (`rnn.in_one_piece`)."""
+        """From here on no pass moves a parameter in memory, which a CUDA graph needs (`rnn.cudnn_pass`)."""
         for rnn in self.rnns:
             rnn.still = True  # a QRNN is anyway
 
@@ -101,7 +101,7 @@ class RNNModel(nn.Module):
         output, new_hidden = embedded, []
         for layer, (rnn, state) in enumerate(zip(self.rnns, hidden), 1):
             raw, state = weight_drop(rnn, self.dropped_weight, self.wdrop, output, state)
-            raw = raw.to(embedded.dtype)  # cuDNN's are bfloat16 under autocast
+            raw = raw.to(embedded.dtype)  # cuDNN's are in bfloat16 under autocast
             new_hidden.append(map_hidden(lambda part: part.to(embedded.dtype), state))
             output = locked_dropout(raw, self.dropout if layer == len(self.rnns) else self.dropouth, self.training)
         return output, new_hidden, raw

@@ -5,7 +5,8 @@ bfloat16 that one is slower than in fp32 (356 ms for 298, forward and backward, 
 AMD EPYC with AVX512-BF16), and the one here faster (171 ms): the input's product and the gradients of weights are one
 matrix product each for the whole sequence, and only the product with the hidden-to-hidden weight stays in the loop.
 
-Passes for CUDA graphs, which need the parameters to stay where they lie in memory: `in_one_piece` says how.
+Passes for cuDNN in bfloat16, where autocast hands it float16, and for CUDA graphs, which need the parameters to stay
+where they lie in memory: `cudnn_pass`.
 
 Shapes are in the alphabet of `model.py`.
 """
@@ -15,7 +16,7 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
-from utils import for_products
+from utils import for_products, map_hidden
 
 
 class Recurrence(torch.autograd.Function):
@@ -76,27 +77,38 @@ class Recurrence(torch.autograd.Function):
                 grad_c)
 
 
-def in_one_piece(rnn):
-    """Copies of the weights of an LSTM or GRU layer in one buffer, one after the other, as cuDNN takes them.
+def cudnn_pass(function, rnn, x, hidden):
+    """`function`, torch.lstm or torch.gru, over x (T, B, E) from `hidden` with copies of the weights of the layer
+    `rnn`, in bfloat16 where autocast says so.
 
-    PyTorch's own passes move the parameters themselves into such a buffer whenever one of them was exchanged, which
-    weight drop does, there and back, in every pass. A CUDA graph would go on reading and writing where they lay when it
-    was captured.
+    Not by autocast itself, which hands cuDNN float16 whatever type it was told (PyTorch 2.6 to 2.11 at least): without
+    a scaled loss most gradients are too small for it. Nor by PyTorch's own passes, which move the parameters into one
+    buffer for cuDNN whenever one of them was exchanged, as weight drop does in every pass, there and back: a CUDA graph
+    would go on reading and writing where they lay when it was captured.
     """
+    device = x.device.type
+    kind = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+    with torch.autocast(device, enabled=False):
+        hidden = map_hidden(lambda part: part.to(kind), hidden)
+        return function(x.to(kind), hidden, in_one_piece(rnn, kind), True, 1, 0.0, rnn.training, False, False)
+
+
+def in_one_piece(rnn, kind):
+    """Copies of the weights of an LSTM or GRU layer in one buffer, one after the other, as cuDNN takes them."""
     weights = (rnn.weight_ih_l0, rnn.weight_hh_l0, rnn.bias_ih_l0, rnn.bias_hh_l0)
-    buffer = torch.cat([weight.flatten() for weight in weights])
+    buffer = torch.cat([weight.flatten() for weight in weights]).to(kind)
     return [part.view_as(weight) for part, weight in zip(buffer.split([w.numel() for w in weights]), weights)]
 
 
 class GRU(nn.GRU):
-    """`torch.nn.GRU` of one layer, its parameters under its names; `still` as in `LSTM`."""
+    """`torch.nn.GRU` of one layer, its parameters under its names. If `still`, no pass moves them in memory."""
 
     still = False
 
     def forward(self, x, h):
         """Run x (T, B, E) from `h` (1, B, H); returns the output (T, B, H) and the new h."""
-        if self.still:
-            return torch.gru(x, h, in_one_piece(self), True, 1, 0.0, self.training, False, False)
+        if self.still or (x.is_cuda and torch.is_autocast_enabled("cuda")):
+            return cudnn_pass(torch.gru, self, x, h)
         return super().forward(x, h)
 
 
@@ -108,8 +120,8 @@ class LSTM(nn.LSTM):
     def forward(self, x, hidden):
         """Run x (T, B, E) from `hidden` (h, c), each (1, B, H); returns the output (T, B, H) and the new (h, c)."""
         h, c = hidden
-        if self.still:
-            output, h, c = torch.lstm(x, hidden, in_one_piece(self), True, 1, 0.0, self.training, False, False)
+        if self.still or (x.is_cuda and torch.is_autocast_enabled("cuda")):
+            output, h, c = cudnn_pass(torch.lstm, self, x, hidden)
             return output, (h, c)
         if len(x) == 1 and not x.is_cuda and not torch.is_grad_enabled():
             return self.step(x, h, c)

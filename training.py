@@ -25,6 +25,7 @@ from tqdm import tqdm
 import checkpoint
 from data import Corpus
 from graphs import GraphedPass
+from splitcross import splits_for
 from utils import (
     PARTIAL,
     BadInput,
@@ -75,14 +76,15 @@ def make_optimizer(name, model, lr, wdecay):
     learning rate (lambd = 0). PyTorch's ASGD steps with the learning rate that it was given one step earlier; under
     variable-length BPTT that is the rate scaled for the batch before. The published numbers were made that way, so it
     is kept. A fused SGD takes less than half the time of the default (5 ms for 11, 21 million values, on a CPU). On a
-    GPU ASGD has to be "capturable", or it waits for the GPU once for each parameter.
+    GPU ASGD has to be "capturable" and Adam fused, or they wait for the GPU once or twice for each parameter.
     """
+    cuda = next(model.parameters()).is_cuda
     if name == "sgd":
         return torch.optim.SGD(model.parameters(), lr=lr, weight_decay=wdecay, fused=True)
     if name == "asgd":
         return torch.optim.ASGD(model.parameters(), lr=lr, t0=0, lambd=0.0, weight_decay=wdecay,
-                                capturable=next(model.parameters()).is_cuda)
-    return torch.optim.Adam(model.parameters(), lr=lr, weight_decay=wdecay)
+                                capturable=cuda)
+    return torch.optim.Adam(model.parameters(), lr=lr, weight_decay=wdecay, fused=cuda or None)
 
 
 def is_averaging(optimizer):
@@ -121,13 +123,20 @@ def sample_seq_len(bptt, max_bptt=None):
     return min(seq_len, max_bptt) if max_bptt else seq_len
 
 
+def computes_in(precision, device):
+    """Whether `device` has instructions for products in `--precision`; where it has none, training is in fp32."""
+    if device.type == "cuda":
+        return precision == "fp32" or torch.cuda.get_device_capability(device) >= (8, 0)
+    return precision == "fp32" or (precision == "bf16" and has_bf16())
+
+
 def gradients(model, words, targets, hidden, args):
     """Add the gradient of the regularised loss on the batch `words`, `targets` (T, B) from the state `hidden` to that
     of the parameters; returns the new hidden state, and in one tensor (2,) the cross entropy, nats per token, without
     AR and TAR, and the norm of the gradient. 1708.02182, section 4.6."""
-    bf16 = args.precision == "bf16" and (words.is_cuda or has_bf16())
-    with tf32() if args.precision == "tf32" and words.is_cuda else nullcontext():
-        with torch.autocast(words.device.type, torch.bfloat16, enabled=bf16):
+    device, bf16 = words.device, args.precision == "bf16" and computes_in("bf16", words.device)
+    with tf32(args.precision == "tf32") if device.type == "cuda" else nullcontext():
+        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
             output, hidden, raw = model(words, hidden)
             cross_entropy = objective = model.loss(output, targets)
         if args.alpha:
@@ -135,7 +144,7 @@ def gradients(model, words, targets, hidden, args):
         if args.beta:
             objective = objective + args.beta * (raw[1:] - raw[:-1]).pow(2).mean()
         objective.backward()
-    norm = get_total_norm([parameter.grad for parameter in model.parameters()])
+    norm = get_total_norm([parameter.grad for parameter in model.parameters() if parameter.grad is not None])
     return repackage_hidden(hidden), torch.stack([cross_entropy.detach(), norm])
 
 
@@ -146,7 +155,7 @@ def train_step(model, optimizer, words, targets, hidden, args, lr_scale, run=gra
 
     Raises FloatingPointError, having changed no weight, when loss or gradient is not finite.
     """
-    optimizer.zero_grad(set_to_none=run is gradients)  # graphs know the gradients by where they lie
+    optimizer.zero_grad(set_to_none=not args.cuda_graphs)  # graphs know the gradients by where they lie
     hidden, found = run(model, words, targets, hidden, args)
     loss, norm = found.tolist()  # the one time in a step that the CPU waits for a GPU
     if not (math.isfinite(loss) and math.isfinite(norm)):
@@ -162,9 +171,7 @@ def train_step(model, optimizer, words, targets, hidden, args, lr_scale, run=gra
 
 
 def graphed_gradients(model):
-    """`gradients` of `model` by CUDA graphs; raises BadInput with a split softmax, whose work depends on the words."""
-    if len(model.softmax.sizes) > 1:
-        raise BadInput(f"--cuda-graphs: not with a split softmax, which {sum(model.softmax.sizes):,} words have")
+    """`gradients` of `model` by CUDA graphs. Not for a split softmax, whose work depends on the words."""
     model.keep_still()
     return GraphedPass(gradients)
 
@@ -360,6 +367,8 @@ def open_corpus(args, device):
     """The dictionary of the corpus at `args.data`, and its splits laid out as (N, B): B = `args.batch_size` for
     training, 10 for validation, 1 for the test. Raises BadInput when a split is missing, malformed or too short."""
     corpus = load_corpus(args)
+    if getattr(args, "cuda_graphs", False) and splits_for(len(corpus.dictionary)):
+        raise BadInput(f"--cuda-graphs: not with a split softmax, which {len(corpus.dictionary):,} words have")
     batches = [lay_out(args, corpus, split, batch_size, device, rows)
                for split, batch_size, rows in (("train", args.batch_size, 3), ("valid", 10, 2), ("test", 1, 2))]
     return corpus.dictionary, Batches(*batches)
@@ -380,16 +389,17 @@ def train(stage, args, dictionary, batches, model, optimizer, progress):
     kept at `args.save`, the state to resume from and the metrics beside it. Returns the exit status of the script.
     """
     device = batches.train.device
-    if device.type == "cpu" and (args.precision == "tf32" or args.precision == "bf16" and not has_bf16()):
-        say(f"--precision {args.precision}: this CPU has no instructions for it; training in fp32")
+    if not computes_in(args.precision, device):
+        kind = "GPU" if device.type == "cuda" else "CPU"
+        say(f"--precision {args.precision}: this {kind} has no instructions for it; training in fp32")
+    run = graphed_gradients(model) if args.cuda_graphs else gradients
     if args.dry_run:
-        return dry_run(args, batches, model, optimizer)
+        return dry_run(args, batches, model, optimizer, run)
     max_bptt = args.bptt + 10 if stage == "finetune" and args.max_bptt is None else args.max_bptt
     assert ({id(p) for group in optimizer.param_groups for p in group["params"]}
             == {id(p) for p in model.parameters() if p.requires_grad}), "the optimizer has to own what can be trained"
     for path in checkpoint.files_of_run(args.save):
         Path(f"{path}{PARTIAL}").unlink(missing_ok=True)  # of a run that was killed
-    run = graphed_gradients(model) if args.cuda_graphs else gradients
     resumed = progress.metrics_bytes > 0
     metrics = Metrics(args.save, keep=progress.metrics_bytes if resumed else None)
     description = describe_run(args, model, device)
@@ -485,9 +495,11 @@ def end_epoch(args, metrics, progress, model, optimizer, batches, save):
     progress.window_batches, progress.window_rows, progress.window_loss, progress.window_seconds = 0, 0, 0.0, 0.0
 
 
-def dry_run(args, batches, model, optimizer):
+def dry_run(args, batches, model, optimizer, run):
     """One training batch and one validation batch; says what they need and writes nothing."""
-    rows, loss, seconds = next(train_epoch(model, optimizer, batches.train, args, Progress(), args.bptt))
+    for _ in range(3 if args.cuda_graphs else 1):  # the third batch of a length is the first that is but replayed
+        seed_everything(args.seed)
+        rows, loss, seconds = next(train_epoch(model, optimizer, batches.train, args, Progress(), args.bptt, run))
     say(f"| dry run | {rows * args.batch_size / seconds:,.0f} tokens/s in the first batch | {score('train', loss)}")
     with averaged_weights(optimizer):
         loss = evaluate(model, batches.valid[:args.bptt + 1], args.bptt)

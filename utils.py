@@ -274,12 +274,12 @@ def add_training_flags(parser, max_bptt, plateau, save):
                        help="epochs that may pass without a better validation loss before "
                             f"{plateau} (default: %(default)s)")
     group.add_argument("--precision", choices=["fp32", "tf32", "bf16"], default="fp32",
-                       help="of the matrix products of training; weights, gates, loss and all scores are fp32; "
-                            "tf32 needs a GPU (default: %(default)s)")
+                       help="of the matrix products of training, and on a GPU of LSTM and GRU layers as a whole; "
+                            "weights, loss and all scores are fp32; tf32 needs a GPU (default: %(default)s)")
     group = parser.add_argument_group("run")
     group.add_argument("--cuda-graphs", action=argparse.BooleanOptionalAction, default=False,
-                       help="launch the passes of training on a GPU as CUDA graphs, one for each length of batch "
-                            "(default: %(default)s)")
+                       help="launch the passes of training on a GPU as CUDA graphs, one for each length of batch; like "
+                            "--cuda not remembered by --resume (default: %(default)s)")
     group.add_argument("--seed", type=number(int, 0, 2**32), default=1111, metavar="N",
                        help="random seed (default: %(default)s)")
     group.add_argument("--log-interval", type=count, default=200, metavar="N",
@@ -319,9 +319,9 @@ def allow_tf32(on):
 
 
 @contextmanager
-def tf32():
-    """`with tf32()`: a GPU computes products of fp32 tensors in TF32."""
-    allow_tf32(True)
+def tf32(on):
+    """`with tf32(on)`: a GPU computes products of fp32 tensors in TF32, or does not; afterwards it does not."""
+    allow_tf32(on)
     try:
         yield
     finally:

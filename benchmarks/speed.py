@@ -1,5 +1,6 @@
-"""How fast the toolkit is on this machine's CPU: each part beside a plain baseline (`baseline.py`), the same step
-without any regularisation, and the floor that the matrix products set, all in one process and one run.
+"""How fast the toolkit is on this machine's CPU (for a GPU see `gpu_check.py`): each part beside a plain baseline
+(`baseline.py`), the same step without any regularisation, and the floor that the matrix products set, all in one
+process and one run.
 
     python benchmarks/speed.py --json speed.json           (make bench; 10 minutes on 2 cores that do nothing else)
     python benchmarks/speed.py --only ptb-lstm cache-500
@@ -266,8 +267,11 @@ def measure_generation(repetitions):
 def machine():
     model = next((line.split(":")[1].strip() for line in cpuinfo().splitlines() if line.startswith("model name")),
                  platform.processor())
-    commit = subprocess.run(["git", "describe", "--always", "--dirty", "--exclude=*"], cwd=Path(__file__).parent,
-                            capture_output=True, text=True, check=False).stdout.strip()
+    try:
+        commit = subprocess.run(["git", "describe", "--always", "--dirty", "--exclude=*"], cwd=Path(__file__).parent,
+                                capture_output=True, text=True, check=False).stdout.strip()
+    except OSError:
+        commit = None  # no git
     return {"cpu": model, "threads": torch.get_num_threads(), "torch": torch.__version__, "commit": commit}
 
 

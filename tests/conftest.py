@@ -4,12 +4,15 @@ import pytest
 import torch
 
 import main
+from utils import allow_tf32
 
 
 @pytest.fixture(autouse=True)
-def one_thread():
+def one_thread_and_fp32():
     """One thread: what the reference was recorded with, and small tensors gain nothing from more."""
     torch.set_num_threads(1)
+    if torch.cuda.is_available():
+        allow_tf32(False)
 
 
 @pytest.fixture

@@ -37,8 +37,9 @@ def test_of_no_interest():
 
 def test_outcomes_are_counted_by_name(tmp_path):
     (tmp_path / "test_cases.py").write_text(CASES)
-    outcomes, status = gpu_check.run_tests(str(tmp_path / "test_cases.py"), "-p", "no:cacheprovider", "--noconftest")
-    rows = {what: (result, detail.split(";")[0]) for what, result, detail in outcomes.rows()}
+    rows, status = gpu_check.in_a_process(gpu_check.run_tests, str(tmp_path / "test_cases.py"), "-p",
+                                          "no:cacheprovider", "--noconftest")
+    rows = {what: (result, detail.split(";")[0]) for what, result, detail in rows}
     assert status == 1 and rows == {"this holds": ("passed", "2 passed"), "this does not": ("FAILED", "1 failed"),
                                     "this was not looked at": ("skipped", "1 skipped")}
 
@@ -55,10 +56,11 @@ def on_a_cpu(monkeypatch):
     for recipe, (words, flags) in {"ptb-lstm": (12, ""), "wt103-qrnn": (80_000, "--model QRNN --alpha 0")}.items():
         monkeypatch.setitem(gpu_check.RECIPES, recipe, (words, f"{shape} {flags}"))
     monkeypatch.setitem(gpu_check.EPOCHS, "ptb-lstm", 700)
+    monkeypatch.setattr(gpu_check, "as_pytorch", lambda step: step)
 
 
 def test_each_way_to_train_is_timed_beside_the_baseline_and_the_floors(on_a_cpu):
-    peak = {"fp32": 1e9, "tf32": 2e9, "bf16": 4e9, "copy": 1e9, "launch": 1e-6}
+    peak = {"fp32": 1e9, "tf32": 2e9, "bf16": 4e9, "copy": 1e9, "launch": 4e-6, "graphed launch": 1e-6}
     found = {recipe: gpu_check.measure_recipe(recipe, "cpu", peak, 1) for recipe in ("ptb-lstm", "wt103-qrnn")}
     ways = ["baseline", "no regularisation", "fp32", "tf32", "bf16"]
     assert list(found["wt103-qrnn"]["seconds"]) == ways, "a split softmax takes no graphs"
@@ -70,14 +72,29 @@ def test_each_way_to_train_is_timed_beside_the_baseline_and_the_floors(on_a_cpu)
     assert floors["arithmetic fp32"] == pytest.approx(6 * (recurrent + 5 * 12) * 14 / 1e9)
     assert floors["arithmetic bf16"] == pytest.approx(floors["arithmetic fp32"] / 4)
     assert floors["traffic of weights"] == pytest.approx(28 * (recurrent + 5 * 12 + 12) / 1e9)
-    assert floors["launches"] == pytest.approx(100 * 5 / 5 * 1e-6)
-    assert gpu_check.measure_epoch("ptb-lstm", "cpu", cuda_graphs=True) > 0
+    assert floors["launches in a graph"] == pytest.approx(100 * 5 / 5 * 1e-6)
+    assert list(found["ptb-lstm"]["epochs"]) == ["fp32", "fp32, graphs", "bf16, graphs"]
+    assert not found["ptb-lstm"]["errors"] and not found["wt103-qrnn"]["epochs"]
+
+
+def test_what_goes_wrong_is_a_row_and_stops_nothing(on_a_cpu, monkeypatch):
+    def broken(model):
+        raise RuntimeError("operation not permitted when stream is capturing\nand more")
+
+    monkeypatch.setattr(training, "graphed_gradients", broken)
+    peak = {"fp32": 1e9, "tf32": 2e9, "bf16": 4e9, "copy": 1e9, "launch": 4e-6, "graphed launch": 1e-6}
+    found = gpu_check.measure_recipe("ptb-lstm", "cpu", peak, 1)
+    assert list(found["seconds"]) == ["baseline", "no regularisation", "fp32", "tf32", "bf16"]
+    rows = [(what, detail) for what, result, detail in gpu_check.rows("ptb-lstm", found) if result == "ERROR"]
+    assert len(rows) == 5
+    assert rows[0] == ("ptb-lstm, fp32, graphs", "RuntimeError: operation not permitted when stream is capturing")
 
 
 def test_the_table_says_how_many_times_the_baseline():
-    found = {"tokens": 1400, "seconds": {"baseline": 0.02, "bf16, graphs": 0.004}, "kernels": 3000.0,
+    found = {"tokens": 1400, "seconds": {"baseline": 0.02, "bf16, graphs": 0.004}, "kernels": 3000.0, "errors": {},
              "memory": {"baseline": 2**30, "bf16, graphs": 2**31}, "epochs": {"bf16, graphs": 2.7},
-             "shares": {"bf16": dict(zip(gpu_check.PARTS, (0.1, 0.6, 0.2, 0.1)))}, "floors": {"launches": 0.006}}
+             "shares": {"bf16": dict(zip(gpu_check.PARTS, (0.1, 0.6, 0.2, 0.1)))},
+             "floors": {"launches in a graph": 0.006}}
     lines = gpu_check.table(gpu_check.rows("ptb-lstm", found))
     assert len({len(line) for line in lines}) == 1
     cells = [[cell.strip() for cell in line.strip("| ").split("|")] for line in lines]

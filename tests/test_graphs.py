@@ -1,4 +1,4 @@
-"""Training by graphs is training: the logic on any machine with a stand-in for CUDA's graphs, the rest on a GPU."""
+"""Training by graphs is training: the logic, with a stand-in for CUDA's graphs; `test_cuda.py` has the rest."""
 
 import math
 from argparse import Namespace
@@ -6,13 +6,14 @@ from argparse import Namespace
 import pytest
 import torch
 
+import main
 import rnn
 import training
 from graphs import GraphedPass
 from model import RNNModel
 from utils import BadInput, map_hidden
 
-ARGS = Namespace(precision="fp32", alpha=2, beta=1, clip=0.25, bptt=7)
+ARGS = Namespace(precision="fp32", cuda_graphs=True, alpha=2, beta=1, clip=0.25, bptt=7)
 LENGTHS = [5, 7, 5, 5, 7, 9, 7, 5, 9, 9]
 
 
@@ -50,16 +51,16 @@ def leaves(nested):
     return found
 
 
-def make_model(kind, device="cpu"):
+def make_model(kind):
     torch.manual_seed(4)
-    return RNNModel(11, kind, emsize=5, nhid=6, nlayers=2).to(device)
+    return RNNModel(11, kind, emsize=5, nhid=6, nlayers=2)
 
 
-def steps(model, run, optimizer="sgd", device="cpu"):
+def steps(model, run, optimizer="sgd"):
     """The losses of a step for each of LENGTHS, each from the state that the one before ended with."""
     optimizer = training.make_optimizer(optimizer, model, 0.5, 0.01)
     torch.manual_seed(5)
-    text = torch.randint(11, (100, 3), device=device)
+    text = torch.randint(11, (100, 3))
     hidden, losses, row = model.init_hidden(3), [], 0
     for length in LENGTHS:
         words, targets = text[row:row + length], text[row + 1:row + 1 + length]
@@ -117,12 +118,44 @@ def test_weights_in_one_piece_give_the_layer_and_its_gradients(kind):
         output.square().sum().backward()
     for ours, theirs in zip(still.parameters(), stock.parameters()):
         torch.testing.assert_close(ours.grad, theirs.grad)
-    (weight, *rest) = rnn.in_one_piece(still)
+    (weight, *rest) = rnn.in_one_piece(still, torch.float32)
     storage = weight.untyped_storage()
     assert storage.nbytes() == sum(p.nbytes for p in still.parameters())
     assert all(part.untyped_storage().data_ptr() == storage.data_ptr() for part in rest)
 
 
-def test_a_split_softmax_takes_no_graphs():
-    with pytest.raises(BadInput, match="split softmax"):
-        training.graphed_gradients(RNNModel(11, emsize=5, nhid=6, nlayers=2, splits=[3]))
+@pytest.mark.parametrize("kind", [rnn.LSTM, rnn.GRU])
+def test_under_autocast_the_pass_for_cudnn_is_in_bfloat16(kind):
+    torch.manual_seed(1)
+    still, stock = kind(5, 6), kind(5, 6)
+    stock.load_state_dict(still.state_dict())
+    still.still = True
+    x, h = torch.randn(7, 3, 5), torch.randn(1, 3, 6)
+    hidden = (h, torch.randn(1, 3, 6)) if kind is rnn.LSTM else h
+    with torch.autocast("cpu", torch.bfloat16):
+        output, state = still(x, hidden)
+    assert {part.dtype for part in (output, *leaves(state))} == {torch.bfloat16}
+    torch.testing.assert_close(output.float(), stock(x, hidden)[0], atol=0.02, rtol=0.02)
+    output.float().square().sum().backward()
+    assert all(p.grad.dtype == torch.float32 for p in still.parameters())
+
+
+def test_a_split_softmax_takes_no_graphs(corpus_dir, monkeypatch):
+    monkeypatch.setattr(training, "splits_for", lambda ntoken: [3])
+    args = Namespace(data=corpus_dir, level=None, shares=None, batch_size=4, cuda_graphs=True)
+    with pytest.raises(BadInput, match="split softmax, which 13 words have"):
+        training.open_corpus(args, "cpu")
+
+
+def test_a_dry_run_meets_the_graph(train, tmp_path, monkeypatch, capsys):
+    recorders = []
+
+    def graphed(model):
+        recorders.append(Recorder(model))
+        return GraphedPass(training.gradients, recorders[-1])
+
+    monkeypatch.setattr(training, "graphed_gradients", graphed)
+    monkeypatch.setattr(main, "pick_device", lambda *_: torch.device("cpu"))
+    main.main(["--data", str(tmp_path / "corpus"), "--batch_size", "4", "--bptt", "7", "--dry-run", "--cuda-graphs"])
+    assert recorders[0].events == ["run", "capture", "replay", "replay"]
+    assert "tokens/s" in capsys.readouterr().out

@@ -30,7 +30,8 @@ def small_model():
 
 
 def args(**changes):
-    return Namespace(**{"precision": "fp32", "alpha": 0, "beta": 0, "clip": 0, "bptt": 7, "max_bptt": None} | changes)
+    return Namespace(**{"precision": "fp32", "cuda_graphs": False, "alpha": 0, "beta": 0, "clip": 0, "bptt": 7,
+                        "max_bptt": None} | changes)
 
 
 # --- batch lengths ---------------------------------------------------------------------------------------------------
