@@ -59,9 +59,9 @@ RECIPES = {
                             "--model QRNN",
                    "published": ["32.0 / 33.0"]},
     # No rows of the papers: a third of the size and half the dropouts, with and without weight drop, on two cores.
-    "small": {"train": f"{SMALL_LSTM} --wdrop 0.25 --epochs 16", "finetune": f"{SMALL_LSTM} --wdrop 0.25 --epochs 4",
+    "small": {"train": f"{SMALL_LSTM} --wdrop 0.25 --epochs 16", "finetune": f"{SMALL_LSTM} --wdrop 0.25 --epochs 3",
               "cache": PTB_CACHE, "published": ["", "", ""]},
-    "small-no-wdrop": {"train": f"{SMALL_LSTM} --wdrop 0 --epochs 16", "finetune": f"{SMALL_LSTM} --wdrop 0 --epochs 4",
+    "small-no-wdrop": {"train": f"{SMALL_LSTM} --wdrop 0 --epochs 16", "finetune": f"{SMALL_LSTM} --wdrop 0 --epochs 3",
                        "cache": PTB_CACHE, "published": ["", "", ""]},
 }
 
