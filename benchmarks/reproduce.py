@@ -68,7 +68,7 @@ RECIPES = {
 
 def metrics(save):
     """The lines of the metrics file beside the checkpoint `save`."""
-    path = save.with_suffix(".metrics.jsonl")
+    path = ROOT / save.with_suffix(".metrics.jsonl")
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
 
 
@@ -87,7 +87,7 @@ def command(stage, recipe, folder, extra):
         flags = recipe["cache"] if stage == "cache" else GRID
         return ["pointer.py", "--save", str(folder / "finetune.pt"), *shlex.split(flags)]
     script = {"train": "main.py", "finetune": "finetune.py"}[stage]
-    if save.with_name(f"{stage}.last.pt").exists():
+    if (ROOT / save.with_name(f"{stage}.last.pt")).exists():
         return [script, "--resume", str(save)]
     load = ["--load", str(folder / "train.pt")] if stage == "finetune" else []
     return [script, *shlex.split(recipe[stage]), *extra, *load, "--save", str(save)]
@@ -136,8 +136,8 @@ def main():
     args = parser.parse_args()
     seconds = args.minutes and 60 * args.minutes
     deadline = seconds and time.monotonic() + seconds - min(MARGIN, seconds / 4)
-    folder = (args.folder or ROOT / "runs" / args.row).resolve()
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = args.folder.resolve() if args.folder else Path("runs", args.row)  # the latter below ROOT, as all commands
+    (ROOT / folder).mkdir(parents=True, exist_ok=True)
     recipe = RECIPES[args.row]
     stages = [stage for stage in ("train", "finetune", "cache", "grid")
               if stage in recipe or (stage == "grid" and "cache" in recipe)]
