@@ -3,8 +3,8 @@
 At the sizes of the papers a pass is thousands of kernels of some microseconds each, and a current GPU waits for Python
 to launch them. A graph launches all of them at once. It holds the addresses that it was captured with, so inputs are
 copied to where they were then, parameters must not move (`RNNModel.keep_still`), and gradients have to be zeroed where
-they lie. Random numbers are drawn anew in every replay. Optimizer, clipping and the look at the loss,
-some tens of kernels, stay outside: they change with the optimizer and the learning rate, the graphs do not.
+they lie. Random numbers are drawn anew in every replay. Optimizer, clipping and the look at the loss, some tens of
+kernels, stay outside: they change with the optimizer and the learning rate, the graphs do not.
 """
 
 import torch
@@ -15,7 +15,8 @@ from utils import map_hidden
 class CudaGraphs:
     """How `GraphedPass` runs and captures a function on the GPU: on one stream, with one memory pool for all graphs.
 
-    One graph may write where another left its result: that has to be copied before the next replay."""
+    One graph may write where another left its result: that has to be copied before the next replay.
+    """
 
     def __init__(self):
         self.stream, self.pool = torch.cuda.Stream(), torch.cuda.graph_pool_handle()

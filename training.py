@@ -176,6 +176,11 @@ def graphed_gradients(model):
     return GraphedPass(gradients)
 
 
+def gradients_for(model, args):
+    """`gradients`, by graphs where `--cuda-graphs` asks for them."""
+    return graphed_gradients(model) if args.cuda_graphs else gradients
+
+
 def train_epoch(model, optimizer, source, args, progress, max_bptt=None, run=gradients):
     """Train over `source` (N, B) from where `progress` stands to its end, in batches of up to `max_bptt` steps, with
     gradients from `run`; yields after each batch its rows, its loss in nats per token and its seconds.
@@ -392,7 +397,7 @@ def train(stage, args, dictionary, batches, model, optimizer, progress):
     if not computes_in(args.precision, device):
         kind = "GPU" if device.type == "cuda" else "CPU"
         say(f"--precision {args.precision}: this {kind} has no instructions for it; training in fp32")
-    run = graphed_gradients(model) if args.cuda_graphs else gradients
+    run = gradients_for(model, args)
     if args.dry_run:
         return dry_run(args, batches, model, optimizer, run)
     max_bptt = args.bptt + 10 if stage == "finetune" and args.max_bptt is None else args.max_bptt

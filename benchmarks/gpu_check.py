@@ -210,7 +210,7 @@ def measure_epoch(recipe, device, **changes):
     args = flags_of(recipe, **changes)
     model = our_model(recipe, args).to(device)
     optimizer = training.make_optimizer(args.optimizer, model, args.lr, args.wdecay)
-    run = training.graphed_gradients(model) if args.cuda_graphs else training.gradients
+    run = training.gradients_for(model, args)
     source = batchify(words_like_language(EPOCHS[recipe], RECIPES[recipe][0]), args.batch_size, device)
     return [seconds(lambda: list(training.train_epoch(model, optimizer, source, args, training.Progress(), run=run)))
             for _ in range(2)][1]

@@ -119,7 +119,7 @@ def our_step(recipe, words, targets, **changes):
     model = our_model(recipe, args).to(words.device).train()
     optimizer = training.make_optimizer(args.optimizer, model, args.lr, args.wdecay)
     hidden = model.init_hidden(args.batch_size)
-    run = training.graphed_gradients(model) if args.cuda_graphs else training.gradients
+    run = training.gradients_for(model, args)
     return lambda: training.train_step(model, optimizer, words, targets, hidden, args, lr_scale=1.0, run=run)
 
 

@@ -103,14 +103,19 @@ def test_what_a_pass_returns_is_not_written_by_the_next():
         assert all(torch.equal(part, value) for part, value in zip(leaves(result), values))
 
 
-@pytest.mark.parametrize("kind", [rnn.LSTM, rnn.GRU])
-def test_weights_in_one_piece_give_the_layer_and_its_gradients(kind):
+@pytest.fixture(params=[rnn.LSTM, rnn.GRU])
+def twins(request):
+    """A layer that keeps still, the same one that does not, an input and a hidden state."""
     torch.manual_seed(1)
-    still, stock = kind(5, 6), kind(5, 6)
+    still, stock = request.param(5, 6), request.param(5, 6)
     stock.load_state_dict(still.state_dict())
     still.still = True
-    x, h = torch.randn(7, 3, 5), torch.randn(1, 3, 6)
-    hidden = (h, torch.randn(1, 3, 6)) if kind is rnn.LSTM else h
+    h = torch.randn(1, 3, 6)
+    return still, stock, torch.randn(7, 3, 5), (h, torch.randn(1, 3, 6)) if request.param is rnn.LSTM else h
+
+
+def test_weights_in_one_piece_give_the_layer_and_its_gradients(twins):
+    still, stock, x, hidden = twins
     results = [layer(x, hidden) for layer in (still, stock)]
     for ours, theirs in zip(*map(leaves, results)):
         assert torch.equal(ours, theirs)
@@ -124,14 +129,8 @@ def test_weights_in_one_piece_give_the_layer_and_its_gradients(kind):
     assert all(part.untyped_storage().data_ptr() == storage.data_ptr() for part in rest)
 
 
-@pytest.mark.parametrize("kind", [rnn.LSTM, rnn.GRU])
-def test_under_autocast_the_pass_for_cudnn_is_in_bfloat16(kind):
-    torch.manual_seed(1)
-    still, stock = kind(5, 6), kind(5, 6)
-    stock.load_state_dict(still.state_dict())
-    still.still = True
-    x, h = torch.randn(7, 3, 5), torch.randn(1, 3, 6)
-    hidden = (h, torch.randn(1, 3, 6)) if kind is rnn.LSTM else h
+def test_under_autocast_the_pass_for_cudnn_is_in_bfloat16(twins):
+    still, stock, x, hidden = twins
     with torch.autocast("cpu", torch.bfloat16):
         output, state = still(x, hidden)
     assert {part.dtype for part in (output, *leaves(state))} == {torch.bfloat16}
