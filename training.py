@@ -25,6 +25,7 @@ from tqdm import tqdm
 import checkpoint
 from data import Corpus
 from graphs import GraphedPass
+from products import has_bf16
 from splitcross import splits_for
 from utils import (
     PARTIAL,
@@ -35,7 +36,6 @@ from utils import (
     copy_file,
     figures,
     get_batch,
-    has_bf16,
     map_hidden,
     peak_memory,
     repackage_hidden,

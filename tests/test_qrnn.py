@@ -1,4 +1,4 @@
-"""The forget-mult is exact forward and backward, in each implementation, and the QRNN layer is its equations."""
+"""The pooling and Triton's forget-mult are exact forward and backward, and the QRNN layer is its equations."""
 
 import os
 import subprocess
@@ -9,17 +9,16 @@ import torch
 
 import qrnn
 from model import RNNModel
-from qrnn import QRNN, ForgetMult, forget_mult
+from qrnn import QRNN, Pooling, TritonForgetMult
 from training import evaluate
 from utils import batchify
 
 WITH_TRITON = pytest.mark.skipif(qrnn.triton is None, reason="no Triton")
 INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"  # Triton asks for this when a kernel is defined
-IMPLEMENTATIONS = [
-    pytest.param(ForgetMult, "cpu", id="loop"),
-    pytest.param(qrnn.TritonForgetMult, "cuda", id="triton",
+DEVICES = [
+    pytest.param("cuda", id="triton",
                  marks=[WITH_TRITON, pytest.mark.cuda("Triton's forget-mult is the oracle's, gradcheck")]),
-    pytest.param(qrnn.TritonForgetMult, "cpu", id="interpreted",
+    pytest.param("cpu", id="interpreted",
                  marks=pytest.mark.skipif(not INTERPRETING, reason="TRITON_INTERPRET is not 1")),
 ]
 
@@ -39,27 +38,27 @@ def inputs(device, shape, kind=torch.double):
     return [x.to(device, kind).requires_grad_() for x in (f, z, start)]
 
 
-@pytest.mark.parametrize("implementation, device", IMPLEMENTATIONS)
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("shape", [(9, 4, 5), (1, 4, 5), (9, 1, 1), (1, 1, 1), (3, 7, 300)])
-def test_forget_mult_and_its_gradient_are_the_naive_loop(implementation, device, shape):
+def test_forget_mult_and_its_gradient_are_the_naive_loop(device, shape):
     ours, theirs = inputs(device, shape), inputs(device, shape)
     upstream = torch.randn(shape, dtype=torch.double).to(device)
-    h, expected = implementation.apply(*ours), naive(*theirs)
+    h, expected = TritonForgetMult.apply(*ours), naive(*theirs)
     torch.testing.assert_close(h, expected)
     torch.testing.assert_close(torch.autograd.grad(h, ours, upstream), torch.autograd.grad(expected, theirs, upstream))
 
 
-@pytest.mark.parametrize("implementation, device", IMPLEMENTATIONS)
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("shape", [(5, 2, 3), (1, 1, 2)])
-def test_forget_mult_gradcheck(implementation, device, shape):
-    assert torch.autograd.gradcheck(implementation.apply, inputs(device, shape))
+def test_forget_mult_gradcheck(device, shape):
+    assert torch.autograd.gradcheck(TritonForgetMult.apply, inputs(device, shape))
 
 
-@pytest.mark.parametrize("implementation, device", IMPLEMENTATIONS)
-def test_forget_mult_takes_inputs_that_are_not_contiguous(implementation, device):
+@pytest.mark.parametrize("device", DEVICES)
+def test_forget_mult_takes_inputs_that_are_not_contiguous(device):
     f, z, start = inputs(device, (6, 4, 8))
     f, z, start = f[:, :, ::2], z.transpose(0, 1).transpose(0, 1)[:, :, :4], start[:, 1::2]
-    torch.testing.assert_close(implementation.apply(f, z, start), naive(f, z, start))
+    torch.testing.assert_close(TritonForgetMult.apply(f, z, start), naive(f, z, start))
 
 
 @WITH_TRITON
@@ -71,11 +70,48 @@ def test_the_kernels_of_triton_under_its_interpreter():
     assert done.returncode == 0 and " passed" in done.stdout, done.stdout
 
 
+def naive_pooling(linear_map, start, moves):
+    """The definition, with autograd recording every step."""
+    z, f, o = linear_map.chunk(3, -1)
+    f = f.sigmoid()
+    c = naive(f if moves is None else f * moves, z.tanh(), start)
+    return o.sigmoid() * c, c[-1]
+
+
+def pooling_inputs(steps, batch_size, hidden_size, zoneout):
+    torch.manual_seed(0)
+    linear_map, start = torch.randn(steps, batch_size, 3 * hidden_size), torch.randn(batch_size, hidden_size)
+    moves = torch.rand(steps, batch_size, hidden_size).double() if zoneout else None
+    return linear_map.double().requires_grad_(), start.double().requires_grad_(), moves
+
+
+@pytest.mark.parametrize("zoneout", [False, True])
+@pytest.mark.parametrize("shape", [(9, 4, 5), (8, 4, 5), (1, 4, 5), (9, 1, 1), (1, 1, 1), (3, 7, 300)])
+def test_the_pooling_and_its_gradient_are_the_naive_loop(shape, zoneout):
+    *variables, moves = pooling_inputs(*shape, zoneout)
+    upstream = torch.randn(shape, dtype=torch.double), torch.randn(shape[1:], dtype=torch.double)
+    ours, theirs = (function(*variables, moves) for function in (Pooling.apply, naive_pooling))
+    torch.testing.assert_close(ours, theirs)
+    torch.testing.assert_close(*(torch.autograd.grad(outputs, variables, upstream) for outputs in (ours, theirs)))
+
+
+@pytest.mark.parametrize("zoneout", [False, True])
+def test_pooling_gradcheck(zoneout):
+    assert torch.autograd.gradcheck(Pooling.apply, pooling_inputs(5, 2, 3, zoneout))
+
+
+def test_pooling_takes_inputs_that_are_not_contiguous():
+    linear_map, start, _ = pooling_inputs(6, 4, 8, False)
+    inputs = linear_map.transpose(0, 1)[:, :, ::2], start[:1, 1::2].expand(6, 4), None
+    torch.testing.assert_close(Pooling.apply(*inputs), naive_pooling(*inputs))
+
+
 def test_saturated_gates_are_exact():
     """Gates of 0 and 1, where a form by logarithms would give NaN: the state is kept, and replaced."""
-    f = torch.tensor([1.0, 0.0, 0.0, 1.0]).view(4, 1, 1)
-    z = torch.tensor([2.0, 3.0, 4.0, 5.0]).view(4, 1, 1)
-    assert forget_mult(f, z, torch.ones(1, 1)).flatten().tolist() == [2.0, 2.0, 2.0, 5.0]
+    z, f, o = [0.5, 0.25, 0.25, -0.5], [1e4, -1e4, -1e4, 1e4], [1e4] * 4
+    linear_map = torch.tensor([torch.tensor(z).atanh().tolist(), f, o]).t().view(4, 1, 3)
+    output, last = Pooling.apply(linear_map, torch.ones(1, 1), None)
+    assert output.flatten().tolist() == pytest.approx([0.5, 0.5, 0.5, -0.5]) and last.item() == output[-1].item()
 
 
 @pytest.mark.parametrize("window", [1, 2])

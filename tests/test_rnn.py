@@ -28,11 +28,11 @@ def stock(layer):
     return twin.double()
 
 
-def test_the_gradients_of_the_recurrence_are_those_of_finite_differences():
+def test_the_gradients_of_the_training_pass_are_those_of_finite_differences():
     torch.manual_seed(0)
     inputs = [torch.randn(shape, dtype=torch.double, requires_grad=True) for shape in
-              ((4, B, 4 * H), (4 * H, H), (B, H), (B, H))]
-    assert torch.autograd.gradcheck(rnn.Recurrence.apply, inputs)
+              ((4, B, E), (4 * H, E), (4 * H, H), (4 * H,), (B, H), (B, H))]
+    assert torch.autograd.gradcheck(rnn.TrainingPass.apply, inputs)
 
 
 def test_training_in_bfloat16_is_that_of_pytorch_to_the_precision_of_bfloat16(layer, batch):

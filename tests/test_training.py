@@ -450,20 +450,3 @@ def test_without_instructions_for_bfloat16_it_trains_in_fp32_and_says_so(train, 
     assert checkpoint.load(tmp_path / "b.pt")["flags"]["precision"] == "bf16", "what was asked for"
     monkeypatch.setattr(training, "has_bf16", lambda: True)
     assert train(tmp_path / "c.pt", "--epochs", "1", "--model", model, "--precision", "bf16")[0] == 0
-
-
-def test_onednn_computes_products_only_where_they_are_exact(monkeypatch):
-    settings = []
-    monkeypatch.setattr(torch, "set_float32_matmul_precision", settings.append)
-    monkeypatch.setattr(utils, "cpuinfo", lambda: "GenuineIntel")
-    utils.use_onednn()
-    assert settings == []
-    monkeypatch.setattr(utils, "cpuinfo", lambda: "AuthenticAMD")
-    monkeypatch.setattr(utils, "medium_is_exact", utils.medium_is_exact.__wrapped__)
-    utils.use_onednn()
-    assert settings[-1] == "medium"
-    product = torch.Tensor.__matmul__
-    monkeypatch.setattr(torch.Tensor, "__matmul__", lambda a, b: product(a.bfloat16(), b.bfloat16()).float()
-                        if a.dtype == torch.float32 else product(a, b))
-    utils.use_onednn()
-    assert settings[-1] == "highest"

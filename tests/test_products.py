@@ -1,0 +1,69 @@
+"""The layouts for bfloat16 change where numbers lie and nothing else; who computes fp32 products on the CPU."""
+
+import pytest
+import torch
+from torch.nn import functional
+
+import products
+
+
+@pytest.mark.parametrize("shape", [(3, 32), (5, 33), (1, 1), (4, 1150)])
+def test_aligned_rows_begin_cache_lines_and_nothing_but_zeros_lies_between(shape, monkeypatch):
+    matrix, new_empty = torch.randn(shape), torch.Tensor.new_empty
+    monkeypatch.setattr(torch.Tensor, "new_empty", lambda *a, **k: new_empty(*a, **k).fill_(torch.nan))
+    copy = products.aligned(matrix, torch.bfloat16)
+    assert torch.equal(copy, matrix.to(torch.bfloat16))
+    assert all(row.data_ptr() % 64 == 0 for row in copy)
+    between = copy.as_strided((shape[0], copy.stride(0) - shape[1]), copy.stride(), shape[1])
+    assert not between.any()
+
+
+@pytest.mark.parametrize("rows", [1, products.BAND, products.BAND + 1, 3 * products.BAND - 1])
+def test_transposed_is_the_transpose_laid_out_as_such(rows):
+    matrix = torch.randn(rows, 7)
+    assert torch.equal(products.transposed(matrix), matrix.t()) and products.transposed(matrix).is_contiguous()
+
+
+def test_only_what_trains_in_bfloat16_is_brought_into_another_layout():
+    matrix = torch.randn(4, 33)
+    assert products.for_products(matrix)[0] is matrix
+    with torch.autocast("cpu", torch.bfloat16):
+        copy, term = products.for_products(matrix, matrix[0])
+    assert copy.dtype == term.dtype == torch.bfloat16 and copy.stride() == (64, 1)
+
+
+def test_the_gradients_of_linear_are_those_of_finite_differences():
+    torch.manual_seed(0)
+    inputs = [torch.randn(shape, dtype=torch.double, requires_grad=True) for shape in ((4, 2, 5), (6, 5), (6,))]
+    assert torch.autograd.gradcheck(products.Linear.apply, inputs)
+
+
+def test_linear_in_bfloat16_is_that_of_pytorch_to_the_precision_of_bfloat16():
+    torch.manual_seed(0)
+    inputs = [torch.randn(shape) for shape in ((70, 3, 33), (300, 33), (300,))]
+    results = []
+    for function, kind in ((products.linear, torch.float32), (functional.linear, torch.float64)):
+        variables = [x.to(kind, copy=True).requires_grad_() for x in inputs]
+        with torch.autocast("cpu", torch.bfloat16, enabled=function is products.linear):
+            output = function(*variables)
+        results.append((output, *torch.autograd.grad(output, variables, output.detach().cos())))
+    assert [x.dtype for x in results[0]] == [torch.bfloat16, *[torch.float32] * 3]
+    for ours, theirs in zip(*results):
+        assert 1e-4 * theirs.norm() < (ours - theirs).norm() < 0.02 * theirs.norm()
+
+
+def test_onednn_computes_products_only_where_they_are_exact(monkeypatch):
+    settings = []
+    monkeypatch.setattr(torch, "set_float32_matmul_precision", settings.append)
+    monkeypatch.setattr(products, "cpuinfo", lambda: "GenuineIntel")
+    products.use_onednn()
+    assert settings == []
+    monkeypatch.setattr(products, "cpuinfo", lambda: "AuthenticAMD")
+    monkeypatch.setattr(products, "medium_is_exact", products.medium_is_exact.__wrapped__)
+    products.use_onednn()
+    assert settings[-1] == "medium"
+    product = torch.Tensor.__matmul__
+    monkeypatch.setattr(torch.Tensor, "__matmul__", lambda a, b: product(a.bfloat16(), b.bfloat16()).float()
+                        if a.dtype == torch.float32 else product(a, b))
+    products.use_onednn()
+    assert settings[-1] == "highest"
