@@ -1,7 +1,7 @@
 # make demo     a small AWD-LSTM from nothing: corpus, training, fine-tuning, cache, text; no network after the install
 # make test     all tests and the linter
 # make test-long  training killed 100 times, and 5,000 hostile inputs: ten minutes
-# make bench    the speed of each part beside a plain baseline: ten minutes, on a machine that does nothing else
+# make bench    the speed of each part beside a plain baseline: 20 minutes, on a machine that does nothing else
 # make gpu-check  whether all is right and fast on the GPU, in up to 8 minutes; the PYTHON given has torch, numpy, tqdm, pytest
 # make reproduce ROW=ptb-qrnn  a row of the papers from end to end; MINUTES=8 stops in time, the same command goes on
 # make clean    forget the environment and the demo

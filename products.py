@@ -1,7 +1,7 @@
 """Matrix products on the CPU: which library computes them, and in bfloat16 in which layout they are fast.
 
 oneDNN's products in bfloat16 depend on how the factors lie in memory. The gains below are of 1400 words through 4650 x
-1550 weights, on 2 cores of an Intel Xeon with AMX.
+1550 weights on 2 cores of an Intel Xeon with AMX; on other processors they are not measured.
 
 Shapes are in the alphabet of `model.py`.
 """
@@ -13,7 +13,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 LINE = 32  # values of bfloat16 in a cache line
-BAND = 256  # rows of a matrix that are transposed at a time
+BAND = 128  # rows that are transposed at a time
 
 
 def use_onednn():
@@ -56,6 +56,11 @@ def cpuinfo():
         return ""
 
 
+def trains_in_bfloat16(x):
+    """Whether products of `x` belong to training in bfloat16 on a CPU, for which the layouts below are."""
+    return x.device.type == "cpu" and torch.is_autocast_enabled("cpu") and torch.is_grad_enabled()
+
+
 def for_products(*tensors):
     """The tensors in the type in which `torch.autocast` wants matrix products on the CPU, where it is on; matrices then
     with `aligned` rows."""
@@ -66,46 +71,48 @@ def for_products(*tensors):
 
 
 def aligned(matrix, kind):
-    """A copy of `matrix` in the type `kind`, each row at the beginning of a cache line: x @ weight.t() takes 11 ms
-    for 18. Between the rows are zeros, since oneDNN multiplies what it finds there (by zeros, so any number would do).
-    """
-    rows, width = matrix.shape
-    memory = matrix.new_empty(rows, -(-width // LINE) * LINE, dtype=kind)
+    """A copy of `matrix` in the type `kind`, each row at the beginning of a cache line: x @ weight.t() then takes 11 ms
+    for 18."""
+    return padded(matrix.new_empty, *matrix.shape, kind).copy_(matrix)
+
+
+def padded(new_empty, rows, width, kind):
+    """A matrix of uninitialised rows that begin cache lines. Zeros lie between them: oneDNN multiplies what it finds
+    there by zeros, so that NaN would come through."""
+    memory = new_empty(rows, -(-width // LINE) * LINE, dtype=kind)
     memory[:, width:] = 0
-    return memory[:, :width].copy_(matrix)
+    return memory[:, :width]
 
 
 def transposed(matrix):
-    """A copy of the transpose of `matrix`, laid out as such: 2 ms, where `matrix.t().contiguous()` takes 15. With it
-    grad.t() @ x, whose left factor oneDNN would transpose worse, takes 12 ms for 21."""
-    result = matrix.new_empty(matrix.shape[::-1])
+    """A copy of the transpose of `matrix`, with rows that begin cache lines: 2 ms, where `matrix.t().contiguous()`
+    takes 15. With it grad.t() @ x, whose left factor oneDNN would transpose, takes 12 ms for 21 (copy included)."""
+    result = padded(matrix.new_empty, *matrix.shape[::-1], matrix.dtype)
     for source, target in zip(matrix.split(BAND), result.split(BAND, 1)):
         target.copy_(source.t())
     return result
 
 
 class Linear(torch.autograd.Function):
-    """linear(x, weight, bias) for x (..., E), weight (H, E), bias (H), products in the type that autocast says."""
+    """x @ weight.t() + bias for x (T, B, E), weight (H, E), bias (H), products in the type that autocast says."""
 
     @staticmethod
     def forward(ctx, x, weight, bias):
-        rows, factor, term = for_products(x.flatten(0, -2), weight, bias)
+        rows, factor, term = for_products(x.flatten(0, 1), weight, bias)
         ctx.save_for_backward(rows, factor)
         ctx.shape, ctx.types = x.shape, (x.dtype, weight.dtype)
-        return torch.addmm(term, rows, factor.t()).view(*x.shape[:-1], -1)
+        return torch.addmm(term, rows, factor.t()).unflatten(0, x.shape[:2])
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
         rows, factor = ctx.saved_tensors
         x_type, weight_type = ctx.types
-        grad = grad.flatten(0, -2)
+        grad = grad.flatten(0, 1)
         return ((grad @ factor).view(ctx.shape).to(x_type), (transposed(grad) @ rows).to(weight_type),
                 grad.sum(0).to(weight_type))
 
 
 def linear(x, weight, bias):
-    """`functional.linear`, with the layouts above where it trains in bfloat16 on a CPU."""
-    if x.is_cuda or not (torch.is_autocast_enabled("cpu") and torch.is_grad_enabled()):
-        return functional.linear(x, weight, bias)
-    return Linear.apply(x, weight, bias)
+    """`functional.linear` for x (T, B, E), weight (H, E), bias (H)."""
+    return (Linear.apply if trains_in_bfloat16(x) else functional.linear)(x, weight, bias)

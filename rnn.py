@@ -16,7 +16,7 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
-from products import for_products, transposed
+from products import for_products, trains_in_bfloat16, transposed
 from utils import map_hidden
 
 
@@ -33,16 +33,16 @@ class TrainingPass(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight_ih, weight_hh, bias, h, c):
         (steps, batch_size, _), hidden_size = x.shape, h.size(1)
-        rows, into, recurrent, term, state = for_products(x.flatten(0, 1), weight_ih, weight_hh, bias, h)
-        from_input = torch.addmm(term.unsqueeze(1), into, rows.t()).view(-1, steps, batch_size).transpose(0, 1)
-        from_input = from_input.contiguous()
+        rows, w_ih, w_hh, b, state = for_products(x.flatten(0, 1), weight_ih, weight_hh, bias, h)
+        from_input = torch.addmm(b.unsqueeze(1), w_ih, rows.t())
+        from_input = from_input.view(-1, steps, batch_size).transpose(0, 1).contiguous()
         gates = c.new_empty(steps, 4, hidden_size, batch_size)
         cells = c.new_empty(steps + 1, hidden_size, batch_size)
         squashed, outputs = torch.empty_like(cells[1:]), torch.empty_like(cells)
         outputs[0], cells[0], state = h.t(), c.t(), state.t().contiguous()
         for t in range(steps):
             gate = gates[t]
-            gate.view(-1, batch_size).copy_(torch.addmm(from_input[t], recurrent, state))
+            gate.view(-1, batch_size).copy_(torch.addmm(from_input[t], w_hh, state))
             gate[:2].sigmoid_()
             gate[2].tanh_()
             gate[3].sigmoid_()
@@ -51,24 +51,26 @@ class TrainingPass(torch.autograd.Function):
             torch.mul(o, torch.tanh(cells[t + 1], out=squashed[t]), out=outputs[t + 1])
             state = outputs[t + 1].to(state.dtype)
         outputs = outputs.transpose(1, 2).contiguous()
-        ctx.save_for_backward(rows, into, recurrent, outputs[:-1].flatten(0, 1).to(state.dtype), gates, cells, squashed)
+        states = outputs[:-1].flatten(0, 1).to(state.dtype)
+        ctx.save_for_backward(rows, w_ih, w_hh, states, gates, cells, squashed)
         ctx.shape, ctx.types = x.shape, (x.dtype, weight_hh.dtype)
-        return outputs[1:], cells[-1].t().contiguous()
+        return outputs[1:], cells[-1].t().clone(memory_format=torch.contiguous_format)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_outputs, grad_c):
-        rows, into, recurrent, states, gates, cells, squashed = ctx.saved_tensors
+        rows, w_ih, w_hh, states, gates, cells, squashed = ctx.saved_tensors
         x_type, weight_type = ctx.types
         steps, _, hidden_size, batch_size = gates.shape
-        back = transposed(recurrent)
-        grads = torch.empty_like(gates, dtype=states.dtype)
-        grad = torch.empty_like(gates[0])
+        w_hh_t = transposed(w_hh)
+        grad_gates = torch.empty_like(gates, dtype=states.dtype)
+        grad = torch.empty_like(gates[0])  # of one step
         grad_outputs = grad_outputs.transpose(1, 2).contiguous()
         grad_h, grad_c = torch.zeros_like(cells[0]), grad_c.t().clone(memory_format=torch.contiguous_format)
         for t in range(steps - 1, -1, -1):
             i, f, g, o = gates[t].unbind()
             tanh_c = squashed[t]
+            # sigmoid' is s(1 - s), tanh' is 1 - s^2, and addcmul(x, x, s, value=-1) is x(1 - s)
             grad_h = grad_outputs[t] + grad_h
             through_o = grad_h * o
             grad_c += torch.addcmul(through_o, through_o * tanh_c, tanh_c, value=-1)
@@ -81,11 +83,11 @@ class TrainingPass(torch.autograd.Function):
             grad[1].addcmul_(grad[1], f, value=-1)
             torch.mul(through_o, tanh_c, out=grad[3])
             grad[3].addcmul_(grad[3], o, value=-1)
-            grads[t] = grad
-            grad_h = back @ grads[t].view(-1, batch_size)
-        grads = grads.view(steps, -1, batch_size)
-        by_word, by_gate = grads.transpose(1, 2).flatten(0, 1), grads.transpose(0, 1).flatten(1)
-        return ((by_word @ into).view(ctx.shape).to(x_type), (by_gate @ rows).to(weight_type),
+            grad_gates[t] = grad
+            grad_h = w_hh_t @ grad_gates[t].view(-1, batch_size)
+        grad_gates = grad_gates.view(steps, -1, batch_size)
+        by_word, by_gate = grad_gates.transpose(1, 2).flatten(0, 1), grad_gates.transpose(0, 1).flatten(1)
+        return ((by_word @ w_ih).view(ctx.shape).to(x_type), (by_gate @ rows).to(weight_type),
                 (by_gate @ states).to(weight_type), by_gate.sum(1).to(weight_type), grad_h.t().to(grad_c.dtype),
                 grad_c.t())
 
@@ -138,7 +140,7 @@ class LSTM(nn.LSTM):
             return output, (h, c)
         if len(x) == 1 and not x.is_cuda and not torch.is_grad_enabled():
             return self.step(x, h, c)
-        if x.is_cuda or not (torch.is_autocast_enabled("cpu") and torch.is_grad_enabled()):
+        if not trains_in_bfloat16(x):
             return super().forward(x, hidden)
         bias = self.bias_ih_l0 + self.bias_hh_l0
         outputs, c = TrainingPass.apply(x, self.weight_ih_l0, self.weight_hh_l0, bias, h[0], c[0])

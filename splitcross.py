@@ -15,7 +15,7 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
-from products import for_products, transposed
+from products import for_products
 
 LARGE = 2**20  # logits; fewer stay in the cache anyway
 
@@ -56,7 +56,7 @@ class SoftmaxLoss(torch.autograd.Function):
             if grad.dtype == grad_weight.dtype:
                 grad_weight.addmm_(grad.t(), block)
             else:
-                grad_weight += transposed(grad) @ block
+                grad_weight += grad.t() @ block
         ctx.save_for_backward(grad_hidden.to(hidden.dtype), grad_weight, grad_bias)
         return loss / len(hidden)
 

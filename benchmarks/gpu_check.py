@@ -189,7 +189,7 @@ def measure_recipe(recipe, device, peak, repetitions):
 
     for name in makers:
         attempt(errors, name, lambda name=name: prepare(name))
-    times = {name: time / 5 for name, time in medians(candidates, repetitions).items()}
+    times = {name: time / 5 for name, time in medians(candidates, repetitions, seconds).items()}
     kernels = count_kernels(candidates["fp32"]) / 5
     for name in PRECISIONS:
         attempt(errors, f"{name}, shares", lambda name=name: share(name))

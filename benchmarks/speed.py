@@ -2,10 +2,11 @@
 (`baseline.py`), the same step without any regularisation, and the floor that the matrix products set, all in one
 process and one run.
 
-    python benchmarks/speed.py --json speed.json           (make bench; 10 minutes on 2 cores that do nothing else)
+    python benchmarks/speed.py --json speed.json           (make bench; 20 minutes on 2 cores that do nothing else)
     python benchmarks/speed.py --only ptb-lstm cache-500
 
-Each figure is the median over repetitions in which all candidates take turns. Text is random: its words do not matter.
+Each figure is the median over repetitions in which all candidates take turns, each called twice and timed the second
+time. Text is random: its words do not matter.
 """
 
 import argparse
@@ -34,7 +35,7 @@ import training
 from data import Corpus
 from model import ARCHITECTURE, DROPOUTS, RNNModel
 from products import aligned, cpuinfo, has_bf16, use_onednn
-from utils import keep_memory
+from utils import LARGEST_KEPT, keep_memory
 
 RECIPES = {  # words in the vocabulary, flags
     "ptb-lstm": (10_000, "--batch_size 20 --dropouti 0.4 --dropouth 0.25"),
@@ -48,7 +49,7 @@ RECIPES = {  # words in the vocabulary, flags
                             "--model QRNN"),
 }
 ON_A_CPU = ("ptb-lstm", "ptb-qrnn", "wt2-lstm", "ptbc")
-GLIBC_KEEPS = 2 * 32 * 2**20  # bytes freed, once it has seen blocks of 32 MiB
+GLIBC_KEEPS = 2 * LARGEST_KEPT  # bytes freed: the most that glibc comes to by itself
 PARTS = ("embedding", "recurrence", "softmax", "optimizer")
 NO_REGULARISATION = dict.fromkeys((*DROPOUTS, "alpha", "beta", "wdecay", "clip"), 0)
 
@@ -72,7 +73,7 @@ def warm_seconds(function):
     return seconds(function)
 
 
-def medians(candidates, repetitions, timed=seconds):
+def medians(candidates, repetitions, timed=warm_seconds):
     """Seconds of each of `candidates` (name: function), the median over turns after one to warm up."""
     for function in candidates.values():
         function()
@@ -102,12 +103,13 @@ def peaks(repetitions):
     """FLOP/s of the fastest product in fp32 and in bf16: the LSTM's, 1400 words through 4 x 1150 gates, 20 times."""
     candidates = {}
     for precision in (torch.float32, torch.bfloat16):
-        words, weight = aligned(torch.randn(1400, 1150), precision), aligned(torch.randn(4600, 1150), precision)
-        for setting in (as_shipped, as_pytorch):
-            candidates[precision, setting] = setting(
-                lambda words=words, weight=weight: [words @ weight.t() for _ in range(20)])
+        plain = torch.randn(1400, 1150).to(precision), torch.randn(4600, 1150).to(precision)
+        for layout, (words, weight) in (("plain", plain), ("aligned", [aligned(part, precision) for part in plain])):
+            for setting in (as_shipped, as_pytorch):
+                candidates[precision, layout, setting] = setting(
+                    lambda words=words, weight=weight: [words @ weight.t() for _ in range(20)])
     found = medians(candidates, repetitions)
-    return {name: 20 * 2 * 1400 * 1150 * 4600 / min(time for (kind, _), time in found.items() if kind == precision)
+    return {name: 20 * 2 * 1400 * 1150 * 4600 / min(time for (kind, *_), time in found.items() if kind == precision)
             for name, precision in (("fp32", torch.float32), ("bf16", torch.bfloat16))}
 
 
@@ -194,12 +196,12 @@ def measure_recipe(recipe, peak, repetitions):
     if has_bf16():
         precisions.append("bf16")
         candidates["bf16"] = as_shipped(our_step(recipe, words, targets, precision="bf16"))
-    times = medians(candidates, repetitions, warm_seconds)
+    times = medians(candidates, repetitions)
     model = our_model(recipe, args)
     weights = sum(p.numel() for p in model.parameters() if p.dim() == 2)
     times |= {f"floor {precision}": 6 * weights * tokens / peak[precision] for precision in precisions}
-    use_onednn()
-    shares = {precision: step_in_parts(recipe, words, targets, precision, repetitions) for precision in precisions}
+    shares = {precision: as_shipped(lambda p=precision: step_in_parts(recipe, words, targets, p, repetitions))()
+              for precision in precisions}
     return {"unit": "tokens/s", "rate": {name: tokens / time for name, time in times.items()}, "shares": shares}
 
 

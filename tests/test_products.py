@@ -7,24 +7,19 @@ from torch.nn import functional
 import products
 
 
-@pytest.mark.parametrize("shape", [(3, 32), (5, 33), (1, 1), (4, 1150)])
-def test_aligned_rows_begin_cache_lines_and_nothing_but_zeros_lies_between(shape, monkeypatch):
-    matrix, new_empty = torch.randn(shape), torch.Tensor.new_empty
+@pytest.mark.parametrize("shape", [(3, 32), (5, 33), (1, 1), (4, 1150), (products.BAND + 1, 7)])
+@pytest.mark.parametrize("function", ["aligned", "transposed"])
+def test_rows_of_copies_begin_cache_lines_and_nothing_but_zeros_lies_between(shape, function, monkeypatch):
+    matrix, new_empty = torch.randn(shape).to(torch.bfloat16), torch.Tensor.new_empty
     monkeypatch.setattr(torch.Tensor, "new_empty", lambda *a, **k: new_empty(*a, **k).fill_(torch.nan))
-    copy = products.aligned(matrix, torch.bfloat16)
-    assert torch.equal(copy, matrix.to(torch.bfloat16))
-    assert all(row.data_ptr() % 64 == 0 for row in copy)
-    between = copy.as_strided((shape[0], copy.stride(0) - shape[1]), copy.stride(), shape[1])
-    assert not between.any()
+    copy = products.transposed(matrix) if function == "transposed" else products.aligned(matrix.float(), torch.bfloat16)
+    assert torch.equal(copy, matrix.t() if function == "transposed" else matrix)
+    rows, width = copy.shape
+    assert copy.stride(1) == 1 and all(row.data_ptr() % 64 == 0 for row in copy)
+    assert not copy.as_strided((rows, copy.stride(0) - width), copy.stride(), width).any()
 
 
-@pytest.mark.parametrize("rows", [1, products.BAND, products.BAND + 1, 3 * products.BAND - 1])
-def test_transposed_is_the_transpose_laid_out_as_such(rows):
-    matrix = torch.randn(rows, 7)
-    assert torch.equal(products.transposed(matrix), matrix.t()) and products.transposed(matrix).is_contiguous()
-
-
-def test_only_what_trains_in_bfloat16_is_brought_into_another_layout():
+def test_only_under_autocast_are_tensors_brought_into_another_layout():
     matrix = torch.randn(4, 33)
     assert products.for_products(matrix)[0] is matrix
     with torch.autocast("cpu", torch.bfloat16):
@@ -46,10 +41,19 @@ def test_linear_in_bfloat16_is_that_of_pytorch_to_the_precision_of_bfloat16():
         variables = [x.to(kind, copy=True).requires_grad_() for x in inputs]
         with torch.autocast("cpu", torch.bfloat16, enabled=function is products.linear):
             output = function(*variables)
+        assert (type(output.grad_fn).__name__ == "LinearBackward") == (function is products.linear)
         results.append((output, *torch.autograd.grad(output, variables, output.detach().cos())))
     assert [x.dtype for x in results[0]] == [torch.bfloat16, *[torch.float32] * 3]
     for ours, theirs in zip(*results):
         assert 1e-4 * theirs.norm() < (ours - theirs).norm() < 0.02 * theirs.norm()
+
+
+def test_linear_is_that_of_pytorch_where_nothing_trains_in_bfloat16():
+    torch.manual_seed(0)
+    inputs = [torch.randn(shape, requires_grad=True) for shape in ((7, 3, 33), (6, 33), (6,))]
+    assert torch.equal(products.linear(*inputs), functional.linear(*inputs))
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        assert torch.equal(products.linear(*inputs), functional.linear(*inputs))
 
 
 def test_onednn_computes_products_only_where_they_are_exact(monkeypatch):

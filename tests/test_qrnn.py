@@ -100,18 +100,21 @@ def test_pooling_gradcheck(zoneout):
     assert torch.autograd.gradcheck(Pooling.apply, pooling_inputs(5, 2, 3, zoneout))
 
 
-def test_pooling_takes_inputs_that_are_not_contiguous():
+def test_pooling_takes_tensors_that_are_not_contiguous():
     linear_map, start, _ = pooling_inputs(6, 4, 8, False)
     inputs = linear_map.transpose(0, 1)[:, :, ::2], start[:1, 1::2].expand(6, 4), None
-    torch.testing.assert_close(Pooling.apply(*inputs), naive_pooling(*inputs))
+    upstream = torch.randn(4, 4, 6).double().transpose(1, 2), torch.randn(4, 6).double().t()
+    ours, theirs = Pooling.apply(*inputs), naive_pooling(*inputs)
+    torch.testing.assert_close(ours, theirs)
+    variables = linear_map, start
+    torch.testing.assert_close(*(torch.autograd.grad(outputs, variables, upstream) for outputs in (ours, theirs)))
 
 
 def test_saturated_gates_are_exact():
     """Gates of 0 and 1, where a form by logarithms would give NaN: the state is kept, and replaced."""
-    z, f, o = [0.5, 0.25, 0.25, -0.5], [1e4, -1e4, -1e4, 1e4], [1e4] * 4
-    linear_map = torch.tensor([torch.tensor(z).atanh().tolist(), f, o]).t().view(4, 1, 3)
-    output, last = Pooling.apply(linear_map, torch.ones(1, 1), None)
-    assert output.flatten().tolist() == pytest.approx([0.5, 0.5, 0.5, -0.5]) and last.item() == output[-1].item()
+    z, f, o = [1.0, -1.0, -1.0, -1.0], [1.0, -1.0, -1.0, 1.0], [1.0] * 4
+    output, last = Pooling.apply(torch.tensor([z, f, o]).t().view(4, 1, 3) * 1e4, torch.zeros(1, 1), None)
+    assert output.flatten().tolist() == [1.0, 1.0, 1.0, -1.0] and last.item() == -1.0
 
 
 @pytest.mark.parametrize("window", [1, 2])

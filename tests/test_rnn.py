@@ -28,10 +28,11 @@ def stock(layer):
     return twin.double()
 
 
-def test_the_gradients_of_the_training_pass_are_those_of_finite_differences():
+@pytest.mark.parametrize("steps, batch_size", [(4, 3), (1, 3), (4, 1)])
+def test_the_gradients_of_the_training_pass_are_those_of_finite_differences(steps, batch_size):
     torch.manual_seed(0)
     inputs = [torch.randn(shape, dtype=torch.double, requires_grad=True) for shape in
-              ((4, B, E), (4 * H, E), (4 * H, H), (4 * H,), (B, H), (B, H))]
+              ((steps, batch_size, E), (4 * H, E), (4 * H, H), (4 * H,), (batch_size, H), (batch_size, H))]
     assert torch.autograd.gradcheck(rnn.TrainingPass.apply, inputs)
 
 

@@ -1,5 +1,6 @@
 """The pieces of the loop: batch lengths, optimizers, averages, the plateau rule, losses, the record of a run."""
 
+import ctypes
 import math
 import signal
 import subprocess
@@ -450,3 +451,11 @@ def test_without_instructions_for_bfloat16_it_trains_in_fp32_and_says_so(train, 
     assert checkpoint.load(tmp_path / "b.pt")["flags"]["precision"] == "bf16", "what was asked for"
     monkeypatch.setattr(training, "has_bf16", lambda: True)
     assert train(tmp_path / "c.pt", "--epochs", "1", "--model", model, "--precision", "bf16")[0] == 0
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="the C library is not glibc")
+def test_on_a_cpu_glibc_is_asked_to_keep_memory_and_agrees(monkeypatch):
+    asked, mallopt = {}, ctypes.CDLL(None).mallopt
+    monkeypatch.setattr(ctypes, "CDLL", lambda _: Namespace(mallopt=lambda *a: asked.setdefault(a, mallopt(*a))))
+    utils.pick_device(False)
+    assert asked == {(-3, 2**25): 1, (-1, 2**31 - 1): 1}, "M_MMAP_THRESHOLD, M_TRIM_THRESHOLD of malloc.h; 1: accepted"
