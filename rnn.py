@@ -1,8 +1,8 @@
 """The LSTM and GRU layers: PyTorch's, with passes of their own where those are slow or in the way.
 
-LSTM training in bfloat16 on the CPU. In fp32 there is nothing to gain over PyTorch's pass, which is oneDNN's: 396 ms
-forward and backward for 1150 units, 70 x 20 words, on 2 cores of an Intel Xeon with AMX. In bfloat16 that one takes 309
-ms, and the one here 140: the input's product and the gradients of weights are one matrix product each for the whole
+LSTM training in bfloat16 on the CPU. In fp32 there is nothing to gain over PyTorch's pass, which is oneDNN's: 397 ms
+forward and backward for 1150 units, 70 x 20 words, on 2 cores of an Intel Xeon with AMX. In bfloat16 that one takes 313
+ms, and the one here 132: the input's product and the gradients of weights are one matrix product each for the whole
 sequence, and only the product with the hidden-to-hidden weight stays in the loop.
 
 Passes for cuDNN in bfloat16, where autocast hands it float16, and for CUDA graphs, which need the parameters to stay

@@ -67,7 +67,7 @@ def test_the_kernels_of_triton_under_its_interpreter():
     """The cases "interpreted" of the tests above, for which no GPU is needed."""
     command = [sys.executable, "-m", "pytest", __file__, "-k", "interpreted"]
     done = subprocess.run(command, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True)
-    if "only 0-dimensional arrays can be converted" in done.stdout:
+    if "8 failed" in done.stdout and "only 0-dimensional arrays can be converted" in done.stdout:
         pytest.skip("the interpreter of this Triton (3.2 is one) is older than this numpy (2.4)")
     assert done.returncode == 0 and " passed" in done.stdout, done.stdout
 
