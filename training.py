@@ -36,6 +36,7 @@ from utils import (
     copy_file,
     figures,
     get_batch,
+    keep_memory,
     map_hidden,
     peak_memory,
     repackage_hidden,
@@ -397,6 +398,8 @@ def train(stage, args, dictionary, batches, model, optimizer, progress):
     if not computes_in(args.precision, device):
         kind = "GPU" if device.type == "cuda" else "CPU"
         say(f"--precision {args.precision}: this {kind} has no instructions for it; training in fp32")
+    elif device.type == "cpu":
+        keep_memory(large=args.precision == "bf16")
     run = gradients_for(model, args)
     if args.dry_run:
         return dry_run(args, batches, model, optimizer, run)

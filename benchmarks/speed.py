@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy
@@ -35,7 +36,7 @@ import training
 from data import Corpus
 from model import ARCHITECTURE, DROPOUTS, RNNModel
 from products import aligned, cpuinfo, has_bf16, use_onednn
-from utils import LARGEST_KEPT, keep_memory
+from utils import LARGE, keep_memory
 
 RECIPES = {  # words in the vocabulary, flags
     "ptb-lstm": (10_000, "--batch_size 20 --dropouti 0.4 --dropouth 0.25"),
@@ -49,7 +50,7 @@ RECIPES = {  # words in the vocabulary, flags
                             "--model QRNN"),
 }
 ON_A_CPU = ("ptb-lstm", "ptb-qrnn", "wt2-lstm", "ptbc")
-GLIBC_KEEPS = 2 * LARGEST_KEPT  # bytes freed: the most that glibc comes to by itself
+GLIBC_KEEPS = 2 * LARGE  # bytes freed: the most that glibc comes to by itself
 PARTS = ("embedding", "recurrence", "softmax", "optimizer")
 NO_REGULARISATION = dict.fromkeys((*DROPOUTS, "alpha", "beta", "wdecay", "clip"), 0)
 
@@ -81,11 +82,11 @@ def medians(candidates, repetitions, timed=warm_seconds):
     return {name: statistics.median(turn[name] for turn in turns) for name in candidates}
 
 
-def as_shipped(function):
+def as_shipped(function, precision="fp32"):
     """The function with products and memory as the toolkit sets them up."""
     def call():
         use_onednn()
-        keep_memory()
+        keep_memory(large=precision == "bf16")
         return function()
     return call
 
@@ -94,7 +95,7 @@ def as_pytorch(function):
     """The function with PyTorch as it comes."""
     def call():
         torch.set_float32_matmul_precision("highest")
-        keep_memory(GLIBC_KEEPS)
+        keep_memory(freed=GLIBC_KEEPS)
         return function()
     return call
 
@@ -195,12 +196,12 @@ def measure_recipe(recipe, peak, repetitions):
     precisions = ["fp32"]
     if has_bf16():
         precisions.append("bf16")
-        candidates["bf16"] = as_shipped(our_step(recipe, words, targets, precision="bf16"))
+        candidates["bf16"] = as_shipped(our_step(recipe, words, targets, precision="bf16"), "bf16")
     times = medians(candidates, repetitions)
     model = our_model(recipe, args)
     weights = sum(p.numel() for p in model.parameters() if p.dim() == 2)
     times |= {f"floor {precision}": 6 * weights * tokens / peak[precision] for precision in precisions}
-    shares = {precision: as_shipped(lambda p=precision: step_in_parts(recipe, words, targets, p, repetitions))()
+    shares = {precision: as_shipped(partial(step_in_parts, recipe, words, targets, precision, repetitions), precision)()
               for precision in precisions}
     return {"unit": "tokens/s", "rate": {name: tokens / time for name, time in times.items()}, "shares": shares}
 

@@ -454,8 +454,15 @@ def test_without_instructions_for_bfloat16_it_trains_in_fp32_and_says_so(train, 
 
 
 @pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="the C library is not glibc")
-def test_on_a_cpu_glibc_is_asked_to_keep_memory_and_agrees(monkeypatch):
+def test_on_a_cpu_glibc_is_asked_to_keep_memory_and_agrees(monkeypatch, train, tmp_path):
     asked, mallopt = {}, ctypes.CDLL(None).mallopt
     monkeypatch.setattr(ctypes, "CDLL", lambda _: Namespace(mallopt=lambda *a: asked.setdefault(a, mallopt(*a))))
-    utils.pick_device(False)
-    assert asked == {(-3, 2**25): 1, (-1, 2**31 - 1): 1}, "M_MMAP_THRESHOLD, M_TRIM_THRESHOLD of malloc.h; 1: accepted"
+    train(tmp_path / "a.pt", "--epochs", "1")
+    fp32 = {(-3, 2**25): 1, (-4, 65_536): 1, (-1, -1): 1}  # M_MMAP_THRESHOLD, M_MMAP_MAX, M_TRIM_THRESHOLD; 1: accepted
+    assert asked == fp32, "the options are those of malloc.h"
+    monkeypatch.setattr(training, "has_bf16", lambda: False)
+    train(tmp_path / "b.pt", "--epochs", "1", "--precision", "bf16")
+    assert asked == fp32, "it trains in fp32"
+    monkeypatch.setattr(training, "has_bf16", lambda: True)
+    train(tmp_path / "c.pt", "--epochs", "1", "--precision", "bf16")
+    assert asked == fp32 | {(-4, 0): 1}, "large blocks too"
