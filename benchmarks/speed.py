@@ -17,7 +17,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from functools import partial
 from pathlib import Path
 
 import numpy
@@ -36,7 +35,7 @@ import training
 from data import Corpus
 from model import ARCHITECTURE, DROPOUTS, RNNModel
 from products import aligned, cpuinfo, has_bf16, use_onednn
-from utils import LARGE, keep_memory
+from utils import LARGEST_UNMAPPED, keep_memory
 
 RECIPES = {  # words in the vocabulary, flags
     "ptb-lstm": (10_000, "--batch_size 20 --dropouti 0.4 --dropouth 0.25"),
@@ -50,7 +49,7 @@ RECIPES = {  # words in the vocabulary, flags
                             "--model QRNN"),
 }
 ON_A_CPU = ("ptb-lstm", "ptb-qrnn", "wt2-lstm", "ptbc")
-GLIBC_KEEPS = 2 * LARGE  # bytes freed: the most that glibc comes to by itself
+GLIBC_KEEPS = 2 * LARGEST_UNMAPPED  # bytes freed: the most that glibc comes to by itself
 PARTS = ("embedding", "recurrence", "softmax", "optimizer")
 NO_REGULARISATION = dict.fromkeys((*DROPOUTS, "alpha", "beta", "wdecay", "clip"), 0)
 
@@ -82,11 +81,12 @@ def medians(candidates, repetitions, timed=warm_seconds):
     return {name: statistics.median(turn[name] for turn in turns) for name in candidates}
 
 
-def as_shipped(function, precision="fp32"):
-    """The function with products and memory as the toolkit sets them up."""
+def as_shipped(function):
+    """The function with products and memory as the toolkit sets them up, but for the large blocks that training in
+    bfloat16 keeps: what one candidate leaves of them in the heap the others would use."""
     def call():
         use_onednn()
-        keep_memory(large=precision == "bf16")
+        keep_memory()
         return function()
     return call
 
@@ -196,12 +196,12 @@ def measure_recipe(recipe, peak, repetitions):
     precisions = ["fp32"]
     if has_bf16():
         precisions.append("bf16")
-        candidates["bf16"] = as_shipped(our_step(recipe, words, targets, precision="bf16"), "bf16")
+        candidates["bf16"] = as_shipped(our_step(recipe, words, targets, precision="bf16"))
     times = medians(candidates, repetitions)
     model = our_model(recipe, args)
     weights = sum(p.numel() for p in model.parameters() if p.dim() == 2)
     times |= {f"floor {precision}": 6 * weights * tokens / peak[precision] for precision in precisions}
-    shares = {precision: as_shipped(partial(step_in_parts, recipe, words, targets, precision, repetitions), precision)()
+    shares = {precision: as_shipped(lambda p=precision: step_in_parts(recipe, words, targets, p, repetitions))()
               for precision in precisions}
     return {"unit": "tokens/s", "rate": {name: tokens / time for name, time in times.items()}, "shares": shares}
 

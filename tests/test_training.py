@@ -454,15 +454,21 @@ def test_without_instructions_for_bfloat16_it_trains_in_fp32_and_says_so(train, 
 
 
 @pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="the C library is not glibc")
-def test_on_a_cpu_glibc_is_asked_to_keep_memory_and_agrees(monkeypatch, train, tmp_path):
-    asked, mallopt = {}, ctypes.CDLL(None).mallopt
-    monkeypatch.setattr(ctypes, "CDLL", lambda _: Namespace(mallopt=lambda *a: asked.setdefault(a, mallopt(*a))))
-    train(tmp_path / "a.pt", "--epochs", "1")
-    fp32 = {(-3, 2**25): 1, (-4, 65_536): 1, (-1, -1): 1}  # M_MMAP_THRESHOLD, M_MMAP_MAX, M_TRIM_THRESHOLD; 1: accepted
-    assert asked == fp32, "the options are those of malloc.h"
-    monkeypatch.setattr(training, "has_bf16", lambda: False)
-    train(tmp_path / "b.pt", "--epochs", "1", "--precision", "bf16")
-    assert asked == fp32, "it trains in fp32"
-    monkeypatch.setattr(training, "has_bf16", lambda: True)
-    train(tmp_path / "c.pt", "--epochs", "1", "--precision", "bf16")
-    assert asked == fp32 | {(-4, 0): 1}, "large blocks too"
+def test_glibc_keeps_the_memory_of_a_cpu_and_in_bfloat16_large_blocks_too(monkeypatch, train, tmp_path):
+    mallopt, options, accepted = ctypes.CDLL(None).mallopt, {}, []
+
+    def take(option, value):
+        options[option] = value
+        accepted.append(mallopt(option, value))
+
+    monkeypatch.setattr(utils, "ctypes", Namespace(CDLL=lambda _: Namespace(mallopt=take)))
+    small = {-3: 2**25, -4: 65_536, -1: -1}  # M_MMAP_THRESHOLD, M_MMAP_MAX, M_TRIM_THRESHOLD of malloc.h
+    utils.pick_device(False)
+    assert options == small
+    for name, flags, has_bf16, wanted in (("a", ["--precision", "bf16"], False, small),
+                                          ("b", ["--precision", "bf16"], True, small | {-4: 0}),
+                                          ("c", [], True, small)):  # also puts this process back
+        monkeypatch.setattr(training, "has_bf16", lambda has=has_bf16: has)
+        train(tmp_path / f"{name}.pt", "--epochs", "1", *flags)
+        assert options == wanted, name
+    assert set(accepted) == {1}
