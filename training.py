@@ -36,7 +36,6 @@ from utils import (
     copy_file,
     figures,
     get_batch,
-    keep_memory,
     map_hidden,
     peak_memory,
     repackage_hidden,
@@ -398,8 +397,6 @@ def train(stage, args, dictionary, batches, model, optimizer, progress):
     if not computes_in(args.precision, device):
         kind = "GPU" if device.type == "cuda" else "CPU"
         say(f"--precision {args.precision}: this {kind} has no instructions for it; training in fp32")
-    elif device.type == "cpu" and args.precision == "bf16":
-        keep_memory(large=True)
     run = gradients_for(model, args)
     if args.dry_run:
         return dry_run(args, batches, model, optimizer, run)

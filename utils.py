@@ -18,9 +18,8 @@ import torch
 
 from products import use_onednn
 
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -3, -4  # of glibc's malloc.h
-LARGEST_UNMAPPED = 32 * 2**20  # bytes, the documented maximum of M_MMAP_THRESHOLD; larger blocks are the large ones
-DEFAULT_MMAP_MAX = 65_536  # large blocks at once, glibc's default of M_MMAP_MAX
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
+LARGEST_KEPT = 32 * 2**20  # bytes of a block, the most that glibc takes for that threshold; larger ones are returned
 INTERRUPTED = 130  # the exit status after Ctrl-C, 128 + SIGINT, as a shell has it
 
 
@@ -305,7 +304,7 @@ def add_training_flags(parser, max_bptt, plateau, save):
 def pick_device(cuda, cuda_graphs=False):
     """The device that `--cuda` or `--no-cuda` asks for; raises BadInput when there is none, or none that
     `--cuda-graphs` could run on. From here on the process computes its products on a CPU as `use_onednn` says and keeps
-    its memory, but for large blocks, and on a GPU computes in fp32 and nothing less."""
+    its memory, and on a GPU computes in fp32 and nothing less."""
     if cuda and not torch.cuda.is_available():
         raise BadInput("--cuda: PyTorch finds no CUDA device on this machine")
     if cuda_graphs and not cuda:
@@ -318,26 +317,22 @@ def pick_device(cuda, cuda_graphs=False):
     return torch.device("cuda" if cuda else "cpu")
 
 
-def keep_memory(large=False, freed=-1):
-    """Let glibc, where that is the C library, keep the memory that a training step frees for the next one: blocks of up
-    to LARGEST_UNMAPPED bytes, or with `large` all. Free memory above `freed` bytes at the end of its heap goes back to
-    the system (-1: none). A later call changes only what comes after it; what is kept stays with the process.
+def keep_memory(freed=-1):
+    """Let glibc, where that is the C library, keep up to so many bytes of freed memory (-1: all) for the next training
+    step.
 
-    By itself glibc returns all but some tens of MiB to the system, which hands it out again a page at a time, filled
-    with zeros: 20,000 to 80,000 times in a step of the PTB recipes. Kept, a step takes 93% (LSTM) and 97% (QRNN) of the
-    time in fp32, 90% and 86% in bfloat16 (2 cores of a virtual machine, Intel Xeon). It costs little memory: after 42
+    By itself it returns all but some tens of MiB to the system, which hands it out again a page at a time, filled with
+    zeros: 20,000 to 80,000 times in a step of the PTB recipes. Kept, a step takes 93% (LSTM) and 97% (QRNN) of the time
+    in fp32, 90% and 86% in bfloat16 (2 cores of a virtual machine, Intel Xeon). It costs little memory: after 42
     batches of varying length the peak was 1,259 MiB for 1,269 (LSTM) and 997 for 930 (QRNN) in fp32, 1,722 for 1,651
     and 1,926 for 1,861 in bfloat16.
 
-    Large blocks, of wide batches and large vocabularies, leave gaps in the heap, since their sizes change with the
-    length of the batch, and it grows. In bfloat16 it is worth it: steps in 60% (WikiText-2) and 51% (PTB characters) of
-    the time, with a peak of 2,523 MiB for 2,408 and 5,012 for 3,561 after 24 batches. In fp32 it is not: 80% and 76%,
-    with 3,197 MiB for 1,931 and 7,488 for 2,864.
+    Blocks of more than LARGEST_KEPT bytes are returned, unless the environment says MALLOC_MMAP_MAX_=0: kept, they
+    leave gaps in the heap, since their sizes change with the length of the batch, and it grows.
     """
     libc = ctypes.CDLL(None)
     if hasattr(libc, "mallopt"):
-        libc.mallopt(M_MMAP_THRESHOLD, LARGEST_UNMAPPED)
-        libc.mallopt(M_MMAP_MAX, 0 if large else DEFAULT_MMAP_MAX)
+        libc.mallopt(M_MMAP_THRESHOLD, LARGEST_KEPT)
         libc.mallopt(M_TRIM_THRESHOLD, freed)
 
 

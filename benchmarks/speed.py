@@ -35,7 +35,7 @@ import training
 from data import Corpus
 from model import ARCHITECTURE, DROPOUTS, RNNModel
 from products import aligned, cpuinfo, has_bf16, use_onednn
-from utils import LARGEST_UNMAPPED, keep_memory
+from utils import LARGEST_KEPT, keep_memory
 
 RECIPES = {  # words in the vocabulary, flags
     "ptb-lstm": (10_000, "--batch_size 20 --dropouti 0.4 --dropouth 0.25"),
@@ -49,7 +49,7 @@ RECIPES = {  # words in the vocabulary, flags
                             "--model QRNN"),
 }
 ON_A_CPU = ("ptb-lstm", "ptb-qrnn", "wt2-lstm", "ptbc")
-GLIBC_KEEPS = 2 * LARGEST_UNMAPPED  # bytes freed: the most that glibc comes to by itself
+GLIBC_KEEPS = 2 * LARGEST_KEPT  # bytes freed: the most that glibc comes to by itself
 PARTS = ("embedding", "recurrence", "softmax", "optimizer")
 NO_REGULARISATION = dict.fromkeys((*DROPOUTS, "alpha", "beta", "wdecay", "clip"), 0)
 
@@ -82,8 +82,7 @@ def medians(candidates, repetitions, timed=warm_seconds):
 
 
 def as_shipped(function):
-    """The function with products and memory as the toolkit sets them up, but for the large blocks that training in
-    bfloat16 keeps: what one candidate leaves of them in the heap the others would use."""
+    """The function with products and memory as the toolkit sets them up."""
     def call():
         use_onednn()
         keep_memory()
@@ -95,7 +94,7 @@ def as_pytorch(function):
     """The function with PyTorch as it comes."""
     def call():
         torch.set_float32_matmul_precision("highest")
-        keep_memory(freed=GLIBC_KEEPS)
+        keep_memory(GLIBC_KEEPS)
         return function()
     return call
 
