@@ -16,6 +16,7 @@ import torch
 
 import checkpoint
 from data import Dictionary
+from products import packs
 from utils import (
     BadInput,
     Parser,
@@ -53,6 +54,9 @@ def parse_flags(argv):
                         help="random seed (default: %(default)s)")
     parser.add_argument("--log-interval", type=count, default=100, metavar="N",
                         help="words between progress lines (default: %(default)s)")
+    parser.add_argument("--precision", choices=["fp32", "bf16"], default="fp32",
+                        help="of the products with the weights; bf16 is faster, on CPUs that have instructions for it "
+                             "(default: %(default)s)")
     add_run_flags(parser)
     return parser.parse_args(argv)
 
@@ -142,12 +146,19 @@ def logged(steps, total, interval):
 def main(argv=None):
     args = parse_flags(argv)
     device = pick_device(args.cuda)
+    if args.cuda and args.precision == "bf16":
+        raise BadInput("--precision bf16: on a GPU text is written in fp32")
     if args.outf != "-":
         check_writable(args.outf)
         if same_file(args.outf, args.checkpoint):
             raise BadInput(f"--outf {args.outf}: that is the model")
     content = checkpoint.load(args.checkpoint, device)
     model = checkpoint.restore_model(content, args.checkpoint, device=device)
+    if args.precision == "bf16":
+        if packs():
+            model.pack()
+        else:
+            print("--precision bf16: this CPU has no instructions for it; writing in fp32", file=sys.stderr)
     level, dictionary = content["flags"].get("level", "word"), Dictionary(content["vocabulary"])
     prompt = tokens_of(args.prompt, level)
     context = torch.tensor(encode(prompt, dictionary), device=device)

@@ -82,6 +82,13 @@ class RNNModel(nn.Module):
         for rnn in self.rnns:
             rnn.still = True  # a QRNN is anyway
 
+    def pack(self):
+        """From here on single steps and `logprob`, both without gradient, multiply in bfloat16 by the weights that
+        there are now, for text of a model that is trained (`products.Packed`)."""
+        for rnn in self.rnns:
+            rnn.pack()
+        self.softmax.pack(self.decoder.weight, self.decoder.bias)
+
     def forward(self, words, hidden):
         """Run `words` (T, B) from `hidden`; returns the last layer's output with dropout, the new hidden state, and
         the last layer's output without dropout, both outputs (T, B, E or H).

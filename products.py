@@ -113,6 +113,27 @@ class Linear(torch.autograd.Function):
                 grad.sum(0).to(weight_type))
 
 
+def packs():
+    """Whether `Packed` pays on this machine: PyTorch has oneDNN, and the CPU instructions for bfloat16."""
+    return has_bf16() and torch.backends.mkldnn.is_available()
+
+
+class Packed:
+    """`functional.linear`, without gradient, with copies of `weight` (H, E), in bfloat16, and `bias` (H).
+
+    The weight is in the order in which oneDNN reads it, which PyTorch offers by private functions only: one word
+    through the 24 million weights of the PTB LSTM takes 1.2 ms, where it takes 2.1 in the usual order and 2.3 in fp32.
+    """
+
+    def __init__(self, weight, bias):
+        self.weight = torch.ops.mkldnn._reorder_linear_weight(weight.detach().bfloat16(), None)
+        self.bias = bias.detach().clone()
+
+    def __call__(self, x):
+        product = torch.ops.mkldnn._linear_pointwise(x.bfloat16(), self.weight, None, "none", [], None)
+        return product.to(x.dtype).add_(self.bias)
+
+
 def linear(x, weight, bias):
     """`functional.linear` for x (T, B, E), weight (H, E), bias (H)."""
     return (Linear.apply if trains_in_bfloat16(x) else functional.linear)(x, weight, bias)

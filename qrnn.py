@@ -15,7 +15,7 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 
 from locked_dropout import dropout_mask
-from products import linear
+from products import Packed, linear
 
 try:
     import triton
@@ -158,10 +158,16 @@ class QRNN(nn.Module):
     share). The weight is `linear.weight` (3H, window * E), rows in the order Z, F, O, columns x_t before x_{t-1}.
     """
 
+    packed = None
+
     def __init__(self, input_size, hidden_size, window=1, zoneout=0.0):
         super().__init__()
         self.input_size, self.hidden_size, self.window, self.zoneout = input_size, hidden_size, window, zoneout
         self.linear = nn.Linear(window * input_size, 3 * hidden_size)
+
+    def pack(self):
+        """From here on passes without gradient take their product from `products.Packed`."""
+        self.packed = Packed(self.linear.weight, self.linear.bias)
 
     def init_hidden(self, batch_size):
         """The zero hidden state: c (1, B, H) and, for a window of 2, the previous input (1, B, E)."""
@@ -172,7 +178,10 @@ class QRNN(nn.Module):
         """Run x (T, B, E) from `hidden`; returns the output (T, B, H) and the new hidden state."""
         c, *previous = hidden
         source = torch.cat([x, torch.cat([previous[0], x[:-1]])], -1) if self.window == 2 else x
-        linear_map = linear(source, self.linear.weight, self.linear.bias)
+        if self.packed and not torch.is_grad_enabled():
+            linear_map = self.packed(source)
+        else:
+            linear_map = linear(source, self.linear.weight, self.linear.bias)
         moves = None
         if self.zoneout:
             shape, keep = (*x.shape[:2], self.hidden_size), 1 - self.zoneout

@@ -16,7 +16,7 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
-from products import for_products, trains_in_bfloat16, transposed
+from products import Packed, for_products, trains_in_bfloat16, transposed
 from utils import map_hidden
 
 
@@ -115,22 +115,47 @@ def in_one_piece(rnn, kind):
     return [part.view_as(weight) for part, weight in zip(buffer.split([w.numel() for w in weights]), weights)]
 
 
+def is_step(x):
+    """Whether a layer over x (T, B, E) is to do one step without gradient on the CPU."""
+    return len(x) == 1 and not x.is_cuda and not torch.is_grad_enabled()
+
+
 class GRU(nn.GRU):
     """`torch.nn.GRU` of one layer, its parameters under its names. If `still`, no pass moves them in memory."""
 
     still = False
+    packed = None
+
+    def pack(self):
+        """From here on single steps without gradient take their products from `products.Packed`."""
+        self.packed = (Packed(self.weight_ih_l0, self.bias_ih_l0), Packed(self.weight_hh_l0, self.bias_hh_l0))
 
     def forward(self, x, h):
         """Run x (T, B, E) from `h` (1, B, H); returns the output (T, B, H) and the new h."""
         if self.still or (x.is_cuda and torch.is_autocast_enabled("cuda")):
             return cudnn_pass(torch.gru, self, x, h)
+        if self.packed and is_step(x):
+            h = self.step(x, h)
+            return h, h
         return super().forward(x, h)
+
+    def step(self, x, h):
+        """One step with packed weights, for x, h (1, B, E or H)."""
+        (r_x, z_x, n_x), (r_h, z_h, n_h) = (packed(part).chunk(3, -1) for packed, part in zip(self.packed, (x, h)))
+        n = torch.addcmul(n_x, (r_x + r_h).sigmoid(), n_h).tanh()
+        return torch.lerp(n, h, (z_x + z_h).sigmoid())
 
 
 class LSTM(nn.LSTM):
     """`torch.nn.LSTM` of one layer, its parameters under its names. If `still`, no pass moves them in memory."""
 
     still = False
+    packed = None
+
+    def pack(self):
+        """From here on single steps without gradient take their product from `products.Packed`: one, of both weights
+        side by side, which for 1150 inputs and units takes 0.47 ms where two take 0.55."""
+        self.packed = Packed(torch.cat([self.weight_ih_l0, self.weight_hh_l0], 1), self.bias_ih_l0 + self.bias_hh_l0)
 
     def forward(self, x, hidden):
         """Run x (T, B, E) from `hidden` (h, c), each (1, B, H); returns the output (T, B, H) and the new (h, c)."""
@@ -138,7 +163,7 @@ class LSTM(nn.LSTM):
         if self.still or (x.is_cuda and torch.is_autocast_enabled("cuda")):
             output, h, c = cudnn_pass(torch.lstm, self, x, hidden)
             return output, (h, c)
-        if len(x) == 1 and not x.is_cuda and not torch.is_grad_enabled():
+        if is_step(x):
             return self.step(x, h, c)
         if not trains_in_bfloat16(x):
             return super().forward(x, hidden)
@@ -149,8 +174,11 @@ class LSTM(nn.LSTM):
     def step(self, x, h, c):
         """One step without gradient, for x, h, c (1, B, E or H), in less than half the time of PyTorch's pass, which
         first brings the weights into another order."""
-        gates = functional.linear(x, self.weight_ih_l0, self.bias_ih_l0)
-        gates += functional.linear(h, self.weight_hh_l0, self.bias_hh_l0)
+        if self.packed:
+            gates = self.packed(torch.cat([x, h], -1))
+        else:
+            gates = functional.linear(x, self.weight_ih_l0, self.bias_ih_l0)
+            gates += functional.linear(h, self.weight_hh_l0, self.bias_hh_l0)
         i, f, g, o = gates.chunk(4, -1)
         c = f.sigmoid() * c + i.sigmoid() * g.tanh()
         h = o.sigmoid() * c.tanh()

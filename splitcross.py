@@ -15,7 +15,7 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
-from products import for_products
+from products import Packed, for_products
 
 LARGE = 2**20  # logits; fewer stay in the cache anyway
 
@@ -75,6 +75,8 @@ class SplitCrossEntropy(nn.Module):
     their own, `tail_vectors` (tails, E or H) and `tail_bias` (tails,), from 0.
     """
 
+    packed = None
+
     def __init__(self, hidden_size, ntoken, splits=()):
         super().__init__()
         bounds = [0, *(split for split in splits if split < ntoken), ntoken]
@@ -82,6 +84,10 @@ class SplitCrossEntropy(nn.Module):
         if len(self.sizes) > 1:
             self.tail_vectors = nn.Parameter(torch.zeros(len(self.sizes) - 1, hidden_size))
             self.tail_bias = nn.Parameter(torch.zeros(len(self.sizes) - 1))
+
+    def pack(self, weight, bias):
+        """From here on `logprob` takes its product from `products.Packed`, of `weight` and `bias` as they are now."""
+        self.packed = Packed(weight, bias)
 
     def forward(self, weight, bias, hidden, targets):
         """Mean cross entropy, nats per token, of `hidden` (..., E or H) against `targets` (...), under the softmax
@@ -116,13 +122,14 @@ class SplitCrossEntropy(nn.Module):
 
     def logprob(self, weight, bias, hidden):
         """Log-probabilities (..., V), in nats, of every word after `hidden` (..., E or H)."""
-        (head, *tails), head_logits = self._head(weight, bias, hidden)
-        head_logprob = head_logits.log_softmax(-1)
-        parts = [head_logprob[..., :self.sizes[0]]]
-        for tail, (tail_weight, tail_bias) in enumerate(tails, 1):
-            within = functional.linear(hidden, tail_weight, tail_bias).log_softmax(-1)
-            parts.append(head_logprob[..., -tail, None] + within)
-        return torch.cat(parts, -1)
+        logits = self.packed(hidden) if self.packed else functional.linear(hidden, weight, bias)
+        if len(self.sizes) == 1:
+            return logits.log_softmax(-1)
+        frequent, *tails = logits.split(self.sizes, -1)
+        tombstones = functional.linear(hidden, self.tail_vectors, self.tail_bias)
+        head = torch.cat([frequent, tombstones], -1).log_softmax(-1)
+        within = [head[..., -tail, None] + part.log_softmax(-1) for tail, part in enumerate(tails, 1)]
+        return torch.cat([head[..., :self.sizes[0]], *within], -1)
 
     def _head(self, weight, bias, hidden):
         """(weight, bias) of each split, and the logits (..., head words + tails) of the head."""

@@ -34,7 +34,7 @@ import pointer
 import training
 from data import Corpus
 from model import ARCHITECTURE, DROPOUTS, RNNModel
-from products import aligned, cpuinfo, has_bf16, use_onednn
+from products import aligned, cpuinfo, has_bf16, packs, use_onednn
 from utils import LARGEST_KEPT, keep_memory
 
 RECIPES = {  # words in the vocabulary, flags
@@ -257,7 +257,10 @@ def measure_generation(repetitions):
     """Words per second: a full call of the training module for each against `generate.sample`."""
     args = flags_of("ptb-lstm")
     ntoken = RECIPES["ptb-lstm"][0]
-    plain, ours = baseline.PlainModel(ntoken, args).eval(), our_model("ptb-lstm", args)
+    plain, models = baseline.PlainModel(ntoken, args).eval(), {"fp32": our_model("ptb-lstm", args)}
+    if packs():
+        models["bf16"] = our_model("ptb-lstm", args)
+        models["bf16"].pack()
 
     @torch.no_grad()
     def word_by_word(count=40):
@@ -267,12 +270,15 @@ def measure_generation(repetitions):
             word = torch.multinomial(plain.decoder(output[-1]).softmax(-1), 1)
         return count
 
-    def sampled(steps, batch_size):
-        return lambda: list(generate.sample(ours, torch.zeros(1, dtype=torch.long), steps, batch_size=batch_size))
+    def sampled(model, steps, batch_size):
+        return lambda: list(generate.sample(model, torch.zeros(1, dtype=torch.long), steps, batch_size=batch_size))
 
-    times = medians({"baseline": as_pytorch(word_by_word), "fp32": as_shipped(sampled(200, 1)),
-                     "fp32, --batch 100": as_shipped(sampled(40, 100))}, repetitions)
-    words = {"baseline": 40, "fp32": 200, "fp32, --batch 100": 4000}
+    candidates, words = {"baseline": as_pytorch(word_by_word)}, {"baseline": 40}
+    for name, model in models.items():
+        for suffix, steps, batch_size in (("", 200, 1), (", --batch 100", 40, 100)):
+            candidates[name + suffix] = as_shipped(sampled(model, steps, batch_size))
+            words[name + suffix] = steps * batch_size
+    times = medians(candidates, repetitions)
     return {"unit": "words/s", "rate": {name: words[name] / time for name, time in times.items()}}
 
 
@@ -287,8 +293,8 @@ def machine():
     return {"cpu": model, "threads": torch.get_num_threads(), "torch": torch.__version__, "commit": commit}
 
 
-COLUMNS = ("baseline", "baseline, set up", "no regularisation", "fp32", "bf16", "fp32, --batch 100", "floor fp32",
-           "floor bf16")
+COLUMNS = ("baseline", "baseline, set up", "no regularisation", "fp32", "bf16", "fp32, --batch 100",
+           "bf16, --batch 100", "floor fp32", "floor bf16")
 
 
 def table(results):

@@ -6,7 +6,8 @@ import torch
 import generate
 from data import Dictionary
 from model import RNNModel
-from utils import BadInput
+from products import packs
+from utils import BadInput, map_hidden
 
 
 @pytest.fixture
@@ -77,6 +78,53 @@ def test_texts_of_a_batch_are_texts_of_their_own(train, tmp_path, level):
     else:
         assert len(text) == 3 * len("the cat") + 3 * 30 + 2 * len("\n\n")
     assert text.startswith("the cat") and text.count("\n\nthe cat") == 2
+
+
+@pytest.mark.skipif(not packs(), reason="this CPU has no instructions for bfloat16")
+@pytest.mark.parametrize("kind", ["LSTM", "GRU", "QRNN"])
+@pytest.mark.parametrize("splits", [(), (20, 40)])
+def test_a_packed_model_reads_no_large_matrix_but_packed_ones(kind, splits):
+    torch.manual_seed(1)
+    model = RNNModel(60, model=kind, emsize=32, nhid=48, nlayers=2, splits=splits).eval()
+    for parameter in (model.encoder.weight, *model.softmax.parameters()):
+        torch.nn.init.normal_(parameter)
+    embedded, hidden = torch.randn(1, 3, 32), map_hidden(torch.randn_like, model.init_hidden(3))
+
+    @torch.no_grad()
+    def scores():
+        output, _, _ = model.recur(embedded, hidden)
+        return model.logprob(output)
+
+    exact = scores()
+    model.pack()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.dim() == 2 and name != "softmax.tail_vectors":
+                parameter.zero_()
+    error = (scores() - exact).norm() / exact.std() / exact.numel()**0.5
+    assert 1e-5 < error < 0.02
+
+
+@pytest.mark.parametrize("able", [True, False])
+def test_precision_bf16_packs_the_model_where_the_cpu_can_or_says_so(trained, capsys, monkeypatch, able):
+    packed = []
+    monkeypatch.setattr(generate, "packs", lambda: able)
+    monkeypatch.setattr(RNNModel, "pack", lambda model: packed.append(model))
+    arguments = ["--no-cuda", "--checkpoint", str(trained), "--words", "40", "--outf", "-"]
+    capsys.readouterr()
+    generate.main(arguments)
+    text = capsys.readouterr().out
+    assert not packed
+    generate.main([*arguments, "--precision", "bf16"])
+    captured = capsys.readouterr()
+    assert len(packed) == able and captured.out == text
+    assert captured.err == ("" if able else "--precision bf16: this CPU has no instructions for it; writing in fp32\n")
+
+
+def test_precision_bf16_on_a_gpu(monkeypatch):
+    monkeypatch.setattr(generate, "pick_device", lambda cuda: torch.device("cuda"))
+    with pytest.raises(BadInput, match="--precision bf16: on a GPU text is written in fp32"):
+        generate.main(["--cuda", "--precision", "bf16"])
 
 
 def test_a_drawn_column_has_the_probability_of_its_weight():

@@ -56,6 +56,16 @@ def test_linear_is_that_of_pytorch_where_nothing_trains_in_bfloat16():
         assert torch.equal(products.linear(*inputs), functional.linear(*inputs))
 
 
+@pytest.mark.skipif(not products.packs(), reason="this CPU has no instructions for bfloat16")
+def test_a_packed_weight_is_multiplied_in_bfloat16():
+    torch.manual_seed(0)
+    x, weight, bias = torch.randn(2, 3, 33), torch.randn(300, 33), torch.randn(300)
+    expected = functional.linear(x.bfloat16().double(), weight.bfloat16().double()) + bias
+    output = products.Packed(weight, bias)(x)
+    assert output.dtype == torch.float32
+    assert 1e-4 * expected.norm() < (output - expected).norm() < 3e-3 * expected.norm()  # rounded once, before the bias
+
+
 def test_onednn_computes_products_only_where_they_are_exact(monkeypatch):
     settings = []
     monkeypatch.setattr(torch, "set_float32_matmul_precision", settings.append)
