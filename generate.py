@@ -16,7 +16,7 @@ import torch
 
 import checkpoint
 from data import Dictionary
-from products import packs
+from products import packs_bf16
 from utils import (
     BadInput,
     Parser,
@@ -155,7 +155,7 @@ def main(argv=None):
     content = checkpoint.load(args.checkpoint, device)
     model = checkpoint.restore_model(content, args.checkpoint, device=device)
     if args.precision == "bf16":
-        if packs():
+        if packs_bf16():
             model.pack()
         else:
             print("--precision bf16: this CPU has no instructions for it; writing in fp32", file=sys.stderr)

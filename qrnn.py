@@ -15,7 +15,7 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 
 from locked_dropout import dropout_mask
-from products import Packed, linear
+from products import PackedLinear, linear
 
 try:
     import triton
@@ -166,8 +166,8 @@ class QRNN(nn.Module):
         self.linear = nn.Linear(window * input_size, 3 * hidden_size)
 
     def pack(self):
-        """From here on passes without gradient take their product from `products.Packed`."""
-        self.packed = Packed(self.linear.weight, self.linear.bias)
+        """From here on passes without gradient take their product from `PackedLinear`."""
+        self.packed = PackedLinear(self.linear.weight, self.linear.bias)
 
     def init_hidden(self, batch_size):
         """The zero hidden state: c (1, B, H) and, for a window of 2, the previous input (1, B, E)."""

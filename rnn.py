@@ -1,9 +1,10 @@
 """The LSTM and GRU layers: PyTorch's, with passes of their own where those are slow or in the way.
 
-LSTM training in bfloat16 on the CPU. In fp32 there is nothing to gain over PyTorch's pass, which is oneDNN's: 397 ms
-forward and backward for 1150 units, 70 x 20 words, on 2 cores of an Intel Xeon with AMX. In bfloat16 that one takes 313
-ms, and the one here 132: the input's product and the gradients of weights are one matrix product each for the whole
-sequence, and only the product with the hidden-to-hidden weight stays in the loop.
+LSTM training on the CPU, for large layers in fp32 and for all in bfloat16. The input's product and the gradients of
+weights are one matrix product each for the whole sequence; the hidden-to-hidden weight, by which the loop multiplies at
+each step, is packed once a pass (`products.Packed`). For 1150 inputs and units, 70 x 20 words, forward and backward, on
+2 cores of an Intel Xeon with AMX: 366 ms for the 403 of PyTorch's pass in fp32, 136 for its 313 in bfloat16. In fp32
+smaller layers gain nothing: 800 units 185 ms for 178, 400 and less more.
 
 Passes for cuDNN in bfloat16, where autocast hands it float16, and for CUDA graphs, which need the parameters to stay
 where they lie in memory: `cudnn_pass`.
@@ -16,8 +17,10 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
-from products import Packed, for_products, trains_in_bfloat16, transposed
+from products import Packed, PackedLinear, for_products, packs_fp32, trains_in_bfloat16, transposed
 from utils import map_hidden
+
+LARGE = 1100  # hidden units from which on the pass below pays in fp32
 
 
 class TrainingPass(torch.autograd.Function):
@@ -25,71 +28,64 @@ class TrainingPass(torch.autograd.Function):
     (4H) from the state h, c (B, H): the outputs (T, B, H) and the last c (B, H).
 
     Products and their factors, the gradients of the gates among them, are in the type that autocast says, gates, cell
-    and the gradients that are carried through time in that of `c`. Within, units come before batch columns: (H, B).
-    So the hidden-to-hidden weight is the left factor in the loop, which oneDNN reads as it lies, in 0.3 ms a step; as
-    the right one it is rearranged at every step, 0.5 ms. Sequences change their order as a whole, 0.5 ms each.
+    and the gradients that are carried through time in that of `c`.
     """
 
     @staticmethod
     def forward(ctx, x, weight_ih, weight_hh, bias, h, c):
         (steps, batch_size, _), hidden_size = x.shape, h.size(1)
-        rows, w_ih, w_hh, b, state = for_products(x.flatten(0, 1), weight_ih, weight_hh, bias, h)
-        from_input = torch.addmm(b.unsqueeze(1), w_ih, rows.t())
-        from_input = from_input.view(-1, steps, batch_size).transpose(0, 1).contiguous()
-        gates = c.new_empty(steps, 4, hidden_size, batch_size)
-        cells = c.new_empty(steps + 1, hidden_size, batch_size)
+        rows, w_ih, b = for_products(x.flatten(0, 1), weight_ih, bias)
+        w_hh = weight_hh.to(rows.dtype)
+        from_input = torch.addmm(b, rows, w_ih.t()).view(steps, batch_size, -1)
+        recurrence = Packed(w_hh, batch_size)
+        gates = c.new_empty(steps, 4, batch_size, hidden_size)
+        cells = c.new_empty(steps + 1, batch_size, hidden_size)
         squashed, outputs = torch.empty_like(cells[1:]), torch.empty_like(cells)
-        outputs[0], cells[0], state = h.t(), c.t(), state.t().contiguous()
+        outputs[0], cells[0] = h, c
         for t in range(steps):
-            gate = gates[t]
-            gate.view(-1, batch_size).copy_(torch.addmm(from_input[t], w_hh, state))
+            gate, state = gates[t], outputs[t].to(rows.dtype)
+            gate.copy_(recurrence.plus(from_input[t], state).view(batch_size, 4, -1).transpose(0, 1))
             gate[:2].sigmoid_()
             gate[2].tanh_()
             gate[3].sigmoid_()
             i, f, g, o = gate.unbind()
             torch.mul(f, cells[t], out=cells[t + 1]).addcmul_(i, g)
             torch.mul(o, torch.tanh(cells[t + 1], out=squashed[t]), out=outputs[t + 1])
-            state = outputs[t + 1].to(state.dtype)
-        outputs = outputs.transpose(1, 2).contiguous()
-        states = outputs[:-1].flatten(0, 1).to(state.dtype)
-        ctx.save_for_backward(rows, w_ih, w_hh, states, gates, cells, squashed)
+        ctx.save_for_backward(rows, w_ih, w_hh, outputs, gates, cells, squashed)
         ctx.shape, ctx.types = x.shape, (x.dtype, weight_hh.dtype)
-        return outputs[1:], cells[-1].t().clone(memory_format=torch.contiguous_format)
+        return outputs[1:], cells[-1].clone()
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_outputs, grad_c):
-        rows, w_ih, w_hh, states, gates, cells, squashed = ctx.saved_tensors
+        rows, w_ih, w_hh, outputs, gates, cells, squashed = ctx.saved_tensors
         x_type, weight_type = ctx.types
-        steps, _, hidden_size, batch_size = gates.shape
-        w_hh_t = transposed(w_hh)
-        grad_gates = torch.empty_like(gates, dtype=states.dtype)
+        steps, _, batch_size, hidden_size = gates.shape
+        recurrence = Packed(transposed(w_hh), batch_size)
+        grad_gates = gates.new_empty(steps, batch_size, 4, hidden_size, dtype=rows.dtype)
         grad = torch.empty_like(gates[0])  # of one step
-        grad_outputs = grad_outputs.transpose(1, 2).contiguous()
-        grad_h, grad_c = torch.zeros_like(cells[0]), grad_c.t().clone(memory_format=torch.contiguous_format)
+        grad_h, grad_c = torch.zeros_like(grad_c), grad_c.clone()
         for t in range(steps - 1, -1, -1):
             i, f, g, o = gates[t].unbind()
             tanh_c = squashed[t]
             # sigmoid' is s(1 - s), tanh' is 1 - s^2, and addcmul(x, x, s, value=-1) is x(1 - s)
             grad_h = grad_outputs[t] + grad_h
             through_o = grad_h * o
-            grad_c += torch.addcmul(through_o, through_o * tanh_c, tanh_c, value=-1)
+            torch.mul(through_o, tanh_c, out=grad[3])
+            grad_c.add_(through_o).addcmul_(grad[3], tanh_c, value=-1)
             through_i = grad_c * i
             torch.mul(through_i, g, out=grad[0])
             torch.addcmul(through_i, grad[0], g, value=-1, out=grad[2])
-            grad[0].addcmul_(grad[0], i, value=-1)
             grad_c *= f
             torch.mul(grad_c, cells[t], out=grad[1])
-            grad[1].addcmul_(grad[1], f, value=-1)
-            torch.mul(through_o, tanh_c, out=grad[3])
+            grad[:2].addcmul_(grad[:2], gates[t, :2], value=-1)
             grad[3].addcmul_(grad[3], o, value=-1)
-            grad_gates[t] = grad
-            grad_h = w_hh_t @ grad_gates[t].view(-1, batch_size)
-        grad_gates = grad_gates.view(steps, -1, batch_size)
-        by_word, by_gate = grad_gates.transpose(1, 2).flatten(0, 1), grad_gates.transpose(0, 1).flatten(1)
+            grad_gates[t] = grad.transpose(0, 1)
+            grad_h = recurrence(grad_gates[t].flatten(1))
+        by_word, states = grad_gates.view(steps * batch_size, -1), outputs[:-1].flatten(0, 1).to(rows.dtype)
+        by_gate = transposed(by_word) if rows.dtype == torch.bfloat16 else by_word.t()
         return ((by_word @ w_ih).view(ctx.shape).to(x_type), (by_gate @ rows).to(weight_type),
-                (by_gate @ states).to(weight_type), by_gate.sum(1).to(weight_type), grad_h.t().to(grad_c.dtype),
-                grad_c.t())
+                (by_gate @ states).to(weight_type), by_word.sum(0).to(weight_type), grad_h.to(grad_c.dtype), grad_c)
 
 
 def cudnn_pass(function, rnn, x, hidden):
@@ -127,8 +123,9 @@ class GRU(nn.GRU):
     packed = None
 
     def pack(self):
-        """From here on single steps without gradient take their products from `products.Packed`."""
-        self.packed = (Packed(self.weight_ih_l0, self.bias_ih_l0), Packed(self.weight_hh_l0, self.bias_hh_l0))
+        """From here on single steps without gradient take their products from `PackedLinear`."""
+        self.packed = [PackedLinear(self.weight_ih_l0, self.bias_ih_l0),
+                       PackedLinear(self.weight_hh_l0, self.bias_hh_l0)]
 
     def forward(self, x, h):
         """Run x (T, B, E) from `h` (1, B, H); returns the output (T, B, H) and the new h."""
@@ -153,9 +150,10 @@ class LSTM(nn.LSTM):
     packed = None
 
     def pack(self):
-        """From here on single steps without gradient take their product from `products.Packed`: one, of both weights
-        side by side, which for 1150 inputs and units takes 0.47 ms where two take 0.55."""
-        self.packed = Packed(torch.cat([self.weight_ih_l0, self.weight_hh_l0], 1), self.bias_ih_l0 + self.bias_hh_l0)
+        """From here on single steps without gradient take their product from `PackedLinear`: one, of both weights side
+        by side, which for 1150 inputs and units takes 0.47 ms where two take 0.55."""
+        weight = torch.cat([self.weight_ih_l0, self.weight_hh_l0], 1)
+        self.packed = PackedLinear(weight, self.bias_ih_l0 + self.bias_hh_l0)
 
     def forward(self, x, hidden):
         """Run x (T, B, E) from `hidden` (h, c), each (1, B, H); returns the output (T, B, H) and the new (h, c)."""
@@ -165,11 +163,18 @@ class LSTM(nn.LSTM):
             return output, (h, c)
         if is_step(x):
             return self.step(x, h, c)
-        if not trains_in_bfloat16(x):
+        if not self.by_own_pass(x):
             return super().forward(x, hidden)
         bias = self.bias_ih_l0 + self.bias_hh_l0
         outputs, c = TrainingPass.apply(x, self.weight_ih_l0, self.weight_hh_l0, bias, h[0], c[0])
         return outputs, (outputs[-1:], c.unsqueeze(0))
+
+    def by_own_pass(self, x):
+        """Whether to train over x (T, B, E) by `TrainingPass`, where that is faster than PyTorch's."""
+        if trains_in_bfloat16(x):
+            return True
+        return (x.dtype == torch.float32 and not x.is_cuda and torch.is_grad_enabled()
+                and self.hidden_size >= LARGE and packs_fp32())
 
     def step(self, x, h, c):
         """One step without gradient, for x, h, c (1, B, E or H), in less than half the time of PyTorch's pass, which

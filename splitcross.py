@@ -15,7 +15,7 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
-from products import Packed, for_products
+from products import PackedLinear, for_products
 
 LARGE = 2**20  # logits; fewer stay in the cache anyway
 
@@ -86,8 +86,8 @@ class SplitCrossEntropy(nn.Module):
             self.tail_bias = nn.Parameter(torch.zeros(len(self.sizes) - 1))
 
     def pack(self, weight, bias):
-        """From here on `logprob` takes its product from `products.Packed`, of `weight` and `bias` as they are now."""
-        self.packed = Packed(weight, bias)
+        """From here on `logprob` takes its product from `PackedLinear`, of `weight` and `bias` as they are now."""
+        self.packed = PackedLinear(weight, bias)
 
     def forward(self, weight, bias, hidden, targets):
         """Mean cross entropy, nats per token, of `hidden` (..., E or H) against `targets` (...), under the softmax

@@ -34,7 +34,7 @@ import pointer
 import training
 from data import Corpus
 from model import ARCHITECTURE, DROPOUTS, RNNModel
-from products import aligned, cpuinfo, has_bf16, packs, use_onednn
+from products import aligned, cpuinfo, has_bf16, packs_bf16, use_onednn
 from utils import LARGEST_KEPT, keep_memory
 
 RECIPES = {  # words in the vocabulary, flags
@@ -258,7 +258,7 @@ def measure_generation(repetitions):
     args = flags_of("ptb-lstm")
     ntoken = RECIPES["ptb-lstm"][0]
     plain, models = baseline.PlainModel(ntoken, args).eval(), {"fp32": our_model("ptb-lstm", args)}
-    if packs():
+    if packs_bf16():
         models["bf16"] = our_model("ptb-lstm", args)
         models["bf16"].pack()
 

@@ -6,7 +6,7 @@ import torch
 import generate
 from data import Dictionary
 from model import RNNModel
-from products import packs
+from products import packs_bf16
 from utils import BadInput, map_hidden
 
 
@@ -80,7 +80,7 @@ def test_texts_of_a_batch_are_texts_of_their_own(train, tmp_path, level):
     assert text.startswith("the cat") and text.count("\n\nthe cat") == 2
 
 
-@pytest.mark.skipif(not packs(), reason="this CPU has no instructions for bfloat16")
+@pytest.mark.skipif(not packs_bf16(), reason="this CPU has no instructions for bfloat16")
 @pytest.mark.parametrize("kind", ["LSTM", "GRU", "QRNN"])
 @pytest.mark.parametrize("splits", [(), (20, 40)])
 def test_a_packed_model_reads_no_large_matrix_but_packed_ones(kind, splits):
@@ -108,7 +108,7 @@ def test_a_packed_model_reads_no_large_matrix_but_packed_ones(kind, splits):
 @pytest.mark.parametrize("able", [True, False])
 def test_precision_bf16_packs_the_model_where_the_cpu_can_or_says_so(trained, capsys, monkeypatch, able):
     packed = []
-    monkeypatch.setattr(generate, "packs", lambda: able)
+    monkeypatch.setattr(generate, "packs_bf16", lambda: able)
     monkeypatch.setattr(RNNModel, "pack", lambda model: packed.append(model))
     arguments = ["--no-cuda", "--checkpoint", str(trained), "--words", "40", "--outf", "-"]
     capsys.readouterr()

@@ -56,12 +56,24 @@ def test_linear_is_that_of_pytorch_where_nothing_trains_in_bfloat16():
         assert torch.equal(products.linear(*inputs), functional.linear(*inputs))
 
 
-@pytest.mark.skipif(not products.packs(), reason="this CPU has no instructions for bfloat16")
-def test_a_packed_weight_is_multiplied_in_bfloat16():
+@pytest.mark.parametrize("kind, precision", [(torch.float32, 1e-6), (torch.bfloat16, 4e-3), (torch.float64, 1e-15)])
+@pytest.mark.parametrize("rows", [1, 20])
+def test_a_packed_product_is_the_product(kind, precision, rows):
+    torch.manual_seed(0)
+    x, weight, term = (torch.randn(shape).to(kind) for shape in ((rows, 33), (300, 33), (rows, 300)))
+    product = products.Packed(weight, rows)
+    assert (product.mkl is not None) == (kind == torch.float32 and torch.backends.mkl.is_available())
+    assert (product.onednn is not None) == (kind == torch.bfloat16 and products.packs_bf16())
+    expected = x.double() @ weight.double().t()
+    for ours, theirs in ((product(x), expected), (product.plus(term, x), expected + term)):
+        assert ours.dtype == kind and (ours - theirs).norm() < precision * theirs.norm()
+
+
+def test_a_packed_linear_map_multiplies_in_bfloat16():
     torch.manual_seed(0)
     x, weight, bias = torch.randn(2, 3, 33), torch.randn(300, 33), torch.randn(300)
     expected = functional.linear(x.bfloat16().double(), weight.bfloat16().double()) + bias
-    output = products.Packed(weight, bias)(x)
+    output = products.PackedLinear(weight, bias)(x)
     assert output.dtype == torch.float32
     assert 1e-4 * expected.norm() < (output - expected).norm() < 3e-3 * expected.norm()  # rounded once, before the bias
 

@@ -13,6 +13,7 @@ when a trajectory parts, and the summary says where it did.
 import json
 import math
 import os
+from collections import Counter
 from pathlib import Path
 
 import numpy
@@ -23,6 +24,7 @@ from conftest import read_metrics
 import locked_dropout
 import main
 import pointer
+import rnn
 import splitcross
 from data import Corpus
 from model import ARCHITECTURE, DROPOUTS, LAYERS, RNNModel
@@ -79,6 +81,14 @@ def losses(lines):
     return numpy.array([line["loss"] for line in lines])
 
 
+def counted(calls, name, function):
+    """The function, each of whose calls `calls` counts under `name`."""
+    def call(*inputs):
+        calls[name] += 1
+        return function(*inputs)
+    return call
+
+
 def furthest(difference):
     """The largest absolute difference so far, batch by batch."""
     return numpy.maximum.accumulate(abs(difference))
@@ -119,13 +129,19 @@ def test_training_follows_the_original(case, tmp_path, monkeypatch):
 
 
 def test_training_follows_the_original_on_the_path_of_large_models_too(case, tmp_path, monkeypatch):
-    """The blockwise softmax, which models as small as these do not take; the masks stay those of the recorder."""
-    blocks, forward = [], splitcross.SoftmaxLoss.forward
-    monkeypatch.setattr(splitcross.SoftmaxLoss, "forward", lambda *inputs: blocks.append(1) or forward(*inputs))
+    """The blockwise softmax and the LSTM's own pass, which models as small as these do not take; the masks stay those
+    of the recorder."""
+    calls = Counter()
+    for function in (splitcross.SoftmaxLoss, rnn.TrainingPass):
+        monkeypatch.setattr(function, "forward", counted(calls, function, function.forward))
     monkeypatch.setattr(splitcross, "LARGE", 0)
+    monkeypatch.setattr(rnn, "LARGE", 0)
+    monkeypatch.setattr(rnn, "packs_fp32", lambda: True)
     monkeypatch.setattr(locked_dropout, "LARGE", math.inf)
     run = train(case, tmp_path / "run.pt", monkeypatch)
-    assert len(blocks) == len(run["batch"])
+    layers = case["flags"]["nlayers"] if case["flags"]["model"] == "LSTM" else 0
+    assert calls[splitcross.SoftmaxLoss] == len(run["batch"])
+    assert calls[rnn.TrainingPass] == layers * len(run["batch"])
     difference = abs(losses(run["batch"]) - case["train_losses"])
     assert difference[:LARGE_BATCHES].max() <= LOSS_TOLERANCE
 
