@@ -84,7 +84,7 @@ class RNNModel(nn.Module):
 
     def pack(self):
         """From here on single steps and `logprob`, both without gradient, multiply in bfloat16 by the weights that
-        there are now, for text of a model that is trained (`products.PackedLinear`)."""
+        there are now (`products.PackedLinear`). For the text of a trained model: nothing unpacks it."""
         for rnn in self.rnns:
             rnn.pack()
         self.softmax.pack(self.decoder.weight, self.decoder.bias)

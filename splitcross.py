@@ -86,7 +86,7 @@ class SplitCrossEntropy(nn.Module):
             self.tail_bias = nn.Parameter(torch.zeros(len(self.sizes) - 1))
 
     def pack(self, weight, bias):
-        """From here on `logprob` takes its product from `PackedLinear`, of `weight` and `bias` as they are now."""
+        """From here on `logprob` without gradient takes its product from `PackedLinear` of `weight` and `bias`."""
         self.packed = PackedLinear(weight, bias)
 
     def forward(self, weight, bias, hidden, targets):
@@ -122,7 +122,8 @@ class SplitCrossEntropy(nn.Module):
 
     def logprob(self, weight, bias, hidden):
         """Log-probabilities (..., V), in nats, of every word after `hidden` (..., E or H)."""
-        logits = self.packed(hidden) if self.packed else functional.linear(hidden, weight, bias)
+        packed = self.packed and not torch.is_grad_enabled()
+        logits = self.packed(hidden) if packed else functional.linear(hidden, weight, bias)
         if len(self.sizes) == 1:
             return logits.log_softmax(-1)
         frequent, *tails = logits.split(self.sizes, -1)

@@ -65,6 +65,7 @@ def refused(run, folder, script, *arguments):
     ("finetune", "--dropouth 1.2"), ("finetune", "--epochs -1"), ("finetune", ""),
     ("pointer", "--window 0"), ("pointer", "--theta -1"), ("pointer", "--lambdasm 1"), ("pointer", "--bptt 0"),
     ("generate", "--temperature 0"), ("generate", "--words 0"), ("generate", "--top-k -1"),
+    ("generate", "--precision tf32"),
 ])
 def test_flags_out_of_range(run, tmp_path, script, flags):
     flag = flags.split(" ")[0]

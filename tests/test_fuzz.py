@@ -43,7 +43,7 @@ FLAGS = {
     "finetune": ["--dropout", "--lr", "--bptt", "--nhid", "--model", "--level", "--load", "--seed", "--clip"],
     "pointer": ["--window", "--theta", "--lambdasm", "--bptt", "--data", "--level", "--model", "--save"],
     "generate": ["--temperature", "--top-k", "--words", "--prompt", "--seed", "--outf", "--checkpoint",
-                 "--log-interval", "--batch"],
+                 "--log-interval", "--batch", "--precision"],
 }
 
 

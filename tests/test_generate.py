@@ -105,6 +105,26 @@ def test_a_packed_model_reads_no_large_matrix_but_packed_ones(kind, splits):
     assert 1e-5 < error < 0.02
 
 
+@pytest.mark.skipif(not packs_bf16(), reason="this CPU has no instructions for bfloat16")
+@pytest.mark.parametrize("kind", ["LSTM", "GRU", "QRNN"])
+def test_a_packed_model_goes_on_from_a_prompt_and_leaves_gradients_alone(kind):
+    torch.manual_seed(1)
+    model = RNNModel(60, model=kind, emsize=32, nhid=48, nlayers=2).eval()
+    words = torch.randint(60, (5, 3))
+
+    def scores():
+        _, hidden, _ = model(words, model.init_hidden(3))
+        output, _, _ = model(words[:1], hidden)
+        return model.logprob(output)
+
+    exact = scores()
+    model.pack()
+    assert torch.equal(scores(), exact) and exact.requires_grad
+    with torch.no_grad():
+        error = (scores() - exact).norm() / exact.norm()
+    assert 1e-7 < error < 1e-3
+
+
 @pytest.mark.parametrize("able", [True, False])
 def test_precision_bf16_packs_the_model_where_the_cpu_can_or_says_so(trained, capsys, monkeypatch, able):
     packed = []
@@ -118,13 +138,15 @@ def test_precision_bf16_packs_the_model_where_the_cpu_can_or_says_so(trained, ca
     generate.main([*arguments, "--precision", "bf16"])
     captured = capsys.readouterr()
     assert len(packed) == able and captured.out == text
-    assert captured.err == ("" if able else "--precision bf16: this CPU has no instructions for it; writing in fp32\n")
+    assert captured.err == ("" if able else "--precision bf16: for CPUs with instructions for it; writing in fp32\n")
 
 
-def test_precision_bf16_on_a_gpu(monkeypatch):
-    monkeypatch.setattr(generate, "pick_device", lambda cuda: torch.device("cuda"))
-    with pytest.raises(BadInput, match="--precision bf16: on a GPU text is written in fp32"):
-        generate.main(["--cuda", "--precision", "bf16"])
+def test_texts_of_a_batch_in_bfloat16(trained, capsys):
+    capsys.readouterr()
+    generate.main(["--no-cuda", "--checkpoint", str(trained), "--words", "30", "--batch", "3", "--prompt", "the cat",
+                   "--precision", "bf16", "--outf", "-"])
+    texts = capsys.readouterr().out.split("\n\n")
+    assert [len(text.split()) for text in texts] == [32] * 3 and len(set(texts)) == 3
 
 
 def test_a_drawn_column_has_the_probability_of_its_weight():

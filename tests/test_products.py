@@ -62,11 +62,17 @@ def test_a_packed_product_is_the_product(kind, precision, rows):
     torch.manual_seed(0)
     x, weight, term = (torch.randn(shape).to(kind) for shape in ((rows, 33), (300, 33), (rows, 300)))
     product = products.Packed(weight, rows)
-    assert (product.mkl is not None) == (kind == torch.float32 and torch.backends.mkl.is_available())
+    assert (product.mkl is not None) == (kind == torch.float32 and products.packs_fp32())
     assert (product.onednn is not None) == (kind == torch.bfloat16 and products.packs_bf16())
     expected = x.double() @ weight.double().t()
     for ours, theirs in ((product(x), expected), (product.plus(term, x), expected + term)):
         assert ours.dtype == kind and (ours - theirs).norm() < precision * theirs.norm()
+
+
+def test_fp32_is_packed_on_processors_of_intel(monkeypatch):
+    for name, packs in (("GenuineIntel", True), ("AuthenticAMD", False), ("", False)):
+        monkeypatch.setattr(products, "cpuinfo", lambda name=name: name)
+        assert products.packs_fp32() == (packs and torch.backends.mkl.is_available())
 
 
 def test_a_packed_linear_map_multiplies_in_bfloat16():

@@ -38,7 +38,7 @@ FOLLOWED = {}  # how closely each run came out as recorded, for the summary
 
 LOSS_TOLERANCE, CACHE_TOLERANCE = 1e-4, 1e-5
 STRICT_BATCHES = 50
-LARGE_BATCHES = 25  # softmax in another order: half as many before the chaos of rounding reaches 1e-4 here
+LARGE_BATCHES = 25  # sums in another order: half as many before the chaos of rounding reaches 1e-4 here
 TWINS, TWIN_DIFFERENCE, TWIN_FACTOR = (1, 2), 1e-6, 5
 
 
