@@ -56,7 +56,7 @@ def parse_flags(argv):
     parser.add_argument("--log-interval", type=count, default=100, metavar="N",
                         help="words between progress lines (default: %(default)s)")
     parser.add_argument("--precision", choices=["fp32", "bf16"], default="fp32",
-                        help="of the products with the weights; bf16 is faster, on CPUs that have instructions for it "
+                        help="of the products with the weights; bf16 is faster, on x86 CPUs with instructions for it "
                              "(default: %(default)s)")
     add_run_flags(parser)
     return parser.parse_args(argv)
@@ -157,7 +157,7 @@ def main(argv=None):
         if not args.cuda and packs_bf16():
             model.pack()
         else:
-            print("--precision bf16: for CPUs with instructions for it; writing in fp32", file=sys.stderr)
+            print("--precision bf16: for x86 CPUs with instructions for it; writing in fp32", file=sys.stderr)
     level, dictionary = content["flags"].get("level", "word"), Dictionary(content["vocabulary"])
     prompt = tokens_of(args.prompt, level)
     context = torch.tensor(encode(prompt, dictionary), device=device)
