@@ -72,7 +72,8 @@ def test_a_packed_product_is_the_product(kind, precision, rows):
 def test_fp32_is_packed_on_processors_of_intel(monkeypatch):
     for name, packs in (("GenuineIntel", True), ("AuthenticAMD", False), ("", False)):
         monkeypatch.setattr(products, "cpuinfo", lambda name=name: name)
-        assert products.packs_fp32() == (packs and torch.backends.mkl.is_available())
+        assert products.packs_fp32() == (packs and torch.backends.mkl.is_available()
+                                         and torch.backends.mkldnn.is_available())
 
 
 def test_a_packed_linear_map_multiplies_in_bfloat16():
