@@ -30,8 +30,10 @@ def stock(layer):
     return twin.double()
 
 
-@pytest.mark.parametrize("steps, batch_size", [(4, 3), (1, 3), (4, 1)])
-def test_the_gradients_of_the_training_pass_are_those_of_finite_differences(steps, batch_size):
+@pytest.mark.parametrize("steps, batch_size, words", [(4, 3, 100), (1, 3, 100), (4, 1, 100), (5, 3, 6), (5, 3, 1)])
+def test_the_gradients_of_the_training_pass_are_those_of_finite_differences(steps, batch_size, words, monkeypatch):
+    """In one block of all steps, in blocks of two and a last one of one, in blocks of one."""
+    monkeypatch.setattr(rnn.TrainingPass, "WORDS", words)
     torch.manual_seed(0)
     inputs = [torch.randn(shape, dtype=torch.double, requires_grad=True) for shape in
               ((steps, batch_size, E), (4 * H, E), (4 * H, H), (4 * H,), (batch_size, H), (batch_size, H))]
@@ -40,6 +42,7 @@ def test_the_gradients_of_the_training_pass_are_those_of_finite_differences(step
 
 @pytest.mark.parametrize("precision, low, high", [("fp32", 0, 1e-6), ("bf16", 1e-4, 0.02)])
 def test_training_by_the_own_pass_is_that_of_pytorch_to_the_precision(layer, batch, monkeypatch, precision, low, high):
+    monkeypatch.setattr(rnn.TrainingPass, "WORDS", 2 * B)
     monkeypatch.setattr(rnn, "LARGE", 0)
     monkeypatch.setattr(rnn, "packs_fp32", lambda: True)
     x, hidden = batch

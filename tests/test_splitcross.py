@@ -159,9 +159,10 @@ def test_every_script_works_with_a_split_softmax(train, corpus_dir, tmp_path, mo
     assert checkpoint.load(save)["model"]["softmax.tail_vectors"].abs().sum() > 0
 
 
-@pytest.mark.parametrize("rows", [1, 7, 100])
-def test_the_loss_in_blocks_and_its_gradients_are_those_of_cross_entropy(monkeypatch, rows):
+@pytest.mark.parametrize("rows, part", [(1, 1), (7, 3), (7, 100), (100, 3), (100, 100)])
+def test_the_loss_in_blocks_and_its_gradients_are_those_of_cross_entropy(monkeypatch, rows, part):
     monkeypatch.setattr(SoftmaxLoss, "ROWS", rows)
+    monkeypatch.setattr(SoftmaxLoss, "PART", part)
     torch.manual_seed(0)
     inputs = [torch.randn(shape, dtype=torch.double, requires_grad=True) for shape in ((20, 5), (11, 5), (11,))]
     targets = torch.randint(11, (20,))
@@ -171,6 +172,13 @@ def test_the_loss_in_blocks_and_its_gradients_are_those_of_cross_entropy(monkeyp
     torch.testing.assert_close(3 * SoftmaxLoss.apply(*inputs, targets), loss)
     for gradient, expected in zip(ours, torch.autograd.grad(loss, inputs)):
         torch.testing.assert_close(gradient, expected)
+
+
+def test_the_loss_of_a_target_whose_probability_is_below_all_numbers_is_exact():
+    hidden, bias = torch.tensor([[1.0], [1.0]]), torch.tensor([1e4, 0.0, 1e4, -1e4])
+    weight, targets = torch.zeros(4, 1, requires_grad=True), torch.tensor([3, 1])
+    loss = SoftmaxLoss.apply(hidden, weight, bias, targets)
+    torch.testing.assert_close(loss, functional.cross_entropy(bias.expand(2, 4), targets), rtol=1e-6, atol=0)
 
 
 def test_the_loss_in_bfloat16_has_gradients_to_the_precision_of_bfloat16(monkeypatch):
