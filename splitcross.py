@@ -35,8 +35,9 @@ class SoftmaxLoss(torch.autograd.Function):
     after the other.
 
     No N x V matrix is ever written to memory and read again, and in bfloat16 no block of fp32 either: what is
-    elementwise happens where PART rows of fp32 stay in the cache. Products are in the type that autocast says, the loss
-    in that of `bias`.
+    elementwise happens to PART rows, in the cache. The blocks take two thirds of the time of `cross_entropy` (1400 x
+    10000 in fp32); with the parts a step of WikiText-2 takes 86% of the time without in bfloat16, 94% in fp32 (2 cores
+    of AMD EPYCs). Products are in the type that autocast says, the loss in that of `bias`.
     """
 
     ROWS, PART = 480, 64

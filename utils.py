@@ -328,7 +328,7 @@ def keep_memory(freed=-1):
     and 1,926 for 1,861 in bfloat16.
 
     Blocks of more than LARGEST_KEPT bytes are returned, unless the environment says MALLOC_MMAP_MAX_=0: kept, they
-    leave gaps in the heap, since their sizes change with the length of the batch, and it grows.
+    leave gaps in the heap, since their sizes change with the length of the batch, and it grows (benchmarks/README.md).
     """
     libc = ctypes.CDLL(None)
     if hasattr(libc, "mallopt"):
