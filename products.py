@@ -1,7 +1,7 @@
 """Matrix products on the CPU: which library computes them, and in bfloat16 in which layout they are fast.
 
 oneDNN's products in bfloat16 depend on how the factors lie in memory. The gains below are of 1400 words through 4650 x
-1550 weights on 2 cores of an Intel Xeon with AMX; an AMD EPYC, without a matrix unit, is as fast in any layout.
+1550 weights on 2 cores of an Intel Xeon with AMX; on an AMD EPYC, without a matrix unit, they are none.
 
 Shapes are in the alphabet of `model.py`.
 """
@@ -116,8 +116,8 @@ class Linear(torch.autograd.Function):
 
 
 def packs_fp32():
-    """Whether `Packed` packs in fp32: with MKL on a processor of Intel. On an AMD EPYC MKL takes 2.5 to 2.9
-    times as long as oneDNN, and with weights packed by oneDNN the LSTM's pass takes 514 ms for the 482 of PyTorch's."""
+    """Whether `Packed` packs in fp32: with MKL on a processor of Intel. On an AMD EPYC,
+    with weights packed by oneDNN, the LSTM's pass takes 514 ms for the 482 of PyTorch's."""
     return torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available() and "GenuineIntel" in cpuinfo()
 
 

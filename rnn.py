@@ -1,11 +1,11 @@
 """The LSTM and GRU layers: PyTorch's, with passes of their own where those are slow or in the way.
 
 LSTM training on the CPU, for large layers in fp32 and for all in bfloat16. The input's product and the gradients of
-weights are one matrix product each for the whole sequence; the hidden-to-hidden weight, by which the loop multiplies at
-each step, is packed once a pass (`products.Packed`). For 1150 inputs and units, 70 x 20 words, forward and backward, on
-2 cores of an Intel Xeon with AMX: 366 ms for the 403 of PyTorch's pass in fp32, 136 for its 313 in bfloat16. In fp32 it
-gains less on wider batches (1150 units, 80 columns: 3 to 7%; 1840 units, 128 columns: 5 to 9%), nothing at 1024 units,
-and at 800 it takes 185 ms for 178.
+weights are one matrix product each for all steps of a block; the hidden-to-hidden weight, by which the loop multiplies
+at each step, is packed once a pass (`products.Packed`). For 1150 inputs and units, 70 x 20 words, forward and backward,
+on 2 cores of an Intel Xeon with AMX: 366 ms for the 403 of PyTorch's pass in fp32, 136 for its 313 in bfloat16. In fp32
+it gains less on wider batches (1150 units, 80 columns: 3 to 7%; 1840 units, 128 columns: 5 to 9%), nothing at 1024
+units, and at 800 it takes 185 ms for 178.
 
 Passes for cuDNN in bfloat16, where autocast hands it float16, and for CUDA graphs, which need the parameters to stay
 where they lie in memory: `cudnn_pass`.
@@ -31,16 +31,17 @@ class TrainingPass(torch.autograd.Function):
     Products and their factors, the gradients of the gates among them, are in the type that autocast says, gates, cell
     and the gradients that are carried through time in that of `c`.
 
-    Steps go in blocks of WORDS words. Products over time are as fast as over the whole sequence, and what they read and
-    write once is small enough for `utils.keep_memory`: a step of PTB characters takes 81% of the time (19,200 words, 2
-    cores of an AMD EPYC). One of PTB words is a single block.
+    Products that need not wait for the step before are of WORDS words or a little more at a time: as fast as of the
+    whole sequence, and in bfloat16 with results small enough for `utils.keep_memory` to keep. A step of PTB characters
+    in bfloat16, 19,200 words, takes 81% of the time (2 cores of an AMD EPYC).
     """
 
     WORDS = 2048
 
     @staticmethod
     def blocks(steps, batch_size):
-        """So many time steps, cut into blocks: for each the slice of the steps and that of their words."""
+        """Cut so many time steps into blocks of WORDS words or a little more, the last one of what is left; yields for
+        each the slice of its steps and that of its words."""
         size = -(-TrainingPass.WORDS // batch_size)
         for start in range(0, steps, size):
             stop = min(start + size, steps)
@@ -58,9 +59,9 @@ class TrainingPass(torch.autograd.Function):
         outputs[0], cells[0] = h, c
         for block, words in TrainingPass.blocks(steps, batch_size):
             from_input = torch.addmm(b, rows[words], w_ih.t()).view(-1, batch_size, 4 * hidden_size)
-            for t, from_word in enumerate(from_input, block.start):
+            for t, from_step in enumerate(from_input, block.start):
                 gate, state = gates[t], outputs[t].to(rows.dtype)
-                gate.copy_(recurrence.plus(from_word, state).view(batch_size, 4, -1).transpose(0, 1))
+                gate.copy_(recurrence.plus(from_step, state).view(batch_size, 4, -1).transpose(0, 1))
                 gate[:2].sigmoid_()
                 gate[2].tanh_()
                 gate[3].sigmoid_()
@@ -78,7 +79,8 @@ class TrainingPass(torch.autograd.Function):
         x_type, weight_type = ctx.types
         steps, _, batch_size, hidden_size = gates.shape
         recurrence = Packed(transposed(w_hh), batch_size)
-        grad_h, grad_c, grad = torch.zeros_like(grad_c), grad_c.clone(), torch.empty_like(gates[0])  # of one step
+        grad = torch.empty_like(gates[0])  # of one step
+        grad_h, grad_c = torch.zeros_like(grad_c), grad_c.clone()
         grad_x, grad_weights = rows.new_empty(rows.shape, dtype=x_type), None
         for block, words in reversed(list(TrainingPass.blocks(steps, batch_size))):
             grad_gates = gates.new_empty(block.stop - block.start, batch_size, 4, hidden_size, dtype=rows.dtype)
