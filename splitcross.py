@@ -35,7 +35,7 @@ class SoftmaxLoss(torch.autograd.Function):
     rows at a time.
 
     No N x V matrix is ever written to memory and read again, and in bfloat16 no fp32 matrix of ROWS x V either, only
-    logits that `utils.keep_memory` keeps for V up to 34,000. A block takes two thirds of the time of `cross_entropy`
+    logits that `utils.keep_memory` keeps for V up to 34,000. The blocks take two thirds of the time of `cross_entropy`
     (1400 x 10000 in fp32, ROWS = 384); with PART a step of WikiText-2 takes 86% of the time that it took without in
     bfloat16, 94% in fp32 (2 cores of AMD EPYCs). Products are in the type that autocast says, the loss in that of
     `bias`.
