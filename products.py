@@ -116,8 +116,8 @@ class Linear(torch.autograd.Function):
 
 
 def packs_fp32():
-    """Whether `Packed` packs in fp32: with MKL on a processor of Intel. On an AMD EPYC,
-    with weights packed by oneDNN, the LSTM's pass takes 514 ms for the 482 of PyTorch's."""
+    """Whether `Packed` packs in fp32: with MKL on a processor of Intel. On an AMD EPYC, with
+    weights packed by oneDNN, the LSTM's pass takes 514 ms for the 482 of PyTorch's."""
     return torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available() and "GenuineIntel" in cpuinfo()
 
 

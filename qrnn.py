@@ -16,6 +16,7 @@ from torch.autograd.function import once_differentiable
 
 from locked_dropout import dropout_mask
 from products import PackedLinear, linear
+from utils import blocks
 
 try:
     import triton
@@ -37,11 +38,6 @@ class Pooling(torch.autograd.Function):
     BLOCK = 4
 
     @staticmethod
-    def blocks(steps):
-        """The slices of BLOCK of so many time steps."""
-        return [slice(start, min(start + Pooling.BLOCK, steps)) for start in range(0, steps, Pooling.BLOCK)]
-
-    @staticmethod
     def forward(ctx, linear_map, start, moves):
         steps, (batch_size, hidden_size) = len(linear_map), start.shape
         source = linear_map.unflatten(2, (3, hidden_size)).permute(2, 0, 1, 3)
@@ -49,7 +45,7 @@ class Pooling(torch.autograd.Function):
         states = start.new_empty(steps + 1, batch_size, hidden_size)  # c_{-1}, c_0, ...
         output = torch.empty_like(gates[0])
         states[0] = start
-        for block in Pooling.blocks(steps):
+        for block in blocks(steps, Pooling.BLOCK):
             gates[:, block] = source[:, block]
             z, f, o = gates[0, block].tanh_(), *gates[1:, block].sigmoid_()
             if moves is not None:
@@ -70,7 +66,7 @@ class Pooling(torch.autograd.Function):
         grad_map = gates.new_empty(steps, batch_size, 3 * hidden_size, dtype=ctx.kind)
         grad_z, grad_f, grad_o = grad_map.chunk(3, -1)
         carried = grad_last  # d loss / d c_t through all later steps
-        for block in reversed(Pooling.blocks(steps)):
+        for block in reversed(blocks(steps, Pooling.BLOCK)):
             z, f, o = gates[:, block]
             grad, factors = grad_output[block], f if moves is None else f * moves[block]
             # sigmoid' is s(1 - s), tanh' is 1 - s^2, and addcmul(x, x, s, value=-1) is x(1 - s)

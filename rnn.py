@@ -19,7 +19,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from products import Packed, PackedLinear, for_products, packs_fp32, trains_in_bfloat16, transposed
-from utils import map_hidden
+from utils import blocks, map_hidden
 
 LARGE = 1100  # hidden units from which on the pass below pays in fp32
 
@@ -40,12 +40,8 @@ class TrainingPass(torch.autograd.Function):
 
     @staticmethod
     def blocks(steps, batch_size):
-        """Cut so many time steps into blocks of WORDS words or a little more, the last one of what is left; yields for
-        each the slice of its steps and that of its words."""
-        size = -(-TrainingPass.WORDS // batch_size)
-        for start in range(0, steps, size):
-            stop = min(start + size, steps)
-            yield slice(start, stop), slice(start * batch_size, stop * batch_size)
+        """The slices of so many time steps, each of WORDS words or a little more, the last of what is left."""
+        return blocks(steps, -(-TrainingPass.WORDS // batch_size))
 
     @staticmethod
     def forward(ctx, x, weight_ih, weight_hh, bias, h, c):
@@ -57,8 +53,9 @@ class TrainingPass(torch.autograd.Function):
         cells = c.new_empty(steps + 1, batch_size, hidden_size)
         squashed, outputs = torch.empty_like(cells[1:]), torch.empty_like(cells)
         outputs[0], cells[0] = h, c
-        for block, words in TrainingPass.blocks(steps, batch_size):
-            from_input = torch.addmm(b, rows[words], w_ih.t()).view(-1, batch_size, 4 * hidden_size)
+        inputs = rows.unflatten(0, x.shape[:2])
+        for block in TrainingPass.blocks(steps, batch_size):
+            from_input = torch.addmm(b, inputs[block].flatten(0, 1), w_ih.t()).view(-1, batch_size, 4 * hidden_size)
             for t, from_step in enumerate(from_input, block.start):
                 gate, state = gates[t], outputs[t].to(rows.dtype)
                 gate.copy_(recurrence.plus(from_step, state).view(batch_size, 4, -1).transpose(0, 1))
@@ -68,22 +65,22 @@ class TrainingPass(torch.autograd.Function):
                 i, f, g, o = gate.unbind()
                 torch.mul(f, cells[t], out=cells[t + 1]).addcmul_(i, g)
                 torch.mul(o, torch.tanh(cells[t + 1], out=squashed[t]), out=outputs[t + 1])
-        ctx.save_for_backward(rows, w_ih, w_hh, outputs, gates, cells, squashed)
-        ctx.shape, ctx.types = x.shape, (x.dtype, weight_hh.dtype)
+        ctx.save_for_backward(inputs, w_ih, w_hh, outputs, gates, cells, squashed)
+        ctx.types = x.dtype, weight_hh.dtype
         return outputs[1:], cells[-1].clone()
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_outputs, grad_c):
-        rows, w_ih, w_hh, outputs, gates, cells, squashed = ctx.saved_tensors
+        inputs, w_ih, w_hh, outputs, gates, cells, squashed = ctx.saved_tensors
         x_type, weight_type = ctx.types
         steps, _, batch_size, hidden_size = gates.shape
         recurrence = Packed(transposed(w_hh), batch_size)
         grad = torch.empty_like(gates[0])  # of one step
         grad_h, grad_c = torch.zeros_like(grad_c), grad_c.clone()
-        grad_x, grad_weights = rows.new_empty(rows.shape, dtype=x_type), None
-        for block, words in reversed(list(TrainingPass.blocks(steps, batch_size))):
-            grad_gates = gates.new_empty(block.stop - block.start, batch_size, 4, hidden_size, dtype=rows.dtype)
+        grad_x, grad_weights = inputs.new_empty(inputs.shape, dtype=x_type), None
+        for block in reversed(TrainingPass.blocks(steps, batch_size)):
+            grad_gates = gates.new_empty(block.stop - block.start, batch_size, 4, hidden_size, dtype=inputs.dtype)
             for t, grad_gate in zip(reversed(range(block.start, block.stop)), reversed(grad_gates.unbind())):
                 i, f, g, o = gates[t].unbind()
                 tanh_c = squashed[t]
@@ -101,12 +98,13 @@ class TrainingPass(torch.autograd.Function):
                 grad[3].addcmul_(grad[3], o, value=-1)
                 grad_gate.copy_(grad.transpose(0, 1))
                 grad_h = recurrence(grad_gate.flatten(1))
-            by_word, states = grad_gates.view(-1, 4 * hidden_size), outputs[block].flatten(0, 1).to(rows.dtype)
-            by_gate = transposed(by_word) if rows.dtype == torch.bfloat16 else by_word.t()
-            grad_x[words] = by_word @ w_ih
-            found = [part.to(weight_type) for part in (by_gate @ rows[words], by_gate @ states, by_word.sum(0))]
+            rows, states = inputs[block].flatten(0, 1), outputs[block].flatten(0, 1).to(inputs.dtype)
+            by_word = grad_gates.view(-1, 4 * hidden_size)
+            by_gate = transposed(by_word) if by_word.dtype == torch.bfloat16 else by_word.t()
+            grad_x[block] = (by_word @ w_ih).view(-1, *grad_x.shape[1:])
+            found = [part.to(weight_type) for part in (by_gate @ rows, by_gate @ states, by_word.sum(0))]
             grad_weights = [total.add_(part) for total, part in zip(grad_weights, found)] if grad_weights else found
-        return grad_x.view(ctx.shape), *grad_weights, grad_h.to(grad_c.dtype), grad_c
+        return grad_x, *grad_weights, grad_h.to(grad_c.dtype), grad_c
 
 
 def cudnn_pass(function, rnn, x, hidden):

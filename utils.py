@@ -148,6 +148,11 @@ def get_batch(source, row, seq_len):
     return source[row:row + seq_len].long(), source[row + 1:row + 1 + seq_len].long()
 
 
+def blocks(steps, size):
+    """The slices of so many time steps, `size` at a time; the last has what is left."""
+    return [slice(start, min(start + size, steps)) for start in range(0, steps, size)]
+
+
 def map_hidden(function, hidden):
     """A hidden state with `function` of each of its tensors, nested as it is."""
     if isinstance(hidden, torch.Tensor):
