@@ -41,7 +41,10 @@ def medium_is_exact():
 
 
 def has_bf16():
-    """Whether this machine's CPU has instructions for products of bfloat16, without which they are slower than fp32."""
+    """Whether this machine's CPU has instructions for products of bfloat16, without which they are slower than fp32,
+    and oneDNN, which may be told to do without (ONEDNN_MAX_CPU_ISA), uses them."""
+    if torch.backends.mkldnn.is_available() and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        return False
     if hasattr(torch.cpu, "get_capabilities"):
         return any(present is True for name, present in torch.cpu.get_capabilities().items() if "bf16" in name)
     return "bf16" in cpuinfo()

@@ -170,10 +170,10 @@ def train_step(model, optimizer, words, targets, hidden, args, lr_scale, run=gra
     return hidden, loss
 
 
-def graphed_gradients(model):
+def graphed_gradients(model, backend=None):
     """`gradients` of `model` by CUDA graphs. Not for a split softmax, whose work depends on the words."""
     model.keep_still()
-    return GraphedPass(gradients)
+    return GraphedPass(gradients, backend)
 
 
 def gradients_for(model, args):
@@ -409,6 +409,8 @@ def train(stage, args, dictionary, batches, model, optimizer, progress):
     metrics = Metrics(args.save, keep=progress.metrics_bytes if resumed else None)
     description = describe_run(args, model, device)
     metrics.write("resume" if resumed else "run", stage=stage, **description)
+    if stage == "finetune" and not resumed:
+        metrics.write("loaded", **figures(progress.best_loss))
     say(f"{stage}: {' '.join(f'{name}={value}' for name, value in vars(args).items())}")
     say(f"model: {args.model}, {model.parameter_count():,} parameters, on {description['device']}")
 

@@ -1,7 +1,6 @@
-import json
-
 import pytest
 import torch
+from helpers import read_metrics
 
 import main
 from utils import allow_tf32
@@ -35,12 +34,6 @@ def train(corpus_dir):
                             "--batch_size", "4", "--bptt", "7", "--lr", "1", "--save", str(save), *flags])
         return status, read_metrics(save)
     return run
-
-
-def read_metrics(save):
-    """The lines of the metrics file beside the checkpoint `save`, by their kind."""
-    lines = [json.loads(line) for line in save.with_suffix(".metrics.jsonl").read_text().splitlines()]
-    return {kind: [line for line in lines if line["kind"] == kind] for kind in sorted({line["kind"] for line in lines})}
 
 
 def pytest_collection_modifyitems(items):

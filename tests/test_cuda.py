@@ -4,7 +4,7 @@ from argparse import Namespace
 
 import pytest
 import torch
-from conftest import read_metrics
+from helpers import read_metrics
 
 import finetune
 import generate

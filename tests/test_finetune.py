@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import read_metrics
+from helpers import read_metrics
 
 import checkpoint
 import finetune

@@ -1,54 +1,20 @@
 """Training by graphs is training: the logic, with a stand-in for CUDA's graphs; `test_cuda.py` has the rest."""
 
-import math
 from argparse import Namespace
 
 import pytest
 import torch
+from helpers import Recorder, leaves
 
 import main
 import rnn
 import training
 from graphs import GraphedPass
 from model import RNNModel
-from utils import BadInput, map_hidden
+from utils import BadInput
 
 ARGS = Namespace(precision="fp32", cuda_graphs=True, alpha=2, beta=1, clip=0.25, bptt=7)
 LENGTHS = [5, 7, 5, 5, 7, 9, 7, 5, 9, 9]
-
-
-class Recorder:
-    """What CUDA does, on a CPU: a capture changes nothing, a replay reads and writes the tensors of the capture."""
-
-    def __init__(self, model):
-        self.model, self.events = model, []
-
-    def run(self, function):
-        self.events.append("run")
-        return function()
-
-    def capture(self, function):
-        self.events.append("capture")
-        places = [p.grad for p in self.model.parameters()]
-        before = [grad.clone() for grad in places]
-        with torch.random.fork_rng():
-            result = function()
-        for grad, value in zip(places, before):
-            grad.copy_(value)
-        map_hidden(lambda part: part.fill_(math.nan), result)
-
-        def replay():
-            self.events.append("replay")
-            assert all(p.grad is grad for p, grad in zip(self.model.parameters(), places)), "a graph would not see it"
-            for place, value in zip(leaves(result), leaves(function())):
-                place.copy_(value)
-        return replay, result
-
-
-def leaves(nested):
-    found = []
-    map_hidden(found.append, nested)
-    return found
 
 
 def make_model(kind):

@@ -10,7 +10,7 @@ import sys
 import time
 
 import torch
-from conftest import read_metrics
+from helpers import read_metrics
 
 import checkpoint
 import main

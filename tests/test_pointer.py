@@ -5,7 +5,7 @@ from itertools import product
 
 import pytest
 import torch
-from conftest import read_metrics
+from helpers import read_metrics
 
 import pointer
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy
 import pytest
 import torch
-from conftest import read_metrics
+from helpers import read_metrics
 from torch.nn import functional
 
 import checkpoint

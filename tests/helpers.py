@@ -1,0 +1,48 @@
+"""What several test files share."""
+
+import json
+import math
+
+import torch
+
+from utils import map_hidden
+
+
+def read_metrics(save):
+    """The lines of the metrics file beside the checkpoint `save`, by their kind."""
+    lines = [json.loads(line) for line in save.with_suffix(".metrics.jsonl").read_text().splitlines()]
+    return {kind: [line for line in lines if line["kind"] == kind] for kind in sorted({line["kind"] for line in lines})}
+
+
+class Recorder:
+    """What CUDA does, on a CPU: a capture changes nothing, a replay reads and writes the tensors of the capture."""
+
+    def __init__(self, model):
+        self.model, self.events = model, []
+
+    def run(self, function):
+        self.events.append("run")
+        return function()
+
+    def capture(self, function):
+        self.events.append("capture")
+        places = [p.grad for p in self.model.parameters()]
+        before = [grad.clone() for grad in places]
+        with torch.random.fork_rng():
+            result = function()
+        for grad, value in zip(places, before):
+            grad.copy_(value)
+        map_hidden(lambda part: part.fill_(math.nan), result)
+
+        def replay():
+            self.events.append("replay")
+            assert all(p.grad is grad for p, grad in zip(self.model.parameters(), places)), "a graph would not see it"
+            for place, value in zip(leaves(result), leaves(function())):
+                place.copy_(value)
+        return replay, result
+
+
+def leaves(nested):
+    found = []
+    map_hidden(found.append, nested)
+    return found
