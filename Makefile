@@ -1,17 +1,23 @@
-# make demo     a small AWD-LSTM from nothing: corpus, training, fine-tuning, cache, text; no network after the install
-# make test     all tests and the linter
-# make test-long  training killed 100 times, and 5,000 hostile inputs: ten minutes
-# make bench    the speed of each part beside a plain baseline: 20 minutes, on a machine that does nothing else
-# make gpu-check  whether all is right and fast on the GPU, in up to 8 minutes; the PYTHON given has torch, numpy, tqdm, pytest
-# make reproduce ROW=ptb-qrnn  a row of the papers from end to end; MINUTES=8 stops in time, the same command goes on
-# make clean    forget the environment and the demo
+# make help            the list of what there is to make
+# make demo            a small AWD-LSTM from nothing: corpus, training, fine-tuning, cache, text; needs no network
+# make test            the tests that are quick, and the linter: about a minute
+# make test-slow       the other tests: killed runs, hostile inputs, other systems, whole scripts: some minutes
+# make test-long       training killed 100 times, and 5,000 hostile inputs: ten minutes
+# make test-machines   a part of the tests as other machines would run it: fewer instructions, other locales, not root
+# make bench           the speed of each part beside a plain baseline: 20 minutes, on a machine that does nothing else
+# make gpu-check       whether all is right and fast on the GPU; the PYTHON given has torch, numpy, tqdm, pytest
+# make reproduce ROW=ptb-qrnn   a row of the papers from end to end; MINUTES=8 stops in time, the same command goes on
+# make clean           forget the environment and the demo
 
 PYTHON ?= python3
 VENV ?= .venv
 DEMO ?= demo
 PY = $(VENV)/bin/python
 
-.PHONY: demo test test-long bench gpu-check reproduce clean
+.PHONY: help demo test test-slow test-long test-machines bench gpu-check reproduce clean
+
+help:
+	@sed -n 's/^# //p' Makefile
 
 demo: $(VENV)/.installed
 	mkdir -p $(DEMO)
@@ -29,7 +35,13 @@ demo: $(VENV)/.installed
 
 test: $(VENV)/.installed-test
 	$(PY) -m ruff check .
-	$(PY) -m pytest
+	$(PY) -m pytest -m "not slow"
+
+test-slow: $(VENV)/.installed-test
+	$(PY) -m pytest -m slow
+
+test-machines: $(VENV)/.installed-test
+	PYTHON=$(PY) tests/machines.sh
 
 test-long: $(VENV)/.installed-test
 	KILLS=100 FUZZ=5000 $(PY) -m pytest tests/test_kill.py tests/test_fuzz.py

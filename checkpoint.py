@@ -8,7 +8,7 @@ run no code:
     vocabulary         the V words, in the order of their ids
     model              the state dict; where averaging runs, of the averaged weights in the best model's file
     loss, epoch        validation loss (nats per token) of these weights and the epoch that ended with it
-    state              only in the file for resuming: optimizer, progress and random generators (see `training.py`)
+    state              only in the file for resuming: optimizer, progress and random generators (`training.py`)
 
 A run keeps two files: `SAVE`, the best model, for evaluation, and `last_path(SAVE)`, the state to resume from.
 """
@@ -22,8 +22,9 @@ import numpy
 import torch
 
 from data import BYTES, LEVELS
+from files import replacing
 from model import ARCHITECTURE, DROPOUTS, RNNModel
-from utils import BadInput, replacing
+from utils import BadInput
 
 FORMAT, VERSION = "awd-lstm", 1
 # The flags that a later run on a model or a state cannot change.
@@ -36,29 +37,31 @@ CONTENT = {"flags": dict, "vocabulary": list, "model": dict, "loss": float, "epo
 
 
 def best_path(path):
-    """The path of the best model, given it or that of the state to resume from."""
+    """Return the path of the best model, given it or that of the state to resume from."""
     path = Path(path)
     return path.with_name(path.stem.removesuffix(".last") + path.suffix)
 
 
 def last_path(path):
-    """Where the state to resume from lies, given the path of the best model: PTB.pt -> PTB.last.pt."""
+    """Return the path of the state to resume from, given that of the best model: PTB.pt -> PTB.last.pt."""
     return Path(path).with_name(f"{Path(path).stem}.last{Path(path).suffix}")
 
 
 def metrics_path(path):
-    """Where the figures of a run are recorded, given the path of the best model: PTB.pt -> PTB.metrics.jsonl."""
+    """Return the path of the metrics file, given that of the best model: PTB.pt -> PTB.metrics.jsonl."""
     return Path(path).with_suffix(".metrics.jsonl")
 
 
 def files_of_run(path):
-    """All of them."""
+    """Return the paths of the best model, the state and the metrics."""
     return Path(path), last_path(path), metrics_path(path)
 
 
 def save(path, model, flags, vocabulary, loss, epoch, state=None):
-    """Write a checkpoint; at every instant either the old file or the whole new one lies at `path`. Raises BadInput
-    when there is no room for it, or the folder has gone."""
+    """Write a checkpoint; at every instant either the old file or the whole new one lies at `path`.
+
+    Raises BadInput when there is no room for it, or the folder has gone.
+    """
     content = {"format": FORMAT, "version": VERSION, "flags": flags, "vocabulary": vocabulary,
                "model": model.state_dict(), "loss": loss, "epoch": epoch}
     if state is not None:
@@ -72,7 +75,7 @@ def save(path, model, flags, vocabulary, loss, epoch, state=None):
 
 
 def load(path, device="cpu"):
-    """Read a checkpoint into a dict as described above; raises BadInput for a file that is none."""
+    """Read a checkpoint into the dict described above; raises BadInput for a file that is none."""
     try:
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()  # compares checksums: PyTorch would load other weights and say nothing
@@ -91,7 +94,7 @@ def load(path, device="cpu"):
     version = content.get("version")
     if not isinstance(version, int) or version != VERSION:
         raise BadInput(f"{path}: checkpoint version {version!r:.60}; this toolkit reads version {VERSION}")
-    if not (all(isinstance(content.get(key), kind) for key, kind in CONTENT.items())
+    if not (all(isinstance(content.get(key), expected) for key, expected in CONTENT.items())
             and all(map(is_plain, content["flags"].values()))):
         raise BadInput(f"{path}: damaged checkpoint")
     check_tokens(content, path)
@@ -99,7 +102,7 @@ def load(path, device="cpu"):
 
 
 def is_plain(value):
-    """Whether a value is one that a flag may have."""
+    """Return whether a value is one that a flag may have."""
     if isinstance(value, list):
         return all(map(is_plain, value))
     return value is None or isinstance(value, (str, int, float))
@@ -117,45 +120,46 @@ def check_tokens(content, path):
 
 
 def restore_model(content, path, flags=None, device="cpu"):
-    """The model of the checkpoint `content`, built from `flags` (default: those that trained it), on `device`."""
+    """Build the model of the checkpoint `content` on `device`, from `flags` (default: those that trained it)."""
     flags = content["flags"] if flags is None else flags
-    words, weights = len(content["vocabulary"]), content["model"]
+    ntoken, weights = len(content["vocabulary"]), content["model"]
     try:
         flags = {name: flags[name] for name in ARCHITECTURE + DROPOUTS}
         if not (all(0 <= flags[name] < 1 for name in DROPOUTS) and 0 < flags["nlayers"] <= len(weights)):
             raise ValueError
         with torch.device("meta"):  # takes no memory, whatever size the flags say
-            shapes = {name: value.shape for name, value in RNNModel(words, **flags).state_dict().items()}
+            shapes = {name: value.shape for name, value in RNNModel(ntoken, **flags).state_dict().items()}
         if shapes != {name: value.shape for name, value in weights.items()}:
             raise ValueError
-        model = RNNModel(words, **flags).to(device)
+        model = RNNModel(ntoken, **flags).to(device)
         model.load_state_dict(weights)
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         raise BadInput(f"{path}: damaged checkpoint: its flags do not describe its weights") from error
     return model
 
 
-def keep_flags(parse, argv, content, path, names):
-    """The flags that `parse` reads from `argv` (None: the command line), those in `names` that it does not give as they
-    are in the checkpoint `content`; and what it changes in these, as {name: (value in the checkpoint, value given)}.
+def merge_flags(parse, argv, content, path, names):
+    """Merge the command line with the flags saved in the checkpoint `content`; the command line wins.
 
-    A flag that is younger than the checkpoint has its default. Raises BadInput when `argv` contradicts a flag that
-    cannot change any more, and when the checkpoint has a value that `parse` would not take from a command line either.
+    `parse` reads `argv` (None: sys.argv); those of `names` that it does not give are taken from the checkpoint, and a
+    flag that is younger than the checkpoint has its default. Returns the flags, and what the command line changes in
+    `names` as {name: (saved, given)}. Raises BadInput when it contradicts a flag that cannot change any more, and when
+    the checkpoint has a value that no command line could give.
     """
     flags = content["flags"]
-    saved = [token for name in names if name in flags for token in command_line(name, flags[name])]
+    saved_argv = [token for name in names if name in flags for token in command_line(name, flags[name])]
     try:
-        theirs = vars(parse(saved))
+        saved = vars(parse(saved_argv))
     except BadInput as error:
         raise BadInput(f"{path}: damaged checkpoint: {error}") from error
     for name in names:
-        if not is_plain(theirs[name]):
+        if not is_plain(saved[name]):
             raise BadInput(f"{path}: damaged checkpoint: it does not say with which --{name} it was trained")
-        if flags.get(name, theirs[name]) != theirs[name]:
+        if flags.get(name, saved[name]) != saved[name]:
             raise BadInput(f"{path}: damaged checkpoint: no --{name} is {flags[name]!r:.60}")
-    args = parse(saved + (sys.argv[1:] if argv is None else list(argv)))
-    changed = {name: (theirs[name], ours) for name, ours in vars(args).items()
-               if name in names and ours != theirs[name]}
+    args = parse(saved_argv + (sys.argv[1:] if argv is None else list(argv)))
+    changed = {name: (saved[name], given) for name, given in vars(args).items()
+               if name in names and given != saved[name]}
     for name in FIXED:
         if name in changed:
             raise BadInput(f"--{name} {changed[name][1]} contradicts {path}, which was trained with {name} "
@@ -164,7 +168,7 @@ def keep_flags(parse, argv, content, path, names):
 
 
 def command_line(name, value):
-    """The tokens that set the flag `name` to `value` on a command line; none for a value that none can set."""
+    """Spell the flag `name` with `value` as a command line would; [] for a value that none can give."""
     flag = "--" + (name if name == "batch_size" else name.replace("_", "-"))  # the one name with a _ in it
     if isinstance(value, bool):
         return [flag if value else flag.replace("--", "--no-", 1)]
@@ -183,14 +187,14 @@ def check_vocabulary(content, path, dictionary, data):
 
 def restore_optimizer(optimizer, state):
     """Load `state` into a fresh optimizer; raises ValueError, or what PyTorch raises, unless it fits."""
-    def kinds():
+    def types():
         return [{name: type(value) for name, value in group.items()} for group in optimizer.param_groups]
 
-    fresh, ways = kinds(), [{name: group[name] for name in WAYS if name in group} for group in optimizer.param_groups]
+    fresh, ways = types(), [{name: group[name] for name in WAYS if name in group} for group in optimizer.param_groups]
     optimizer.load_state_dict(state)
     for group, way in zip(optimizer.param_groups, ways):
         group.update(way)
-    if kinds() != fresh:
+    if types() != fresh:
         raise ValueError
     for parameter, values in optimizer.state.items():
         if set(values) != OPTIMIZER_STATE[type(optimizer)]:
@@ -200,7 +204,7 @@ def restore_optimizer(optimizer, state):
 
 
 def generator_states():
-    """The states of all random generators that training draws from, as tensors and plain values."""
+    """Collect the states of all random generators that training draws from, as tensors and plain values."""
     name, keys, *position = numpy.random.get_state()
     return {"numpy": [name, torch.from_numpy(keys.astype(numpy.int64)), *position], "torch": torch.get_rng_state(),
             "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []}

@@ -26,7 +26,8 @@ from pathlib import Path
 import numpy
 import torch
 
-from utils import BadInput, replacing
+from files import replacing
+from utils import BadInput, batchify
 
 SPLITS = ("train", "valid", "test")
 LEVELS = ("word", "char", "byte")
@@ -40,7 +41,7 @@ ID_TYPES = ("uint8", "int16", "int32")  # the smallest that holds every id is us
 
 
 class Dictionary:
-    """The vocabulary: `word2idx` maps a token to its id, `idx2word` an id to its token."""
+    """A vocabulary: `word2idx` maps a token to its id, `idx2word` an id to its token."""
 
     def __init__(self, words=()):
         self.idx2word = list(words)
@@ -53,13 +54,13 @@ class Dictionary:
 class Corpus:
     """The splits of a text: `train`, `valid`, `test`, each a tensor (tokens,) of integer ids, and their `dictionary`.
 
-    `level` None is what the folder says, else "word"; `shares` are the parts of a single file that the three splits
-    get. `cache` says whether one may be written; `cache_error` why there is none where there should be one. Raises
+    `level` None is what the folder says, else "word". `shares` are the parts of a single file that the three splits
+    get. `cache` says whether one may be written, `cache_error` why there is none where there should be one. Raises
     BadInput when a split is missing, empty or not text at that level.
     """
 
     def __init__(self, path, level=None, shares=(90, 5, 5), cache=True):
-        path = Path(path)
+        path = self.path = Path(path)
         is_folder = os.path.isdir(path)  # unlike Path's own, false for whatever cannot be
         paths = [path / f"{split}.txt" for split in SPLITS] if is_folder else [path]
         if not os.path.exists(path):
@@ -84,9 +85,23 @@ class Corpus:
         self.train, self.valid, self.test = torch.from_numpy(ids).split(lengths)
         self.dictionary = Dictionary(words)
 
+    def describe(self):
+        """Say in a line, for the log, what the corpus is."""
+        line = (f"corpus: {len(self.train):,} / {len(self.valid):,} / {len(self.test):,} tokens, "
+                f"{len(self.dictionary):,} different, at {self.level} level")
+        return f"{line}; {self.cache_error}" if self.cache_error else line
+
+
+def load_split(corpus, split, batch_size, device, rows=2):
+    """Lay a split of `corpus` out as `utils.batchify` does; BadInput names the split."""
+    try:
+        return batchify(getattr(corpus, split), batch_size, device, rows)
+    except BadInput as error:
+        raise BadInput(f"{corpus.path}, {split}: {error}") from error
+
 
 def default_level(path):
-    """The level that the folder `path` says it is made for, else "word"."""
+    """Return the level that the folder `path` says it is made for, else "word"."""
     try:
         level = (path / "level").read_text(encoding="utf-8-sig", errors="replace").strip()
     except OSError:
@@ -114,7 +129,7 @@ def read_texts(paths, level):
         if len(ids) == before:
             raise BadInput(f"{path}: is empty")
         lengths.append(len(ids) - before)
-    smallest = next(kind for kind in ID_TYPES if len(numbering) - 1 <= numpy.iinfo(kind).max)
+    smallest = next(dtype for dtype in ID_TYPES if len(numbering) - 1 <= numpy.iinfo(dtype).max)
     return numpy.frombuffer(ids, dtype=numpy.int32).astype(smallest, copy=False), lengths, list(numbering)
 
 
@@ -149,7 +164,7 @@ def read_words(path):
 
 
 def cut_long_rest(block, start, path, number):
-    """Where to cut a block of bytes whose part from `start` on is long and has no white space of ASCII's."""
+    """Find where to cut a block of bytes whose part from `start` on is long and has no white space of ASCII's."""
     rest = block[start:].decode("utf-8", errors="ignore")
     words = rest.split()
     check_words(words, rest, path, number + block.count(b"\n"))
@@ -165,7 +180,7 @@ def check_words(words, line, path, number):
 
 
 def decode(block, path, number):
-    """Bytes that start in line `number` as text."""
+    """Decode bytes that start in line `number`."""
     try:
         return block.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -176,14 +191,14 @@ def decode(block, path, number):
 def read_symbols(path, level, numbering):
     """Yield arrays (n,) of the ids of a text's characters or bytes, numbered by the mapping `numbering`."""
     if level == "byte":
-        how, kind, spell = {"mode": "rb"}, numpy.uint8, str
+        how, dtype, spell = {"mode": "rb"}, numpy.uint8, str
     else:
-        how, kind, spell = {"encoding": "utf-8-sig"}, numpy.uint32, chr
+        how, dtype, spell = {"encoding": "utf-8-sig"}, numpy.uint32, chr
     known = numpy.full(256 if level == "byte" else 0x110000, -1, numpy.int32)  # code to id
     with open(path, **how) as file:
         try:
             while part := file.read(BLOCK):
-                codes = numpy.frombuffer(part if level == "byte" else part.encode("utf-32-le"), kind)
+                codes = numpy.frombuffer(part if level == "byte" else part.encode("utf-32-le"), dtype)
                 fresh, first = numpy.unique(codes[known[codes] < 0], return_index=True)
                 for code in fresh[first.argsort()].tolist():
                     known[code] = numbering["<eos>" if code == ord("\n") else spell(code)]
@@ -195,7 +210,7 @@ def read_symbols(path, level, numbering):
 # --- the cache -------------------------------------------------------------------------------------------------------
 
 def checksum_of_files(paths):
-    """A checksum of what the files hold; raises BadInput when one cannot be read."""
+    """Compute a checksum of what the files hold; raises BadInput when one cannot be read."""
     total = hashlib.sha256()
     for path in paths:
         if os.path.exists(path) and not os.path.isfile(path):
@@ -227,8 +242,10 @@ def save_cache(path, key, ids, lengths, words):
 
 
 def load_cache(path, key):
-    """What `read_texts` returned when the cache at `path` was made, the ids mapped from the file; None when there is
-    no cache of the files with the checksum `key`, or not a whole one."""
+    """Return what `read_texts` returned when the cache at `path` was made, the ids mapped from the file.
+
+    None when there is no cache of the files with the checksum `key`, or not a whole one.
+    """
     try:
         with open(path, "rb") as file:
             checksum, header = file.readline(100), file.readline()
@@ -246,7 +263,7 @@ def load_cache(path, key):
 
 
 def checksum_of_cache(header, ids):
-    """The first line of the cache, over all that follows it."""
+    """Compute the first line of the cache, over all that follows it."""
     total = hashlib.sha256(header)
     total.update(ids)
     return total.hexdigest().encode() + b"\n"

@@ -1,7 +1,7 @@
 """Embedding dropout: whole words vanish from a batch, at every place where they stand.
 
-Paper: Merity, Keskar, Socher, "Regularizing and Optimizing LSTM Language Models", section 4.3 (after Gal and
-Ghahramani, 2016). Shapes are in the alphabet of `model.py`.
+Paper: Merity, Keskar, Socher, "Regularizing and Optimizing LSTM Language Models" (arXiv 1708.02182), section 4.3,
+after Gal and Ghahramani (2016). Shapes are in the alphabet of `model.py`.
 """
 
 from torch.nn import functional
@@ -9,13 +9,13 @@ from torch.nn import functional
 from locked_dropout import dropout_mask
 
 
-def embedded_dropout(weight, words, p, training=True):
-    """Look up `words` (T, B) in `weight` (V, E) with rows dropped at rate `p`; returns (T, B, E).
+def embedded_dropout(weight, tokens, p, training=True):
+    """Look up `tokens` (T, B) in `weight` (V, E) with rows dropped at rate `p`; returns (T, B, E).
 
-    One mask (V, 1) is drawn for the whole vocabulary, then applied to the rows that were looked up: the same values
-    and gradients as masking the matrix first, without the V x E product.
+    One mask (V, 1) is drawn for the whole vocabulary, then applied to the rows that were looked up. Values and
+    gradients are those of masking the matrix first, without the V x E product.
     """
-    embedded = functional.embedding(words, weight)
+    embedded = functional.embedding(tokens, weight)
     if not training or p == 0:
         return embedded
-    return embedded * dropout_mask(weight, (weight.size(0), 1), p)[words]
+    return embedded * dropout_mask(weight, (weight.size(0), 1), p)[tokens]

@@ -7,19 +7,17 @@ Every flag of main.py but those of its schedule may be repeated. Paper: arXiv 17
 """
 
 import checkpoint
-import training
+from device import set_up_device
+from files import check_writable, copy_file, same_file
+from flags import Parser, add_training_flags
+from metrics import format_loss, log
 from model import ARCHITECTURE, DROPOUTS
-from utils import (
-    BadInput,
-    Parser,
-    add_training_flags,
-    check_writable,
-    copy_file,
-    pick_device,
-    run_script,
-    same_file,
-    score,
-)
+from optimizers import make_optimizer
+from process import run_script
+from resume import resume
+from steps import evaluate, seed_everything
+from training import Run, open_batches, train
+from utils import BadInput
 
 LR = 30.0
 
@@ -29,7 +27,7 @@ INHERITED = (*ARCHITECTURE, *DROPOUTS, "data", "level", "shares", "alpha", "beta
 
 
 class ModelsOwn:
-    """The default of an inherited flag, as the help names it."""
+    """What the help says of the default of an inherited flag."""
 
     def __str__(self):
         return "as the model was trained"
@@ -45,28 +43,29 @@ def parse_flags(argv):
 
 def main(argv=None):
     args = parse_flags(argv)
-    device = pick_device(args.cuda, args.cuda_graphs)
+    device = set_up_device(args.cuda, args.cuda_graphs)
     if args.resume:
-        return training.train("finetune", *training.resume(parse_flags, argv, "finetune", device))
+        run = resume(parse_flags, argv, "finetune", device)
+        return train(run)
     load = args.load or args.save
     if not load:
         raise BadInput("which model? --save FILE fine-tunes it in place, --load FILE --save OTHER keeps it as it is")
     content = checkpoint.load(load, device)
-    args, _ = checkpoint.keep_flags(parse_flags, argv, content, load, INHERITED)
+    args, _ = checkpoint.merge_flags(parse_flags, argv, content, load, INHERITED)
     args.load, args.save, args.lr = load, args.save or load, args.lr or LR
     check_writable(*checkpoint.files_of_run(args.save))
-    dictionary, batches = training.open_corpus(args, device)
+    dictionary, batches = open_batches(args, device)
     checkpoint.check_vocabulary(content, args.load, dictionary, args.data)
-    training.seed_everything(args.seed)
+    seed_everything(args.seed)
     model = checkpoint.restore_model(content, args.load, vars(args), device)
-    optimizer = training.make_optimizer("asgd", model, args.lr, args.wdecay)
-    progress = training.Progress()
+    optimizer = make_optimizer("asgd", model, args.lr, args.wdecay)
+    run = Run("finetune", args, dictionary.idx2word, batches, model, optimizer)
     if not args.dry_run:
-        progress.best_loss = training.evaluate(model, batches.valid, args.bptt)
-        training.say(f"| {args.load} as loaded | {score('valid', progress.best_loss)}")
+        run.progress.best_loss = evaluate(model, batches.valid, args.bptt)
+        log(f"| {args.load} as loaded | {format_loss('valid', run.progress.best_loss)}")
         if not same_file(args.load, args.save):
             copy_file(args.load, args.save)  # the best so far, until an epoch is better
-    return training.train("finetune", args, dictionary, batches, model, optimizer, progress)
+    return train(run)
 
 
 if __name__ == "__main__":

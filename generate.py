@@ -17,21 +17,12 @@ import torch
 
 import checkpoint
 from data import Dictionary
+from device import set_up_device
+from files import check_writable, replacing, same_file
+from flags import Parser, add_device_flags, non_negative_int, number, positive_float, positive_int, seed
+from process import run_script
 from products import packs_bf16
-from utils import (
-    BadInput,
-    Parser,
-    add_run_flags,
-    check_writable,
-    count,
-    natural,
-    number,
-    pick_device,
-    positive,
-    replacing,
-    run_script,
-    same_file,
-)
+from utils import BadInput
 
 
 def parse_flags(argv):
@@ -40,53 +31,56 @@ def parse_flags(argv):
                         help="the trained model (default: %(default)s)")
     parser.add_argument("--outf", default="generated.txt", metavar="FILE",
                         help="where the text goes, - prints it (default: %(default)s)")
-    parser.add_argument("--words", type=count, default=1000, metavar="N",
+    parser.add_argument("--words", type=positive_int, default=1000, metavar="N",
                         help="words (characters, bytes) to sample (default: %(default)s)")
     parser.add_argument("--batch", type=number(int, 1, 10_001), default=1, metavar="B",
                         help="texts of so many words to sample at once, from one prompt, written with an empty line "
                              "between them (default: %(default)s)")
     parser.add_argument("--prompt", default="", metavar="TEXT",
                         help="words to go on from (default: none, the start of a line)")
-    parser.add_argument("--temperature", type=positive, default=1.0, metavar="X",
+    parser.add_argument("--temperature", type=positive_float, default=1.0, metavar="X",
                         help="above 1 more varied, below 1 likelier words (1: the model's own; default: %(default)s)")
-    parser.add_argument("--top-k", type=natural, default=0, metavar="K",
+    parser.add_argument("--top-k", type=non_negative_int, default=0, metavar="K",
                         help="sample among the K likeliest words (0: all; default: %(default)s)")
-    parser.add_argument("--seed", type=number(int, 0, 2**32), default=1111, metavar="N",
+    parser.add_argument("--seed", type=seed, default=1111, metavar="N",
                         help="random seed (default: %(default)s)")
-    parser.add_argument("--log-interval", type=count, default=100, metavar="N",
+    parser.add_argument("--log-interval", type=positive_int, default=100, metavar="N",
                         help="words between progress lines (default: %(default)s)")
     parser.add_argument("--precision", choices=["fp32", "bf16"], default="fp32",
                         help="of the products with the weights; bf16 is faster, on x86 CPUs with instructions for it "
                              "(default: %(default)s)")
-    add_run_flags(parser)
+    add_device_flags(parser)
     return parser.parse_args(argv)
 
 
+# --- sampling --------------------------------------------------------------------------------------------------------
+
 @torch.no_grad()
 def sample(model, context, length, temperature=1.0, top_k=0, batch_size=1):
-    """Yield `length` times the B = `batch_size` word ids, a list, that are sampled next, independently, after the ids
-    `context` (t,), t > 0, and those before, from p(w)^(1 / temperature), normalised, among the `top_k` likeliest words
-    (0: all). Raises BadInput when the model has no probabilities to offer."""
+    """Sample continuations of `context` (t,), t > 0. Yields `length` lists of B = `batch_size` token ids.
+
+    Each is drawn from p(w)^(1 / temperature), normalised, among the `top_k` likeliest words (0: all). Raises BadInput
+    when the model has no probabilities to offer.
+    """
     model.eval()
     hidden = model.init_hidden(batch_size)
-    words = context.unsqueeze(1).expand(-1, batch_size)
+    tokens = context.unsqueeze(1).expand(-1, batch_size)
     for _ in range(length):
-        output, hidden, _ = model(words, hidden)
+        output, hidden, _ = model(tokens, hidden)
         scores = model.logprob(output[-1]).double()
         candidates = None
         if 0 < top_k < scores.size(-1):
             scores, candidates = scores.topk(top_k)
         scores -= scores.amax(-1, keepdim=True)  # the likeliest stays at 0, however small the temperature
-        chosen = draw(scores.div_(temperature).exp_())
-        words = chosen.t() if candidates is None else candidates.gather(1, chosen).t()
-        yield words[0].tolist()
+        chosen = sample_rows(scores.div_(temperature).exp_())
+        tokens = chosen.t() if candidates is None else candidates.gather(1, chosen).t()
+        yield tokens[0].tolist()
 
 
-def draw(weights):
-    """For each row of `weights` (B, V) a column, with a probability in proportion to its weight: (B, 1).
+def sample_rows(weights):
+    """Sample for each row of `weights` (B, V) a column, with a probability in proportion to its weight: (B, 1).
 
-    By the cumulative sum: for 100 rows of 10,000 words in 0.4 ms, where `torch.multinomial`, which draws a random
-    number for each of them, takes 17.5 (2 cores of an AMD EPYC).
+    By the cumulative sum, much faster than `torch.multinomial`, which draws a random number for each column.
     """
     cumulative = weights.cumsum(-1)
     total = cumulative[:, -1:]
@@ -96,22 +90,35 @@ def draw(weights):
     return torch.searchsorted(cumulative, below, right=True).clamp_(max=weights.size(-1) - 1)
 
 
-def tokens_of(text, level):
-    """The tokens of a prompt, at the level of the model."""
+# --- text to tokens and back -----------------------------------------------------------------------------------------
+
+def decode_prompt(text):
+    """Decode a prompt of the command line as UTF-8, whatever the locale made of it."""
+    try:
+        return os.fsencode(text).decode("utf-8")
+    except UnicodeEncodeError:  # a locale that has no such character: the text did not come from its command line
+        return text
+    except UnicodeDecodeError as error:
+        raise BadInput("--prompt: is not UTF-8 text (--level byte takes any bytes)") from error
+
+
+def tokenize(text, level):
+    """Split a prompt into tokens, at the level of the model."""
+    if level == "byte":
+        return ["<eos>" if byte == ord("\n") else str(byte) for byte in os.fsencode(text)]
+    text = decode_prompt(text)
     if level == "word":
         return text.split()
-    symbols = text.replace("\r\n", "\n") if level == "char" else map(str, os.fsencode(text))
-    newline = "\n" if level == "char" else str(ord("\n"))
-    return ["<eos>" if symbol == newline else symbol for symbol in symbols]
+    return ["<eos>" if character == "\n" else character for character in text.replace("\r\n", "\n")]
 
 
 def encode(tokens, dictionary):
-    """The ids of a prompt's tokens, unknown ones as <unk>; without a prompt that of <eos>, the start of a line. Raises
-    BadInput for an unknown token when the model knows no <unk>."""
+    """Look up the ids of a prompt's tokens, unknown ones as <unk>; without a prompt that of <eos>, a line's start.
+
+    Raises BadInput for an unknown token when the model knows no <unk>.
+    """
     known = dictionary.word2idx
     for token in tokens:
-        if not token.isascii() and token != token.encode(errors="replace").decode():
-            raise BadInput("--prompt: is not UTF-8 text")
         if token not in known and "<unk>" not in known:
             raise BadInput(f"--prompt: the model's vocabulary of {len(dictionary)} does not include {token!r}")
     if not tokens:
@@ -119,9 +126,12 @@ def encode(tokens, dictionary):
     return [known.get(token, known.get("<unk>")) for token in tokens]
 
 
-def spell(tokens, level):
-    """Yield the text of tokens: words with spaces between them and a new line after each <eos> and at the end;
-    characters, and bytes as the UTF-8 they are (U+FFFD where they are none), with a new line for each <eos>."""
+def detokenize(tokens, level):
+    """Yield the text of tokens, piece by piece.
+
+    Words have spaces between them, a new line after each <eos> and one at the end. Characters, and bytes as the UTF-8
+    they are (U+FFFD where they are none), have a new line for each <eos>.
+    """
     if level == "word":
         separator = ""
         for word in tokens:
@@ -136,21 +146,40 @@ def spell(tokens, level):
         yield decoder.decode(b"", final=True)
 
 
+# --- the script ------------------------------------------------------------------------------------------------------
+
 def logged(steps, total, interval):
-    """The same steps, with a progress line after each `interval` of them."""
-    for done, words in enumerate(steps, 1):
-        yield words
+    """Yield the same steps, with a progress line after each `interval` of them."""
+    for done, tokens in enumerate(steps, 1):
+        yield tokens
         if done % interval == 0:
             print(f"| generated {done:6d}/{total:6d} words", flush=True)
 
 
+def write_texts(file, prompt, steps, batch_size, dictionary, level):
+    """Write the texts that `steps` make, each after the prompt's tokens; one text is written as it comes."""
+    texts = zip(*steps) if batch_size > 1 else [(tokens[0] for tokens in steps)]
+    for place, text in enumerate(texts):
+        if place:
+            file.write("\n" if level == "word" else "\n\n")  # only words end in a new line of their own
+        file.writelines(detokenize(chain(prompt, (dictionary.idx2word[token] for token in text)), level))
+
+
+def check_output(path, model):
+    """Raise BadInput unless the text can be written to `path` (-: stdout)."""
+    if path == "-":
+        if sys.stdout is None:
+            raise BadInput("--outf -: there is no standard output")
+        return
+    check_writable(path)
+    if same_file(path, model):
+        raise BadInput(f"--outf {path}: that is the model")
+
+
 def main(argv=None):
     args = parse_flags(argv)
-    device = pick_device(args.cuda)
-    if args.outf != "-":
-        check_writable(args.outf)
-        if same_file(args.outf, args.checkpoint):
-            raise BadInput(f"--outf {args.outf}: that is the model")
+    device = set_up_device(args.cuda)
+    check_output(args.outf, args.checkpoint)
     content = checkpoint.load(args.checkpoint, device)
     model = checkpoint.restore_model(content, args.checkpoint, device=device)
     if args.precision == "bf16":
@@ -159,25 +188,16 @@ def main(argv=None):
         else:
             print("--precision bf16: for x86 CPUs with instructions for it; writing in fp32", file=sys.stderr)
     level, dictionary = content["flags"].get("level", "word"), Dictionary(content["vocabulary"])
-    prompt = tokens_of(args.prompt, level)
+    prompt = tokenize(args.prompt, level)
     context = torch.tensor(encode(prompt, dictionary), device=device)
     torch.manual_seed(args.seed)
     steps = sample(model, context, args.words, args.temperature, args.top_k, args.batch)
-    if args.outf != "-":
-        steps = logged(steps, args.words, args.log_interval)
-    texts = zip(*steps) if args.batch > 1 else [(word for (word,) in steps)]  # one text is written as it comes
-
-    def write(file):
-        for place, text in enumerate(texts):
-            if place:
-                file.write("\n" if level == "word" else "\n\n")  # only words end in a new line of their own
-            file.writelines(spell(chain(prompt, (dictionary.idx2word[word] for word in text)), level))
-
     if args.outf == "-":
-        write(sys.stdout)
+        write_texts(sys.stdout, prompt, steps, args.batch, dictionary, level)
     else:
+        steps = logged(steps, args.words, args.log_interval)
         with replacing(args.outf, "w", encoding="utf-8") as file:
-            write(file)
+            write_texts(file, prompt, steps, args.batch, dictionary, level)
 
 
 if __name__ == "__main__":

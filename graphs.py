@@ -1,10 +1,12 @@
 """CUDA graphs around the forward and backward pass of training, one for each length of batch.
 
 At the sizes of the papers a pass is thousands of kernels of some microseconds each, and a current GPU waits for Python
-to launch them. A graph launches all of them at once. It holds the addresses that it was captured with, so inputs are
-copied to where they were then, parameters must not move (`RNNModel.keep_still`), and gradients have to be zeroed where
-they lie. Random numbers are drawn anew in every replay. Optimizer, clipping and the look at the loss, some tens of
-kernels, stay outside: they change with the optimizer and the learning rate, the graphs do not.
+to launch them. A graph launches all of them at once.
+
+A graph holds the addresses that it was captured with. So inputs are copied to where they were then, parameters must not
+move (`RNNModel.make_capturable`), and gradients are zeroed where they lie. Random numbers are drawn anew in every
+replay. Optimizer, clipping and the look at the loss stay outside, some tens of kernels: they change with the optimizer
+and the learning rate, the graphs do not.
 """
 
 import torch
@@ -13,9 +15,9 @@ from utils import map_hidden
 
 
 class CudaGraphs:
-    """How `GraphedPass` runs and captures a function on the GPU: on one stream, with one memory pool for all graphs.
+    """Run and capture functions on the GPU, on one stream, with one memory pool for all graphs.
 
-    One graph may write where another left its result: that has to be copied before the next replay.
+    One graph may write where another left its result. So a result has to be copied before the next replay.
     """
 
     def __init__(self):
@@ -30,7 +32,7 @@ class CudaGraphs:
         return result
 
     def capture(self, function):
-        """A function that replays `function`, and the result of it, which each replay writes anew."""
+        """Capture `function`; returns a function that replays it, and its result, which each replay writes anew."""
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self.pool, stream=self.stream):
             result = function()
@@ -38,28 +40,29 @@ class CudaGraphs:
 
 
 class GraphedPass:
-    """`training.gradients`, or another function of its signature, as replays of graphs, for one model in training mode
-    and one set of flags.
+    """Run forward and backward of one model in training mode as replays of CUDA graphs.
 
-    A length that is met for the first time is run as it is: what it needs is compiled and loaded by then, which a
-    capture does not allow. The second time it is captured. So lengths that do not come again cost no graph.
+    `function(model, tokens, targets, hidden)` is `steps.forward_backward`, bound to its settings, with keep_grads=True.
+    The first batch of each length runs eagerly as warm-up, the second is captured, later ones are replayed. The warm-up
+    compiles and loads what the length needs, which a capture does not allow. Lengths that come once cost no graph.
+    `backend` (default: `CudaGraphs`) runs and captures.
     """
 
     def __init__(self, function, backend=None):
         self.function, self.backend = function, backend or CudaGraphs()
-        self.met, self.graphs = set(), {}
+        self.seen, self.graphs = set(), {}
 
-    def __call__(self, model, words, targets, hidden, args):
-        """As `training.gradients`. What it returns is the caller's: the next call does not write there."""
-        tensors = (words, targets, hidden)
-        if words.shape not in self.met:
-            self.met.add(words.shape)
-            return self.backend.run(lambda: self.function(model, *tensors, args))
-        if words.shape not in self.graphs:
-            inputs = map_hidden(torch.clone, tensors)
-            self.graphs[words.shape] = (inputs, *self.backend.capture(lambda: self.function(model, *inputs, args)))
-        inputs, replay, result = self.graphs[words.shape]
-        copy_hidden(tensors, inputs)
+    def __call__(self, model, tokens, targets, hidden):
+        """Return what `function` does, (hidden, loss_and_norm), in tensors that the next call leaves alone."""
+        batch = (tokens, targets, hidden)
+        if tokens.shape not in self.seen:
+            self.seen.add(tokens.shape)
+            return self.backend.run(lambda: self.function(model, *batch))
+        if tokens.shape not in self.graphs:
+            inputs = map_hidden(torch.clone, batch)
+            self.graphs[tokens.shape] = (inputs, *self.backend.capture(lambda: self.function(model, *inputs)))
+        inputs, replay, result = self.graphs[tokens.shape]
+        copy_hidden(batch, inputs)
         replay()
         return map_hidden(torch.clone, result)
 

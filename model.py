@@ -30,19 +30,20 @@ DROPOUTS = ("dropout", "dropouth", "dropouti", "dropoute", "wdrop")
 
 
 def make_layer(model, input_size, hidden_size, first):
-    """A recurrent layer of the type `model`; the first layer of a QRNN looks at two words at a time."""
+    """Make a recurrent layer of the type `model`; the first layer of a QRNN looks at two tokens at a time."""
     if model == "QRNN":
         return QRNN(input_size, hidden_size, window=2 if first else 1)
     return {"LSTM": LSTM, "GRU": GRU}[model](input_size, hidden_size)
 
 
 class RNNModel(nn.Module):
-    """A recurrent language model over `ntoken` words; the other arguments are the command line's flags, by name.
+    """A recurrent language model over V = `ntoken` words; the other arguments are flags of the command line, by name.
 
-    Layers have the sizes E -> H -> ... -> H -> E when the softmax shares its weight with the embedding (`tied`), and
-    E -> H -> ... -> H when not. The softmax is split at the words `splits` (default: the rule of `splitcross.py`). The
-    parameters are `encoder.weight` (V, E), `rnns.{l}.*` as the layers name them, `decoder.weight`, `decoder.bias` (V),
-    and what a split softmax adds.
+    Layers have the sizes E -> H -> ... -> H. When the softmax shares its weight with the embedding (`tied`), the last
+    one ends in E instead. `splits` are the ids at which the softmax is split (default: `splits_for`).
+
+    The parameters are `encoder.weight` (V, E), `rnns.{l}.*` as the layers name them, `decoder.weight` (V, E or H),
+    `decoder.bias` (V), and what a split softmax adds.
     """
 
     def __init__(self, ntoken, model="LSTM", emsize=400, nhid=1150, nlayers=3, tied=True,
@@ -62,14 +63,16 @@ class RNNModel(nn.Module):
         self.init_weights()
 
     def init_weights(self):
-        """Embedding and softmax weights uniform in (-0.1, 0.1), softmax bias 0; the layers keep PyTorch's own."""
+        """Draw embedding and softmax weights from U(-0.1, 0.1), set the softmax bias to 0, leave the layers alone."""
         nn.init.uniform_(self.encoder.weight, -0.1, 0.1)
         nn.init.uniform_(self.decoder.weight, -0.1, 0.1)
         nn.init.zeros_(self.decoder.bias)
 
     def init_hidden(self, batch_size):
-        """The zero hidden state for B columns: one entry a layer, (h, c) each (1, B, H) for an LSTM, h for a GRU, and
-        what `QRNN.init_hidden` says for a QRNN."""
+        """Return the zero hidden state for B columns, a list with one entry a layer.
+
+        An entry is (h, c), each (1, B, H), for an LSTM, h for a GRU, and for a QRNN what `QRNN.init_hidden` returns.
+        """
         def zeros(rnn):
             if isinstance(rnn, QRNN):
                 return rnn.init_hidden(batch_size)
@@ -77,34 +80,37 @@ class RNNModel(nn.Module):
             return (h, h) if isinstance(rnn, LSTM) else h
         return [zeros(rnn) for rnn in self.rnns]
 
-    def keep_still(self):
-        """From here on no pass moves a parameter in memory, which a CUDA graph needs (`rnn.cudnn_pass`)."""
+    def make_capturable(self):
+        """Make every later pass leave the parameters where they lie in memory, as a CUDA graph needs (`cudnn_pass`)."""
         for rnn in self.rnns:
-            rnn.still = True  # a QRNN is anyway
+            rnn.capturable = True  # a QRNN is anyway
 
     def pack(self):
-        """From here on single steps and `logprob`, both without gradient, multiply in bfloat16 by the weights that
-        there are now (`products.PackedLinear`). For the text of a trained model: nothing unpacks it."""
+        """Pack copies of the weights, so that a trained model samples text faster on a CPU.
+
+        Single steps and `logprob`, both without gradient, then multiply in bfloat16 by the weights as they are now
+        (`products.PackedLinear`). Nothing unpacks them.
+        """
         for rnn in self.rnns:
             rnn.pack()
         self.softmax.pack(self.decoder.weight, self.decoder.bias)
 
-    def forward(self, words, hidden):
-        """Run `words` (T, B) from `hidden`; returns the last layer's output with dropout, the new hidden state, and
-        the last layer's output without dropout, both outputs (T, B, E or H).
+    def forward(self, tokens, hidden):
+        """Run `tokens` (T, B) from `hidden`; returns the output, the new hidden state, the raw output.
 
-        The masks are drawn in the order: embedding rows, input, then for each layer its weight and its output
-        (`dropouth`; after the last layer `dropout`).
+        Both outputs (T, B, E or H) are the last layer's, the first with dropout, the raw one without. Masks are drawn
+        in this order: embedding rows, input, then for each layer its weight and its output. The output's rate is
+        `dropouth`, after the last layer `dropout`.
         """
-        return self.recur(self.embed(words), hidden)
+        return self.recur(self.embed(tokens), hidden)
 
-    def embed(self, words):
-        """The first half of `forward`: the input (T, B, E) of the first layer."""
-        embedded = embedded_dropout(self.encoder.weight, words, self.dropoute, self.training)
+    def embed(self, tokens):
+        """Compute the first half of `forward`: the input (T, B, E) of the first layer."""
+        embedded = embedded_dropout(self.encoder.weight, tokens, self.dropoute, self.training)
         return locked_dropout(embedded, self.dropouti, self.training)
 
     def recur(self, embedded, hidden):
-        """The second half: through the layers from `embedded` (T, B, E); returns what `forward` does."""
+        """Compute the second half: run the layers from `embedded` (T, B, E); returns what `forward` does."""
         output, new_hidden = embedded, []
         for layer, (rnn, state) in enumerate(zip(self.rnns, hidden), 1):
             raw, state = weight_drop(rnn, self.dropped_weight, self.wdrop, output, state)
@@ -114,17 +120,17 @@ class RNNModel(nn.Module):
         return output, new_hidden, raw
 
     def loss(self, output, targets):
-        """Mean cross entropy of `output` (T, B, E or H) against `targets` (T, B), in nats per token."""
+        """Compute the mean cross entropy, nats per token, of `output` (T, B, E or H) against `targets` (T, B)."""
         return self.softmax(self.decoder.weight, self.decoder.bias, output, targets)
 
     def target_logprob(self, output, targets):
-        """Log-probabilities (T, B), in nats, of `targets` (T, B) after `output` (T, B, E or H)."""
+        """Compute the log-probabilities (T, B), in nats, of `targets` (T, B) after `output` (T, B, E or H)."""
         return self.softmax.target_logprob(self.decoder.weight, self.decoder.bias, output, targets)
 
     def logprob(self, output):
-        """Log-probabilities (..., V), in nats, of each word after `output` (..., E or H)."""
+        """Compute the log-probabilities (..., V), in nats, of each word after `output` (..., E or H)."""
         return self.softmax.logprob(self.decoder.weight, self.decoder.bias, output)
 
     def parameter_count(self):
-        """Trainable values, a shared weight counted once."""
+        """Return the number of trainable values, a shared weight counted once."""
         return sum(p.numel() for p in self.parameters())

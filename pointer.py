@@ -14,24 +14,15 @@ from itertools import product
 import torch
 
 import checkpoint
-import training
+from data import Corpus, load_split
+from device import set_up_device
+from flags import Parser, add_data_flags, add_device_flags, non_negative_float, positive_int, probability
+from metrics import Metrics, format_loss, log, loss_metrics
 from model import LAYERS
-from utils import (
-    BadInput,
-    Parser,
-    add_data_flags,
-    add_run_flags,
-    amount,
-    count,
-    figures,
-    get_batch,
-    pick_device,
-    rate,
-    run_script,
-    score,
-)
+from process import run_script
+from utils import BadInput, get_batch
 
-QUERY_ROWS = 256  # predictions scored at once: QUERY_ROWS x (window + QUERY_ROWS) similarities are in memory
+QUERY_ROWS = 256  # predictions scored at once; QUERY_ROWS x (window + QUERY_ROWS) similarities are in memory
 
 
 def parse_flags(argv):
@@ -42,22 +33,25 @@ def parse_flags(argv):
     parser.add_argument("--save", default="best.pt", metavar="FILE",
                         help="the trained model (default: %(default)s)")
     parser.add_argument("--model", choices=list(LAYERS), help="recurrent layer; has to be that of the trained model")
-    parser.add_argument("--bptt", type=count, default=2000, metavar="T",
+    parser.add_argument("--bptt", type=positive_int, default=2000, metavar="T",
                         help="time steps per pass of the model: more memory, same result (default: %(default)s)")
-    parser.add_argument("--window", type=count, nargs="+", default=[3785], metavar="N",
+    parser.add_argument("--window", type=positive_int, nargs="+", default=[3785], metavar="N",
                         help="words that the cache remembers (default: 3785)")
-    parser.add_argument("--theta", type=amount, nargs="+", default=[0.6625523432485668], metavar="X",
+    parser.add_argument("--theta", type=non_negative_float, nargs="+", default=[0.6625523432485668], metavar="X",
                         help="sharpness of the cache: factor of the similarities (0: flat; default: 0.66255)")
-    parser.add_argument("--lambdasm", type=rate, nargs="+", default=[0.12785920428335693], metavar="P",
+    parser.add_argument("--lambdasm", type=probability, nargs="+", default=[0.12785920428335693], metavar="P",
                         help="share of the cache in the mixture, from 0 (off) to below 1 (default: 0.12786)")
-    add_run_flags(parser)
+    add_device_flags(parser)
     return parser.parse_args(argv)
 
 
 @torch.no_grad()
 def scored_chunks(model, source, bptt):
-    """Run `model` over `source` (N, 1); yields for each chunk of up to `bptt` predictions the last layer's raw outputs
-    h (t, H), the words that followed (t,) and their log-probabilities (t,) in nats."""
+    """Run `model` over `source` (N, 1) in chunks of up to `bptt` predictions.
+
+    Yields for each the last layer's raw outputs h (t, H), the words that followed (t,) and their log-probabilities
+    (t,), nats.
+    """
     model.eval()
     hidden = model.init_hidden(1)
     for row in range(0, len(source) - 1, bptt):
@@ -67,12 +61,12 @@ def scored_chunks(model, source, bptt):
 
 
 def cache_logprob(similarities, same, first, window, theta):
-    """Log-probability (Q,) in nats that the cache alone gives to the target of each of Q predictions.
+    """Compute the log-probability (Q,), nats, that the cache alone gives to the target of each of Q predictions.
 
     `similarities` (Q, K) are the products of the queries, their outputs, with the keys, the outputs that came before or
-    among them; `same` (Q, K) says where the word that followed the key is the target. Query q is key number `first` + q
-    and sees the `window` keys before it: a softmax over theta * similarity, summed over the keys where `same`. -inf
-    where there are none, NaN where there are no keys at all.
+    among them. `same` (Q, K) says where the word that followed the key is the target. Query q is key number `first` + q
+    and sees the `window` keys before it: a softmax over theta * similarity, summed over the keys where `same`. The
+    result is -inf where there are none, NaN where there are no keys at all.
     """
     nearest = max(0, first - window)
     queries, keys = len(similarities), similarities.size(1)
@@ -85,11 +79,10 @@ def cache_logprob(similarities, same, first, window, theta):
 
 
 def mixture_losses(chunks, windows, thetas, lambdasms):
-    """Mean cross entropy, in nats per token, of (1 - lambdasm) * model + lambdasm * cache over `scored_chunks`, for all
-    combinations: a tensor (windows, thetas, lambdasms).
+    """Compute the mean cross entropy of (1 - lambdasm) * model + lambdasm * cache over `scored_chunks`.
 
-    As in the published numbers a cache joins once more than its window of predictions lie behind; until then the model
-    stands alone.
+    Returns nats per token for all combinations, a tensor (windows, thetas, lambdasms). As in the published numbers a
+    cache joins once more than its window of predictions lie behind; until then the model stands alone.
     """
     longest = max(windows)
     totals = torch.zeros(len(windows), len(thetas), len(lambdasms), dtype=torch.float64)
@@ -119,47 +112,59 @@ def mixture_losses(chunks, windows, thetas, lambdasms):
 
 
 def score_split(model, source, bptt, settings):
-    """The loss of each combination of `settings`, (windows, thetas, lambdasms), over `source` (N, 1); returns them as
-    [((window, theta, lambdasm), loss), ...] and the seconds they took."""
+    """Score all combinations of `settings`, (windows, thetas, lambdasms), over `source` (N, 1).
+
+    Returns [((window, theta, lambdasm), loss), ...] and the seconds that they took together.
+    """
     start = time.perf_counter()
     losses = mixture_losses(scored_chunks(model, source, bptt), *settings).flatten().tolist()
     return list(zip(product(*settings), losses)), time.perf_counter() - start
 
 
 def report(kind, split, setting, loss, seconds):
-    """Print the score of a setting; returns kind and values of its line in the metrics file."""
+    """Log the score of a setting; returns kind and values of its line in the metrics file."""
     values = dict(zip(("window", "theta", "lambdasm"), setting))
     named = " | ".join(f"{name} {value:6.4g}" for name, value in values.items())
-    training.say(f"| {kind:7} | {named} | {score(split, loss)}")
-    return kind, {"split": split, **values, "seconds": seconds, **figures(loss)}
+    log(f"| {kind:7} | {named} | {format_loss(split, loss)}")
+    return kind, {"split": split, **values, "seconds": seconds, **loss_metrics(loss)}
+
+
+def record(save, lines):
+    """Add lines to the record of a model; in a folder that may only be read it is still a model to score."""
+    try:
+        metrics = Metrics(checkpoint.metrics_path(save))
+        for kind, values in lines:
+            metrics.write(kind, **values)
+    except (OSError, BadInput) as error:
+        log(f"not recorded: {error}")
 
 
 def main(argv=None):
     args = parse_flags(argv)
-    device = pick_device(args.cuda)
+    device = set_up_device(args.cuda)
     content = checkpoint.load(args.save, device)
-    args, _ = checkpoint.keep_flags(parse_flags, argv, content, args.save, ["model", "data", "level", "shares"])
-    corpus = training.load_corpus(args)
+    args, _ = checkpoint.merge_flags(parse_flags, argv, content, args.save, ["model", "data", "level", "shares"])
+    corpus = Corpus(args.data, args.level, args.shares)
+    log(corpus.describe())
     checkpoint.check_vocabulary(content, args.save, corpus.dictionary, args.data)
     model = checkpoint.restore_model(content, args.save, device=device)
     settings = args.window, args.theta, args.lambdasm
-    sources = {split: training.lay_out(args, corpus, split, 1, device) for split in ("valid", "test")}
-    for split, source in sources.items():
+    valid, test = load_split(corpus, "valid", 1, device), load_split(corpus, "test", 1, device)
+    for split, source in (("valid", valid), ("test", test)):
         if max(args.window) >= len(source) - 2:
-            training.say(f"| pointer | {split} has {len(source) - 1} words: with --window {max(args.window)} the cache "
-                         "never joins")
-    searched, seconds = score_split(model, sources["valid"], args.bptt, settings)
-    lines = [report("grid", "valid", *found, seconds) for found in searched if len(searched) > 1]
-    best, loss = min(searched, key=lambda found: found[1])
+            log(f"| pointer | {split} has {len(source) - 1} words: with --window {max(args.window)} the cache never "
+                "joins")
+    scores, seconds = score_split(model, valid, args.bptt, settings)
+    lines = []
+    if len(scores) > 1:
+        for setting, loss in scores:
+            lines.append(report("grid", "valid", setting, loss, seconds))
+    best, loss = min(scores, key=lambda scored: scored[1])
     lines.append(report("pointer", "valid", best, loss, seconds))
-    ((_, loss),), seconds = score_split(model, sources["test"], args.bptt, [[value] for value in best])
+    scores, seconds = score_split(model, test, args.bptt, [[value] for value in best])
+    _, loss = scores[0]
     lines.append(report("pointer", "test", best, loss, seconds))
-    try:
-        metrics = training.Metrics(args.save)
-        for kind, values in lines:
-            metrics.write(kind, **values)
-    except (OSError, BadInput) as error:  # a model in a folder that may only be read is still a model to score
-        training.say(f"not recorded: {error}")
+    record(args.save, lines)
 
 
 if __name__ == "__main__":

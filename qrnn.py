@@ -1,7 +1,7 @@
 """The quasi-recurrent layer (QRNN with fo-pooling) and its recurrence, the forget-mult.
 
 Paper: Bradbury, Merity, Xiong, Socher, "Quasi-Recurrent Neural Networks" (arXiv 1611.01576), section 2. All matrix
-products of a layer run at once over the whole sequence; what is left to do step by step is elementwise:
+products of a layer run at once over the whole sequence. What is left to do step by step is elementwise:
 
     z_t, f_t, o_t = tanh, sigmoid, sigmoid of a linear map of [x_t, x_{t-1}]
     c_t = f_t * z_t + (1 - f_t) * c_{t-1}            the forget-mult
@@ -25,50 +25,50 @@ except ImportError:  # builds of PyTorch for the CPU come without it; the step-b
     triton = None
 
 
-class Pooling(torch.autograd.Function):
-    """From the linear map (T, B, 3H) of Z, F, O and the state c_{-1} (B, H) to the output h (T, B, H) and the last c.
-    `moves` (T, B, H), where given, are factors of f. Products may be in a shorter type; all here is in that of c.
+class FoPool(torch.autograd.Function):
+    """Compute activations, forget-mult and output gate of a QRNN layer (fo-pooling), forward and backward.
 
-    BLOCK time steps after another, so that what one operation leaves in the cache the next finds there: a step of the
-    PTB recipe takes 93% of the time that it takes with operations on whole sequences that autograd records, in
-    bfloat16 (2 cores of an Intel Xeon); in fp32 as long. Loops of one operation a step are exact in every type;
-    cumulative sums of log(1 - f) have no loop and overflow.
+    Takes the linear map (T, B, 3H) of Z, F, O, the state c_{-1} (B, H), and None or `zoneout_mask` (T, B, H), factors
+    of f. Returns the output h (T, B, H) and the last c (B, H). The linear map may have a shorter dtype; all else has
+    that of c.
+
+    A loop of one operation a step is exact in every dtype. Cumulative sums of log(1 - f) need no loop, and overflow.
     """
 
-    BLOCK = 4
+    BLOCK = 4  # time steps worked on together: what one operation leaves in the cache, the next finds there
 
     @staticmethod
-    def forward(ctx, linear_map, start, moves):
+    def forward(ctx, linear_map, start, zoneout_mask):
         steps, (batch_size, hidden_size) = len(linear_map), start.shape
         source = linear_map.unflatten(2, (3, hidden_size)).permute(2, 0, 1, 3)
         gates = start.new_empty(3, steps, batch_size, hidden_size)
         states = start.new_empty(steps + 1, batch_size, hidden_size)  # c_{-1}, c_0, ...
         output = torch.empty_like(gates[0])
         states[0] = start
-        for block in blocks(steps, Pooling.BLOCK):
+        for block in blocks(steps, FoPool.BLOCK):
             gates[:, block] = source[:, block]
             z, f, o = gates[0, block].tanh_(), *gates[1:, block].sigmoid_()
-            if moves is not None:
-                f = f * moves[block]
+            if zoneout_mask is not None:
+                f = f * zoneout_mask[block]
             c, *following = states[block.start:block.stop + 1].unbind()
             for z_t, f_t, c_t in zip(z, f, following):
                 c = torch.lerp(c, z_t, f_t, out=c_t)
             torch.mul(o, states[block.start + 1:block.stop + 1], out=output[block])
-        ctx.save_for_backward(gates, states, moves)
-        ctx.kind = linear_map.dtype
+        ctx.save_for_backward(gates, states, zoneout_mask)
+        ctx.dtype = linear_map.dtype
         return output, states[-1].clone()
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_output, grad_last):
-        gates, states, moves = ctx.saved_tensors
+        gates, states, zoneout_mask = ctx.saved_tensors
         _, steps, batch_size, hidden_size = gates.shape
-        grad_map = gates.new_empty(steps, batch_size, 3 * hidden_size, dtype=ctx.kind)
+        grad_map = gates.new_empty(steps, batch_size, 3 * hidden_size, dtype=ctx.dtype)
         grad_z, grad_f, grad_o = grad_map.chunk(3, -1)
         carried = grad_last  # d loss / d c_t through all later steps
-        for block in reversed(blocks(steps, Pooling.BLOCK)):
+        for block in reversed(blocks(steps, FoPool.BLOCK)):
             z, f, o = gates[:, block]
-            grad, factors = grad_output[block], f if moves is None else f * moves[block]
+            grad, factors = grad_output[block], f if zoneout_mask is None else f * zoneout_mask[block]
             # sigmoid' is s(1 - s), tanh' is 1 - s^2, and addcmul(x, x, s, value=-1) is x(1 - s)
             through_o = grad * states[block.start + 1:block.stop + 1]
             grad_o[block] = torch.addcmul(through_o, through_o, o, value=-1).mul_(o)
@@ -112,10 +112,12 @@ if triton is not None:
 
 
 class TritonForgetMult(torch.autograd.Function):
-    """The forget-mult for f, z (T, B, H) from c_{-1} (B, H), on a GPU: one kernel for all time steps, a thread for each
-    of the B * H columns; returns c (T, B, H)."""
+    """Compute the forget-mult for f, z (T, B, H) from c_{-1} (B, H) on a GPU; returns c (T, B, H).
 
-    BLOCK = 256
+    One kernel does all time steps, with a thread for each of the B * H columns.
+    """
+
+    BLOCK = 256  # columns of a program
 
     @staticmethod
     def forward(ctx, f, z, start):
@@ -137,21 +139,22 @@ class TritonForgetMult(torch.autograd.Function):
         return grad_f, grad_z, grad_start
 
 
-def pooling(linear_map, start, moves=None):
-    """What `Pooling` computes; on a GPU with Triton for the forget-mult."""
+def fo_pool(linear_map, start, zoneout_mask=None):
+    """Compute what `FoPool` does, on a GPU by Triton's forget-mult where there is Triton."""
     if triton is None or not linear_map.is_cuda:
-        return Pooling.apply(linear_map, start, moves)
+        return FoPool.apply(linear_map, start, zoneout_mask)
     z, f, o = (part.to(start.dtype) for part in linear_map.chunk(3, -1))
     f = f.sigmoid()
-    c = TritonForgetMult.apply(f if moves is None else f * moves, z.tanh(), start)
+    c = TritonForgetMult.apply(f if zoneout_mask is None else f * zoneout_mask, z.tanh(), start)
     return o.sigmoid() * c, c[-1]
 
 
 class QRNN(nn.Module):
     """One QRNN layer, E -> H, that looks at the last `window` (1 or 2) inputs.
 
-    With `zoneout` a unit keeps its state at a step with that probability (in evaluation it moves by the expected
-    share). The weight is `linear.weight` (3H, window * E), rows in the order Z, F, O, columns x_t before x_{t-1}.
+    With `zoneout` a unit keeps its state at a step with that probability. In evaluation it moves by the expected share.
+    The weight is `linear.weight` (3H, window * E), rows in the order Z, F, O, columns x_t before x_{t-1}. 1611.01576,
+    sections 2 and 2.1.
     """
 
     packed = None
@@ -162,11 +165,11 @@ class QRNN(nn.Module):
         self.linear = nn.Linear(window * input_size, 3 * hidden_size)
 
     def pack(self):
-        """From here on passes without gradient take their product from `PackedLinear`."""
+        """Pack copies of the weights as they are now, for passes without gradient (`PackedLinear`)."""
         self.packed = PackedLinear(self.linear.weight, self.linear.bias)
 
     def init_hidden(self, batch_size):
-        """The zero hidden state: c (1, B, H) and, for a window of 2, the previous input (1, B, E)."""
+        """Return the zero hidden state: c (1, B, H) and, for a window of 2, the previous input (1, B, E)."""
         c = self.linear.bias.new_zeros(1, batch_size, self.hidden_size)
         return (c, c.new_zeros(1, batch_size, self.input_size)) if self.window == 2 else (c,)
 
@@ -178,9 +181,9 @@ class QRNN(nn.Module):
             linear_map = self.packed(source)
         else:
             linear_map = linear(source, self.linear.weight, self.linear.bias)
-        moves = None
+        zoneout_mask = None
         if self.zoneout:
             shape, keep = (*x.shape[:2], self.hidden_size), 1 - self.zoneout
-            moves = dropout_mask(c, shape, self.zoneout) * keep if self.training else c.new_full(shape, keep)
-        output, c = pooling(linear_map, c[0], moves)
+            zoneout_mask = dropout_mask(c, shape, self.zoneout) * keep if self.training else c.new_full(shape, keep)
+        output, c = fo_pool(linear_map, c[0], zoneout_mask)
         return output, (c.unsqueeze(0), x[-1:]) if self.window == 2 else (c.unsqueeze(0),)

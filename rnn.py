@@ -1,14 +1,11 @@
 """The LSTM and GRU layers: PyTorch's, with passes of their own where those are slow or in the way.
 
-LSTM training on the CPU, for large layers in fp32 and for all in bfloat16. The input's product and the gradients of
-weights are one matrix product each for all steps of a block; the hidden-to-hidden weight, by which the loop multiplies
-at each step, is packed once a pass (`products.Packed`). For 1150 inputs and units, 70 x 20 words, forward and backward,
-on 2 cores of an Intel Xeon with AMX: 366 ms for the 403 of PyTorch's pass in fp32, 136 for its 313 in bfloat16. In fp32
-it gains less on wider batches (1150 units, 80 columns: 3 to 7%; 1840 units, 128 columns: 5 to 9%), nothing at 1024
-units, and at 800 it takes 185 ms for 178.
+`LSTMFunction` trains an LSTM on a CPU, in bfloat16 always and in fp32 where the layer is large. On a CPU with AMX it is
+more than twice as fast as PyTorch's pass in bfloat16, and about a tenth faster in fp32. The input's product and the
+weights' gradients are one matrix product each for many steps. The hidden-to-hidden weight, by which the loop multiplies
+at each step, is packed once a pass (`products.Packed`).
 
-Passes for cuDNN in bfloat16, where autocast hands it float16, and for CUDA graphs, which need the parameters to stay
-where they lie in memory: `cudnn_pass`.
+`cudnn_pass` runs both layers on a GPU where PyTorch's own way is in the way: in bfloat16, and in CUDA graphs.
 
 Shapes are in the alphabet of `model.py`.
 """
@@ -21,27 +18,27 @@ from torch.nn import functional
 from products import Packed, PackedLinear, for_products, packs_fp32, trains_in_bfloat16, transposed
 from utils import blocks, map_hidden
 
-LARGE = 1100  # hidden units from which on the pass below pays in fp32
+MIN_HIDDEN = 1100  # hidden units from which on `LSTMFunction` pays in fp32
 
 
-class TrainingPass(torch.autograd.Function):
-    """An LSTM layer over x (T, B, E) with the weights (4H, E) and (4H, H), in PyTorch's order i, f, g, o, and the bias
-    (4H) from the state h, c (B, H): the outputs (T, B, H) and the last c (B, H).
+class LSTMFunction(torch.autograd.Function):
+    """Run an LSTM layer over a sequence, forward and backward, in few and large matrix products.
 
-    Products and their factors, the gradients of the gates among them, are in the type that autocast says, gates, cell
-    and the gradients that are carried through time in that of `c`.
+    Takes x (T, B, E), the weights (4H, E) and (4H, H), the bias (4H), and the state h, c (B, H). Rows of the weights
+    are in PyTorch's order i, f, g, o. Returns the outputs (T, B, H) and the last c (B, H).
 
-    Products that need not wait for the step before are of WORDS words or a little more at a time: as fast as of the
-    whole sequence, and in bfloat16 with results small enough for `utils.keep_memory` to keep. A step of PTB characters
-    in bfloat16, 19,200 of them, takes 81% of the time that it takes in one block (2 cores of an AMD EPYC).
+    Products have the dtype that autocast says, and so have their factors, the gradients of the gates among them. Gates,
+    cell and the gradients carried through time have the dtype of `c`.
     """
 
-    WORDS = 2048
+    # Rows, one for each of T x B, of a product that need not wait for the step before, or a little more. It is as fast
+    # as one product of the whole sequence, and its result in bfloat16 is small enough for `device.keep_memory`.
+    ROWS_PER_PRODUCT = 2048
 
     @staticmethod
     def blocks(steps, batch_size):
-        """The slices of so many time steps, each of WORDS words or a little more, the last of what is left."""
-        return blocks(steps, -(-TrainingPass.WORDS // batch_size))
+        """Cut `steps` time steps into slices of ROWS_PER_PRODUCT rows or a little more; the last has what is left."""
+        return blocks(steps, -(-LSTMFunction.ROWS_PER_PRODUCT // batch_size))
 
     @staticmethod
     def forward(ctx, x, weight_ih, weight_hh, bias, h, c):
@@ -54,7 +51,7 @@ class TrainingPass(torch.autograd.Function):
         squashed, outputs = torch.empty_like(cells[1:]), torch.empty_like(cells)
         outputs[0], cells[0] = h, c
         inputs = rows.unflatten(0, x.shape[:2])
-        for block in TrainingPass.blocks(steps, batch_size):
+        for block in LSTMFunction.blocks(steps, batch_size):
             from_input = torch.addmm(b, inputs[block].flatten(0, 1), w_ih.t()).view(-1, batch_size, 4 * hidden_size)
             for t, from_step in enumerate(from_input, block.start):
                 gate, state = gates[t], outputs[t].to(rows.dtype)
@@ -66,20 +63,20 @@ class TrainingPass(torch.autograd.Function):
                 torch.mul(f, cells[t], out=cells[t + 1]).addcmul_(i, g)
                 torch.mul(o, torch.tanh(cells[t + 1], out=squashed[t]), out=outputs[t + 1])
         ctx.save_for_backward(inputs, w_ih, w_hh, outputs, gates, cells, squashed)
-        ctx.types = x.dtype, weight_hh.dtype
+        ctx.dtypes = x.dtype, weight_hh.dtype
         return outputs[1:], cells[-1].clone()
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_outputs, grad_c):
         inputs, w_ih, w_hh, outputs, gates, cells, squashed = ctx.saved_tensors
-        x_type, weight_type = ctx.types
+        x_dtype, weight_dtype = ctx.dtypes
         steps, _, batch_size, hidden_size = gates.shape
         recurrence = Packed(transposed(w_hh), batch_size)
         grad = torch.empty_like(gates[0])  # of one step
         grad_h, grad_c = torch.zeros_like(grad_c), grad_c.clone()
-        grad_x, grad_weights = inputs.new_empty(inputs.shape, dtype=x_type), None
-        for block in reversed(TrainingPass.blocks(steps, batch_size)):
+        grad_x, grad_weights = inputs.new_empty(inputs.shape, dtype=x_dtype), None
+        for block in reversed(LSTMFunction.blocks(steps, batch_size)):
             grad_gates = gates.new_empty(block.stop - block.start, batch_size, 4, hidden_size, dtype=inputs.dtype)
             for t, grad_gate in zip(reversed(range(block.start, block.stop)), reversed(grad_gates.unbind())):
                 i, f, g, o = gates[t].unbind()
@@ -99,56 +96,60 @@ class TrainingPass(torch.autograd.Function):
                 grad_gate.copy_(grad.transpose(0, 1))
                 grad_h = recurrence(grad_gate.flatten(1))
             rows, states = inputs[block].flatten(0, 1), outputs[block].flatten(0, 1).to(inputs.dtype)
-            by_word = grad_gates.view(-1, 4 * hidden_size)
-            by_gate = transposed(by_word) if by_word.dtype == torch.bfloat16 else by_word.t()
-            grad_x[block] = (by_word @ w_ih).view(-1, *grad_x.shape[1:])
-            found = [part.to(weight_type) for part in (by_gate @ rows, by_gate @ states, by_word.sum(0))]
-            grad_weights = [total.add_(part) for total, part in zip(grad_weights, found)] if grad_weights else found
+            by_row = grad_gates.view(-1, 4 * hidden_size)
+            by_gate = transposed(by_row) if by_row.dtype == torch.bfloat16 else by_row.t()
+            grad_x[block] = (by_row @ w_ih).view(-1, *grad_x.shape[1:])
+            of_block = [part.to(weight_dtype) for part in (by_gate @ rows, by_gate @ states, by_row.sum(0))]
+            if grad_weights is None:
+                grad_weights = of_block
+            else:
+                grad_weights = [total.add_(part) for total, part in zip(grad_weights, of_block)]
         return grad_x, *grad_weights, grad_h.to(grad_c.dtype), grad_c
 
 
 def cudnn_pass(function, rnn, x, hidden):
-    """`function`, torch.lstm or torch.gru, over x (T, B, E) from `hidden` with copies of the weights of the layer
-    `rnn`, in bfloat16 where autocast says so.
+    """Run `function`, torch.lstm or torch.gru, over x (T, B, E) from `hidden` with copies of the weights of `rnn`.
 
-    Not by autocast itself, which hands cuDNN float16 whatever type it was told (PyTorch 2.6 to 2.11 at least): without
-    a scaled loss most gradients are too small for it. Nor by PyTorch's own passes, which move the parameters into one
-    buffer for cuDNN whenever one of them was exchanged, as weight drop does in every pass, there and back: a CUDA graph
-    would go on reading and writing where they lay when it was captured.
+    The copies are in bfloat16 where autocast says so. Autocast itself hands cuDNN float16, whatever dtype it was told
+    (PyTorch 2.6 to 2.11 at least), and without a scaled loss most gradients are too small for that.
+
+    PyTorch's own passes move the parameters into one buffer for cuDNN whenever one of them was exchanged. Weight drop
+    exchanges one in every pass and puts it back. A CUDA graph would go on reading and writing where the parameters lay
+    when it was captured.
     """
     device = x.device.type
-    kind = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
     with torch.autocast(device, enabled=False):
-        hidden = map_hidden(lambda part: part.to(kind), hidden)
-        return function(x.to(kind), hidden, in_one_piece(rnn, kind), True, 1, 0.0, rnn.training, False, False)
+        hidden = map_hidden(lambda part: part.to(dtype), hidden)
+        return function(x.to(dtype), hidden, flat_weights(rnn, dtype), True, 1, 0.0, rnn.training, False, False)
 
 
-def in_one_piece(rnn, kind):
-    """Copies of the weights of an LSTM or GRU layer in one buffer, one after the other, as cuDNN takes them."""
+def flat_weights(rnn, dtype):
+    """Copy the weights of an LSTM or GRU layer into one buffer, one after the other, as cuDNN takes them."""
     weights = (rnn.weight_ih_l0, rnn.weight_hh_l0, rnn.bias_ih_l0, rnn.bias_hh_l0)
-    buffer = torch.cat([weight.flatten() for weight in weights]).to(kind)
+    buffer = torch.cat([weight.flatten() for weight in weights]).to(dtype)
     return [part.view_as(weight) for part, weight in zip(buffer.split([w.numel() for w in weights]), weights)]
 
 
 def is_step(x):
-    """Whether a layer over x (T, B, E) is to do one step without gradient on the CPU."""
+    """Return whether a layer over x (T, B, E) does one step without gradient on a CPU."""
     return len(x) == 1 and not x.is_cuda and not torch.is_grad_enabled()
 
 
 class GRU(nn.GRU):
-    """`torch.nn.GRU` of one layer, its parameters under its names. If `still`, no pass moves them in memory."""
+    """`torch.nn.GRU` of one layer, with the same names of parameters."""
 
-    still = False
+    capturable = False  # a CUDA graph may be captured: no pass moves the parameters in memory
     packed = None
 
     def pack(self):
-        """From here on single steps without gradient take their products from `PackedLinear`."""
+        """Pack copies of the weights as they are now, for single steps without gradient (`PackedLinear`)."""
         self.packed = (PackedLinear(self.weight_ih_l0, self.bias_ih_l0),
                        PackedLinear(self.weight_hh_l0, self.bias_hh_l0))
 
     def forward(self, x, h):
         """Run x (T, B, E) from `h` (1, B, H); returns the output (T, B, H) and the new h."""
-        if self.still or (x.is_cuda and torch.is_autocast_enabled("cuda")):
+        if self.capturable or (x.is_cuda and torch.is_autocast_enabled("cuda")):
             return cudnn_pass(torch.gru, self, x, h)
         if self.packed and is_step(x):
             h = self.step(x, h)
@@ -156,7 +157,7 @@ class GRU(nn.GRU):
         return super().forward(x, h)
 
     def step(self, x, h):
-        """One step with packed weights, for x, h (1, B, E or H)."""
+        """Compute one step with packed weights, for x (1, B, E) and h (1, B, H); returns the new h."""
         from_x, from_h = self.packed
         (r_x, z_x, n_x), (r_h, z_h, n_h) = from_x(x).chunk(3, -1), from_h(h).chunk(3, -1)
         n = torch.addcmul(n_x, (r_x + r_h).sigmoid(), n_h).tanh()
@@ -164,21 +165,23 @@ class GRU(nn.GRU):
 
 
 class LSTM(nn.LSTM):
-    """`torch.nn.LSTM` of one layer, its parameters under its names. If `still`, no pass moves them in memory."""
+    """`torch.nn.LSTM` of one layer, with the same names of parameters."""
 
-    still = False
+    capturable = False  # a CUDA graph may be captured: no pass moves the parameters in memory
     packed = None
 
     def pack(self):
-        """From here on single steps without gradient take their product from `PackedLinear`: one, of both weights side
-        by side, which for 1150 inputs and units takes 0.47 ms where two take 0.55."""
+        """Pack copies of the weights as they are now, for single steps without gradient (`PackedLinear`).
+
+        Both lie side by side, since one product is somewhat faster than two.
+        """
         weight = torch.cat([self.weight_ih_l0, self.weight_hh_l0], 1)
         self.packed = PackedLinear(weight, self.bias_ih_l0 + self.bias_hh_l0)
 
     def forward(self, x, hidden):
         """Run x (T, B, E) from `hidden` (h, c), each (1, B, H); returns the output (T, B, H) and the new (h, c)."""
         h, c = hidden
-        if self.still or (x.is_cuda and torch.is_autocast_enabled("cuda")):
+        if self.capturable or (x.is_cuda and torch.is_autocast_enabled("cuda")):
             output, h, c = cudnn_pass(torch.lstm, self, x, hidden)
             return output, (h, c)
         if is_step(x):
@@ -186,19 +189,21 @@ class LSTM(nn.LSTM):
         if not self.by_own_pass(x):
             return super().forward(x, hidden)
         bias = self.bias_ih_l0 + self.bias_hh_l0
-        outputs, c = TrainingPass.apply(x, self.weight_ih_l0, self.weight_hh_l0, bias, h[0], c[0])
+        outputs, c = LSTMFunction.apply(x, self.weight_ih_l0, self.weight_hh_l0, bias, h[0], c[0])
         return outputs, (outputs[-1:], c.unsqueeze(0))
 
     def by_own_pass(self, x):
-        """Whether to train over x (T, B, E) by `TrainingPass`, where that is faster than PyTorch's."""
+        """Return whether to train over x (T, B, E) by `LSTMFunction`, because it is faster than PyTorch's pass."""
         if trains_in_bfloat16(x):
             return True
         return (x.dtype == torch.float32 and not x.is_cuda and torch.is_grad_enabled()
-                and self.hidden_size >= LARGE and packs_fp32())
+                and self.hidden_size >= MIN_HIDDEN and packs_fp32())
 
     def step(self, x, h, c):
-        """One step without gradient, for x, h, c (1, B, E or H), in less than half the time of PyTorch's pass, which
-        first brings the weights into another order."""
+        """Compute one step without gradient, for x (1, B, E) and h, c (1, B, H); returns the output and the new (h, c).
+
+        It takes less than half the time of PyTorch's pass, which first brings the weights into another order.
+        """
         if self.packed:
             gates = self.packed(torch.cat([x, h], -1))
         else:

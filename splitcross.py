@@ -1,9 +1,9 @@
 """The softmax of the language model: one softmax, or for large vocabularies a split one.
 
-A split softmax is a short head softmax over the words with the smallest ids (numbered by first appearance, the
-frequent ones) and one tombstone for each tail. A word in a tail has the probability of the tail's tombstone times its
-probability within the tail. Only tails that hold a target of the batch are computed. All splits use rows of the same
-weight matrix, tied to the embedding or not; the tombstones are the only parameters that are added.
+A split softmax begins with a short head: the words with the smallest ids, and one tombstone for each tail. Ids follow
+first appearance, so small ids are frequent words. A word in a tail has the probability of the tail's tombstone times
+its probability within the tail. Only tails that hold a target of the batch are computed. All splits use rows of the
+same weight matrix, tied to the embedding or not. The tombstones are the only parameters that are added.
 
 Papers: Merity, Keskar, Socher, "An Analysis of Neural Language Modeling at Multiple Scales" (arXiv 1803.08240), section
 3.1, after Grave, Joulin, Cisse, Grangier, Jegou, "Efficient softmax approximation for GPUs" (arXiv 1609.04309). Shapes
@@ -17,11 +17,11 @@ from torch.nn import functional
 
 from products import PackedLinear, for_products
 
-LARGE = 2**20  # logits; fewer stay in the cache anyway
+MIN_LOGITS = 2**20  # N x V from which on `SoftmaxLoss` pays; fewer stay in the cache anyway
 
 
 def splits_for(ntoken):
-    """Where the recipes of the papers cut a vocabulary of `ntoken` words: not at all up to 75,000 words."""
+    """Return where the papers' recipes cut a vocabulary of `ntoken` words; [] up to 75,000 words."""
     if ntoken > 500_000:
         return [4200, 35_000, 180_000]
     if ntoken > 75_000:
@@ -30,35 +30,32 @@ def splits_for(ntoken):
 
 
 class SoftmaxLoss(torch.autograd.Function):
-    """Mean cross entropy of linear(hidden, weight, bias) for `hidden` (N, E or H), `weight` (V, E or H), `bias` (V)
-    against `targets` (N,), its gradient computed at once: ROWS rows at a time, and within them what is elementwise PART
-    rows at a time.
+    """Compute the mean cross entropy of a linear softmax, nats, and its gradient with it, a block of rows at a time.
 
-    No N x V matrix is ever written to memory and read again, and in bfloat16 no fp32 matrix of ROWS x V either, only
-    logits that `utils.keep_memory` keeps for V up to 34,000. The blocks take two thirds of the time of `cross_entropy`
-    (1400 x 10000 in fp32, ROWS = 384); with PART a step of WikiText-2 takes 86% of the time that it took without in
-    bfloat16, 94% in fp32 (2 cores of AMD EPYCs). Products are in the type that autocast says, the loss in that of
-    `bias`.
+    Takes `hidden` (N, E or H), `weight` (V, E or H), `bias` (V) and `targets` (N,). No N x V matrix is written to
+    memory and read again, and in bfloat16 no fp32 matrix of ROWS x V either. That takes about two thirds of the time of
+    `cross_entropy` on a CPU. Products have the dtype that autocast says, the loss has that of `bias`.
     """
 
-    ROWS, PART = 480, 64
+    ROWS = 480  # of a block; its logits in bfloat16 are small enough for `device.keep_memory` up to V = 34,000
+    PART = 64  # rows of a block on which elementwise operations work at a time
 
     @staticmethod
     def forward(ctx, hidden, weight, bias, targets):
-        rows, factor, term = for_products(hidden, weight, bias)
+        rows, w, b = for_products(hidden, weight, bias)
         grad_hidden, grad_weight, grad_bias = torch.empty_like(rows), torch.zeros_like(weight), torch.zeros_like(bias)
         loss = bias.new_zeros(())
-        for block, wanted, grad_block in zip(*(t.split(SoftmaxLoss.ROWS) for t in (rows, targets, grad_hidden))):
-            grad = torch.addmm(term, block, factor.t())  # logits at first
-            for part, target in zip(*(t.split(SoftmaxLoss.PART) for t in (grad, wanted.unsqueeze(1)))):
+        for block, block_targets, grad_block in zip(*(t.split(SoftmaxLoss.ROWS) for t in (rows, targets, grad_hidden))):
+            grad = torch.addmm(b, block, w.t())  # logits at first
+            for part, target in zip(*(t.split(SoftmaxLoss.PART) for t in (grad, block_targets.unsqueeze(1)))):
                 logits = part.to(bias.dtype)
                 probability = logits.softmax(1)
                 # -log p(target) by way of the likeliest word, whose p is 1/V or more: p(target) may be 0 in fp32
-                below = logits.amax(1, keepdim=True) - logits.gather(1, target)
-                loss += (below - probability.amax(1, keepdim=True).log()).sum()
-                part.copy_(probability.scatter_add_(1, target, -below.new_ones(below.shape)))
+                distance = logits.amax(1, keepdim=True) - logits.gather(1, target)
+                loss += (distance - probability.amax(1, keepdim=True).log()).sum()
+                part.copy_(probability.scatter_add_(1, target, -distance.new_ones(distance.shape)))
                 grad_bias += probability.sum(0)
-            torch.mm(grad, factor, out=grad_block)
+            torch.mm(grad, w, out=grad_block)
             if grad.dtype == grad_weight.dtype:
                 grad_weight.addmm_(grad.t(), block)
             else:
@@ -76,9 +73,9 @@ class SoftmaxLoss(torch.autograd.Function):
 class SplitCrossEntropy(nn.Module):
     """Loss and log-probabilities over V = `ntoken` words from vectors of `hidden_size` (E or H).
 
-    `splits` are the ids at which head and tails end, rising; one at or past the last word makes no tail. The tombstone
-    of tail i, counted from 1, is the i-th column from the right of the head: tombstones have a vector and a bias of
-    their own, `tail_vectors` (tails, E or H) and `tail_bias` (tails,), from 0.
+    `splits` are the ids at which head and tails end, rising. One at or past the last word makes no tail. The tombstone
+    of tail i, counted from 1, is the i-th column from the right of the head. Tombstones have vectors and biases of
+    their own, `tail_vectors` (tails, E or H) and `tail_bias` (tails,), which begin at 0.
     """
 
     packed = None
@@ -92,42 +89,45 @@ class SplitCrossEntropy(nn.Module):
             self.tail_bias = nn.Parameter(torch.zeros(len(self.sizes) - 1))
 
     def pack(self, weight, bias):
-        """From here on `logprob` without gradient takes its product from `PackedLinear` of `weight` and `bias`."""
+        """Pack copies of `weight` and `bias` as they are now, for `logprob` without gradient (`PackedLinear`)."""
         self.packed = PackedLinear(weight, bias)
 
     def forward(self, weight, bias, hidden, targets):
-        """Mean cross entropy, nats per token, of `hidden` (..., E or H) against `targets` (...), under the softmax
-        `weight` (V, E or H), `bias` (V)."""
+        """Compute the mean cross entropy, nats per token, of `hidden` (..., E or H) against `targets` (...).
+
+        `weight` (V, E or H) and `bias` (V) are those of the softmax, here and in the other methods.
+        """
         if len(self.sizes) == 1:
             hidden, targets = hidden.flatten(0, -2), targets.flatten()
-            if hidden.requires_grad and not hidden.is_cuda and len(hidden) * len(weight) >= LARGE:
+            if hidden.requires_grad and not hidden.is_cuda and len(hidden) * len(weight) >= MIN_LOGITS:
                 return SoftmaxLoss.apply(hidden, weight, bias, targets)
             return functional.cross_entropy(functional.linear(hidden, weight, bias), targets)
         return -self.target_logprob(weight, bias, hidden, targets).mean()
 
     def target_logprob(self, weight, bias, hidden, targets):
-        """Log-probability (...), in nats, of each of `targets` (...) after `hidden` (..., E or H).
+        """Compute the log-probability (...), in nats, of each of `targets` (...) after `hidden` (..., E or H).
 
-        Memory is that of the head for all targets and of each tail for those in it, not of all V words.
+        Memory is that of the head for all targets and of each tail for the targets in it, not that of all V words.
         """
         shape, hidden, targets = targets.shape, hidden.flatten(0, -2), targets.flatten()
         (head, *tails), head_logits = self._head(weight, bias, hidden)
-        columns, start, found = targets.clone(), self.sizes[0], []
+        columns, start, tail_logprobs = targets.clone(), self.sizes[0], []
         for tail, (tail_weight, tail_bias) in enumerate(tails, 1):
             inside = (targets >= start) & (targets < start + len(tail_weight))
             columns[inside] = head_logits.size(1) - tail
             rows = inside.nonzero().squeeze(1)
             if len(rows):
                 logits = functional.linear(hidden[rows], tail_weight, tail_bias)
-                found.append((rows, -functional.cross_entropy(logits, targets[rows] - start, reduction="none")))
+                within = -functional.cross_entropy(logits, targets[rows] - start, reduction="none")
+                tail_logprobs.append((rows, within))
             start += len(tail_weight)
         logprob = -functional.cross_entropy(head_logits, columns, reduction="none")
-        for rows, within in found:
+        for rows, within in tail_logprobs:
             logprob = logprob.index_add(0, rows, within)
         return logprob.view(shape)
 
     def logprob(self, weight, bias, hidden):
-        """Log-probabilities (..., V), in nats, of every word after `hidden` (..., E or H)."""
+        """Compute the log-probabilities (..., V), in nats, of every word after `hidden` (..., E or H)."""
         packed = self.packed and not torch.is_grad_enabled()
         logits = self.packed(hidden) if packed else functional.linear(hidden, weight, bias)
         if len(self.sizes) == 1:
@@ -139,7 +139,7 @@ class SplitCrossEntropy(nn.Module):
         return torch.cat([head[..., :self.sizes[0]], *within], -1)
 
     def _head(self, weight, bias, hidden):
-        """(weight, bias) of each split, and the logits (..., head words + tails) of the head."""
+        """Return (weight, bias) of each split, and the logits (..., head words + tails) of the head."""
         # One split of the whole matrix: its gradient is one matrix too, where slices would make a whole one each.
         (head_weight, head_bias), *tails = splits = list(zip(weight.split(self.sizes), bias.split(self.sizes)))
         if tails:

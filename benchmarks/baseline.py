@@ -91,8 +91,10 @@ def train_step(model, optimizer, words, targets, hidden, args):
 
 
 def cache_loss(outputs, targets, logprob, words, window, theta, lambdasm):
-    """The cache over `outputs` (N, H), `targets` (N,), `logprob` (N,), from prediction `window` + 1 on; `words` (N, V)
-    are the targets as one-hot vectors."""
+    """Score the cache over `outputs` (N, H), `targets` (N,), `logprob` (N,), from prediction `window` + 1 on.
+
+    `words` (N, V) are the targets as one-hot vectors.
+    """
     total, ntoken = 0.0, words.size(1)
     for t in range(window + 1, len(targets)):
         words[t] = functional.one_hot(targets[t], ntoken)

@@ -19,7 +19,7 @@ ROOT = Path(__file__).parent.parent
 LOAD = """
 import sys, time
 from data import Corpus
-from utils import peak_memory
+from device import peak_memory
 base = peak_memory()
 start = time.perf_counter()
 corpus = Corpus(sys.argv[1])

@@ -1,5 +1,7 @@
-"""Whether the toolkit is right and fast on this machine's GPU: the tests that need one, then the training step of four
-recipes beside a plain baseline (`baseline.py`) and beside what the hardware allows, and one table of both at the end.
+"""Check whether the toolkit is right and fast on this machine's GPU.
+
+First the tests that need one, then the training step of four recipes beside a plain baseline (`baseline.py`) and beside
+what the hardware allows; one table of both at the end.
 
     python benchmarks/gpu_check.py --json gpu.json         (make gpu-check; needs CUDA and pytest; 8 minutes)
     python benchmarks/gpu_check.py --only ptb-lstm --minutes 3
@@ -36,10 +38,15 @@ from speed import (
 )
 from torch.profiler import ProfilerActivity, profile
 
-import training
+from device import allow_tf32, tf32
+from files import check_writable
 from model import RNNModel
+from optimizers import make_optimizer
+from process import run_script
 from splitcross import splits_for
-from utils import BadInput, allow_tf32, batchify, check_writable, run_script, tf32
+from steps import choose_pass, seed_everything
+from training import Batches, Progress, Run, train_batches
+from utils import BadInput, batchify
 
 TESTS = Path(__file__).parent.parent / "tests"
 TEST_FILES = ("test_regularisers.py", "test_qrnn.py", "test_reference.py", "test_cuda.py")  # those of graphs come last
@@ -87,11 +94,14 @@ def run_tests(*arguments):
 # --- what the hardware allows ----------------------------------------------------------------------------------------
 
 def peaks(repetitions):
-    """FLOP/s of a large product in each precision, bytes/s of a large copy, seconds to launch a kernel from Python and
-    in a graph."""
+    """Measure what the hardware can do.
+
+    FLOP/s of a large product in each precision, bytes/s of a large copy, seconds to launch a kernel from Python and in
+    a graph.
+    """
     found = {}
-    for name, kind in PRECISIONS.items():
-        a, b = (torch.randn(8192, 8192, device="cuda").to(kind) for _ in range(2))
+    for name, dtype in PRECISIONS.items():
+        a, b = (torch.randn(8192, 8192, device="cuda").to(dtype) for _ in range(2))
         with tf32(name == "tf32"):
             turn = medians({name: lambda a=a, b=b: [a @ b for _ in range(4)]}, repetitions)
         found[name] = 4 * 2 * 8192**3 / turn[name]
@@ -162,9 +172,12 @@ def attempt(errors, name, function):
 
 
 def measure_recipe(recipe, device, peak, repetitions):
-    """Seconds of a step of `bptt` rows, and bytes of memory, by candidate; shares of the parts; floors; seconds of
-    whole epochs; errors by what they kept from being measured."""
-    training.seed_everything(0)
+    """Measure a recipe.
+
+    Seconds of a step of `bptt` rows and bytes of memory by candidate, shares of the parts, floors, seconds of whole
+    epochs, and errors by what they kept from being measured.
+    """
+    seed_everything(0)
     args = flags_of(recipe)
     text = words_like_language((args.bptt + 1, args.batch_size), RECIPES[recipe][0]).to(device)
     words, targets, tokens = text[:-1], text[1:], args.bptt * args.batch_size
@@ -206,14 +219,19 @@ def measure_recipe(recipe, device, peak, repetitions):
 
 def measure_epoch(recipe, device, **changes):
     """Seconds of a real epoch over as many random words as the corpus has: the second one, whose graphs are there."""
-    training.seed_everything(0)
+    seed_everything(0)
     args = flags_of(recipe, **changes)
     model = our_model(recipe, args).to(device)
-    optimizer = training.make_optimizer(args.optimizer, model, args.lr, args.wdecay)
-    run = training.gradients_for(model, args)
+    optimizer = make_optimizer(args.optimizer, model, args.lr, args.wdecay)
     source = batchify(words_like_language(EPOCHS[recipe], RECIPES[recipe][0]), args.batch_size, device)
-    return [seconds(lambda: list(training.train_epoch(model, optimizer, source, args, training.Progress(), run=run)))
-            for _ in range(2)][1]
+    run = Run("train", args, [], Batches(source, None, None), model, optimizer)
+    run.forward_backward = choose_pass(model, args.precision, args.alpha, args.beta, args.cuda_graphs)
+
+    def epoch():
+        run.progress = Progress()
+        for _ in train_batches(run):
+            pass
+    return [seconds(epoch) for _ in range(2)][1]
 
 
 def rows(recipe, found):

@@ -1,6 +1,7 @@
-"""How fast the toolkit is on this machine's CPU (for a GPU see `gpu_check.py`): each part beside a plain baseline
-(`baseline.py`), the same step without any regularisation, and the floor that the matrix products set, all in one
-process and one run.
+"""Measure how fast the toolkit is on this machine's CPU (for a GPU see `gpu_check.py`).
+
+Each part stands beside a plain baseline (`baseline.py`), the same step without any regularisation, and the floor that
+the matrix products set, all in one process and one run.
 
     python benchmarks/speed.py --json speed.json           (make bench; 20 minutes on 2 cores that do nothing else)
     python benchmarks/speed.py --only ptb-lstm cache-500
@@ -27,27 +28,21 @@ from torch.nn.utils import clip_grad_norm_
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import baseline
+import recipes
 
 import generate
 import main
 import pointer
-import training
+import steps
 from data import Corpus
+from device import LARGEST_KEPT, cpuinfo, has_bf16, keep_memory, use_onednn
 from model import ARCHITECTURE, DROPOUTS, RNNModel
-from products import aligned, cpuinfo, has_bf16, packs_bf16, use_onednn
-from utils import LARGEST_KEPT, keep_memory
+from optimizers import make_optimizer
+from products import aligned, packs_bf16
+from steps import choose_pass
 
-RECIPES = {  # words in the vocabulary, flags
-    "ptb-lstm": (10_000, "--batch_size 20 --dropouti 0.4 --dropouth 0.25"),
-    "ptb-qrnn": (10_000, "--model QRNN --batch_size 20 --clip 0.2 --wdrop 0.1 --nhid 1550 --nlayers 4 --dropouth 0.3 "
-                         "--dropouti 0.4"),
-    "wt2-lstm": (33_278, "--dropouth 0.2"),
-    "ptbc": (50, "--nlayers 3 --emsize 200 --nhid 1000 --alpha 0 --beta 0 --dropoute 0 --dropouth 0.25 --dropouti 0.1 "
-                 "--dropout 0.1 --wdrop 0.5 --bptt 150 --batch_size 128 --optimizer adam --lr 2e-3"),
-    "wt103-qrnn": (267_735, "--nlayers 4 --nhid 2500 --alpha 0 --beta 0 --dropoute 0 --dropouth 0.1 --dropouti 0.1 "
-                            "--dropout 0.1 --wdrop 0 --wdecay 0 --bptt 140 --batch_size 60 --optimizer adam --lr 1e-3 "
-                            "--model QRNN"),
-}
+VOCABULARY = {"ptb-lstm": 10_000, "ptb-qrnn": 10_000, "wt2-lstm": 33_278, "ptbc": 50, "wt103-qrnn": 267_735}
+RECIPES = {name: (ntoken, recipes.RECIPES[name]["train"]) for name, ntoken in VOCABULARY.items()}  # and flags
 ON_A_CPU = ("ptb-lstm", "ptb-qrnn", "wt2-lstm", "ptbc")
 GLIBC_KEEPS = 2 * LARGEST_KEPT  # bytes freed: the most that glibc comes to by itself
 PARTS = ("embedding", "recurrence", "softmax", "optimizer")
@@ -112,7 +107,7 @@ def peaks(repetitions):
                 candidates[precision, layout, setting] = setting(
                     lambda words=words, weight=weight: [words @ weight.t() for _ in range(20)])
     found = medians(candidates, repetitions)
-    return {name: 20 * 2 * 1400 * 1150 * 4600 / min(time for (kind, *_), time in found.items() if kind == precision)
+    return {name: 20 * 2 * 1400 * 1150 * 4600 / min(time for (dtype, *_), time in found.items() if dtype == precision)
             for name, precision in (("fp32", torch.float32), ("bf16", torch.bfloat16))}
 
 
@@ -132,10 +127,10 @@ def our_step(recipe, words, targets, **changes):
     """A training step of the toolkit on the device of `words`, ready to be called."""
     args = flags_of(recipe, **changes)
     model = our_model(recipe, args).to(words.device).train()
-    optimizer = training.make_optimizer(args.optimizer, model, args.lr, args.wdecay)
+    optimizer = make_optimizer(args.optimizer, model, args.lr, args.wdecay)
     hidden = model.init_hidden(args.batch_size)
-    run = training.gradients_for(model, args)
-    return lambda: training.train_step(model, optimizer, words, targets, hidden, args, lr_scale=1.0, run=run)
+    run = choose_pass(model, args.precision, args.alpha, args.beta, args.cuda_graphs)
+    return lambda: steps.train_step(model, optimizer, run, words, targets, hidden, lr_scale=1.0, clip=args.clip)
 
 
 def plain_step(recipe, words, targets):
@@ -152,7 +147,7 @@ def step_in_parts(recipe, words, targets, precision, repetitions):
     """The share of each of PARTS in the time of a training step, which is cut at their borders."""
     args = flags_of(recipe, precision=precision)
     model = our_model(recipe, args).to(words.device).train()
-    optimizer = training.make_optimizer(args.optimizer, model, args.lr, args.wdecay)
+    optimizer = make_optimizer(args.optimizer, model, args.lr, args.wdecay)
     hidden = model.init_hidden(args.batch_size)
     turns = []
     for _ in range(repetitions + 1):
@@ -213,8 +208,8 @@ def measure_evaluation(peak, repetitions):
     ntoken = RECIPES["ptb-lstm"][0]
     source, tokens = torch.randint(ntoken, (281, 10)), 2800
     plain, ours = baseline.PlainModel(ntoken, args), our_model("ptb-lstm", args)
-    times = medians({"baseline": as_pytorch(lambda: training.evaluate(plain, source, args.bptt)),
-                     "fp32": as_shipped(lambda: training.evaluate(ours, source, args.bptt))}, repetitions)
+    times = medians({"baseline": as_pytorch(lambda: steps.evaluate(plain, source, args.bptt)),
+                     "fp32": as_shipped(lambda: steps.evaluate(ours, source, args.bptt))}, repetitions)
     weights = sum(p.numel() for p in ours.parameters() if p.dim() == 2)
     times["floor fp32"] = 2 * weights * tokens / peak["fp32"]
     return {"unit": "tokens/s", "rate": {name: tokens / time for name, time in times.items()}}
@@ -273,14 +268,14 @@ def measure_generation(repetitions):
             word = torch.multinomial(plain.decoder(output[-1]).softmax(-1), 1)
         return count
 
-    def sampled(model, steps, batch_size):
-        return lambda: list(generate.sample(model, torch.zeros(1, dtype=torch.long), steps, batch_size=batch_size))
+    def sampled(model, length, batch_size):
+        return lambda: list(generate.sample(model, torch.zeros(1, dtype=torch.long), length, batch_size=batch_size))
 
     candidates, words = {"baseline": as_pytorch(word_by_word)}, {"baseline": 40}
     for name, model in models.items():
-        for suffix, steps, batch_size in (("", 200, 1), (", --batch 100", 40, 100)):
-            candidates[name + suffix] = as_shipped(sampled(model, steps, batch_size))
-            words[name + suffix] = steps * batch_size
+        for suffix, length, batch_size in (("", 200, 1), (", --batch 100", 40, 100)):
+            candidates[name + suffix] = as_shipped(sampled(model, length, batch_size))
+            words[name + suffix] = length * batch_size
     times = medians(candidates, repetitions)
     return {"unit": "words/s", "rate": {name: words[name] / time for name, time in times.items()}}
 
@@ -323,8 +318,8 @@ def run():
             "evaluation": measure_evaluation,
             "cache-500": lambda peak, n: measure_cache(500, peak, n),
             "cache-3785": lambda peak, n: measure_cache(3785, peak, n),
-            "corpus": lambda peak, n: measure_corpus(n),
-            "generation": lambda peak, n: measure_generation(n)}
+            "corpus": lambda _, n: measure_corpus(n),
+            "generation": lambda _, n: measure_generation(n)}
     parser.add_argument("--only", nargs="+", choices=list(jobs), default=list(jobs), metavar="NAME",
                         help=f"what to measure: {', '.join(jobs)} (default: all)")
     parser.add_argument("--repetitions", type=int, default=5, metavar="N",

@@ -1,15 +1,17 @@
+import os
+
 import pytest
 import torch
-from helpers import read_metrics
+from helpers import TINY, read_metrics
 
 import main
-from utils import allow_tf32
+from device import allow_tf32
 
 
 @pytest.fixture(autouse=True)
 def one_thread_and_fp32():
-    """One thread: what the reference was recorded with, and small tensors gain nothing from more."""
-    torch.set_num_threads(1)
+    """One thread, unless OMP_NUM_THREADS says more: small tensors gain nothing from more."""
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 1)))
     if torch.cuda.is_available():
         allow_tf32(False)
 
@@ -30,8 +32,7 @@ def corpus_dir(tmp_path):
 def train(corpus_dir):
     """Train a tiny model on that corpus with main.py; returns the exit status and the metrics, by kind."""
     def run(save, *flags):
-        status = main.main(["--no-cuda", "--data", str(corpus_dir), "--emsize", "5", "--nhid", "6", "--nlayers", "2",
-                            "--batch_size", "4", "--bptt", "7", "--lr", "1", "--save", str(save), *flags])
+        status = main.main([*TINY, "--data", str(corpus_dir), "--save", str(save), *flags])
         return status, read_metrics(save)
     return run
 

@@ -7,6 +7,8 @@ import torch
 
 from utils import map_hidden
 
+TINY = ["--no-cuda", "--emsize", "5", "--nhid", "6", "--nlayers", "2", "--batch_size", "4", "--bptt", "7", "--lr", "1"]
+
 
 def read_metrics(save):
     """The lines of the metrics file beside the checkpoint `save`, by their kind."""

@@ -14,7 +14,7 @@ import finetune
 import generate
 import main
 import pointer
-from utils import run_script
+from process import run_script
 
 SCRIPTS = {"main": main.main, "finetune": finetune.main, "pointer": pointer.main, "generate": generate.main}
 TINY = ["--no-cuda", "--emsize", "5", "--nhid", "6", "--batch_size", "4", "--epochs", "1"]
@@ -92,7 +92,8 @@ def test_broken_split(run, place, script, split, content, message):
     if content is not None:
         path.write_bytes(content)
     err = refused(run, place, script, "--no-cuda", "--data", "corpus", "--save", "good.pt")
-    assert f"{split}.txt" in err and message in err
+    assert f"{split}.txt" in err
+    assert message in err
 
 
 def test_too_few_tokens_for_the_batch(run, place):
@@ -175,19 +176,25 @@ def test_ctrl_c_outside_of_training_is_no_traceback(run, place, monkeypatch):
     monkeypatch.setattr(generate, "sample", interrupted)
     before = files(place)
     status, _, err = run("generate", "--checkpoint", "good.pt", "--outf", "text.txt")
-    assert (status, err) == (130, "generate.py: interrupted\n") and files(place) == before
+    assert (status, err) == (130, "generate.py: interrupted\n")
+    assert files(place) == before
 
 
-def test_the_smallest_temperature_takes_the_likeliest_word(run, place):
+@pytest.mark.usefixtures("place")
+def test_the_smallest_temperature_takes_the_likeliest_word(run):
     flags = ["--words", "5", "--temperature", "1e-300", "--outf", "-"]
     status, out, _ = run("generate", "--checkpoint", "good.pt", *flags)
-    assert status == 0 and len(out.split()) == 5
+    assert status == 0
+    assert len(out.split()) == 5
 
 
-def test_a_reader_that_leaves_early_is_no_traceback(place):
+@pytest.mark.slow
+@pytest.mark.usefixtures("place")
+def test_a_reader_that_leaves_early_is_no_traceback():
     command = f"{sys.executable} {generate.__file__} --checkpoint good.pt --words 20000 --outf - | head -1"
     ended = subprocess.run(command, shell=True, capture_output=True, text=True)
-    assert ended.stderr == "" and ended.stdout
+    assert ended.stderr == ""
+    assert ended.stdout
 
 
 def test_the_state_of_another_script(run, place):
@@ -197,13 +204,18 @@ def test_the_state_of_another_script(run, place):
 def test_a_loss_that_is_not_finite_names_epoch_and_batch(run, place):
     before = (place / "good.pt").read_bytes()
     status, _, err = run("main", "--resume", "good.pt", "--epochs", "2", "--lr", "9e29", "--clip", "0")
-    assert status == 2 and "epoch 2, batch" in err and err.count("\n") == 1
+    assert status == 2
+    assert "epoch 2, batch" in err
+    assert err.count("\n") == 1
     assert (place / "good.pt").read_bytes() == before
 
 
-def test_a_whole_process_ends_like_that(place):
+@pytest.mark.slow
+@pytest.mark.usefixtures("place")
+def test_a_whole_process_ends_like_that():
     """The one check that goes through a shell: what a person sees."""
     command = [sys.executable, main.__file__, "--data", "nowhere", "--save", "m.pt"]
     ended = subprocess.run(command, capture_output=True, text=True)
     assert (ended.returncode, ended.stdout, ended.stderr.count("\n")) == (2, "", 1)
-    assert "nowhere: no such file or folder" in ended.stderr and "Traceback" not in ended.stderr
+    assert "nowhere: no such file or folder" in ended.stderr
+    assert "Traceback" not in ended.stderr

@@ -7,7 +7,7 @@ import torch
 
 import checkpoint
 import main
-import training
+import resume
 from model import RNNModel
 from utils import BadInput
 
@@ -89,7 +89,7 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
     save(tmp_path / "m.pt")
     before = (tmp_path / "m.pt").read_bytes()
 
-    def full_disk(content, file):
+    def full_disk(_, file):
         file.write(b"half of it")
         raise OSError(28, "No space left on device")
 
@@ -109,18 +109,18 @@ def test_names_of_the_files_of_a_run():
     ("bptt", "x"), ("wdrop", 5.0), ("clip", None), ("batch_size", True), ("bptt", 7.5), ("alpha", "1"), ("beta", "nan"),
     ("data", 3), ("shares", ["--save=lost", 1, 2]), ("shares", []), ("level", "page"), ("seed", -1), ("when", "--cuda"),
 ])
-def test_a_flag_that_no_command_line_could_have_set_is_refused(tmp_path, flag, value):
+def test_a_flag_that_no_command_line_could_have_set_is_refused(flag, value):
     flags = vars(main.parse_flags([])) | {flag: value}
     with pytest.raises(BadInput, match="m.pt: damaged checkpoint"):
-        checkpoint.keep_flags(main.parse_flags, [], {"flags": flags}, "m.pt", [flag])
+        checkpoint.merge_flags(main.parse_flags, [], {"flags": flags}, "m.pt", [flag])
 
 
 def test_the_command_line_wins_over_the_flags_of_a_checkpoint():
     flags = "--bptt 9 --no-tied --when 3 5 --save-interval 0.5 --shares 8 1 1"
-    theirs = main.parse_flags(flags.split())
-    names = [name for name in vars(theirs) if name not in training.NOT_RESUMED]
-    args, changed = checkpoint.keep_flags(main.parse_flags, ["--bptt", "8"], {"flags": vars(theirs)}, "m.pt", names)
+    saved = main.parse_flags(flags.split())
+    names = [name for name in vars(saved) if name not in resume.NOT_RESUMED]
+    args, changed = checkpoint.merge_flags(main.parse_flags, ["--bptt", "8"], {"flags": vars(saved)}, "m.pt", names)
     assert changed == {"bptt": (9, 8)}
-    assert vars(args) == vars(theirs) | {"bptt": 8}
+    assert vars(args) == vars(saved) | {"bptt": 8}
     with pytest.raises(BadInput, match="--tied True contradicts m.pt, which was trained with tied False"):
-        checkpoint.keep_flags(main.parse_flags, ["--tied"], {"flags": vars(theirs)}, "m.pt", ["tied"])
+        checkpoint.merge_flags(main.parse_flags, ["--tied"], {"flags": vars(saved)}, "m.pt", ["tied"])

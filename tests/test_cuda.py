@@ -1,6 +1,6 @@
 """What only a GPU can show, run by `make gpu-check` under the names in the marks; elsewhere these tests skip."""
 
-from argparse import Namespace
+from functools import partial
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ import generate
 import main
 import pointer
 import rnn
-import training
+import steps
 from graphs import GraphedPass
 from locked_dropout import dropout_mask
 from model import RNNModel
@@ -19,10 +19,6 @@ from splitcross import SplitCrossEntropy
 
 CLOSE = 1e-4  # of losses in nats: cuDNN adds in another order each time
 TINY = ["--emsize", "5", "--nhid", "6", "--nlayers", "2", "--batch_size", "4", "--bptt", "7", "--lr", "1"]
-
-
-def args(**changes):
-    return Namespace(**{"precision": "fp32", "alpha": 2, "beta": 1} | changes)
 
 
 def epochs(metrics):
@@ -34,14 +30,14 @@ def epochs(metrics):
 @pytest.mark.cuda("weight drop acts under cuDNN, without warnings")
 @pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("kind", [rnn.LSTM, rnn.GRU])
-def test_weights_in_one_piece_under_cudnn_are_the_layer_on_a_cpu(kind):
+def test_flat_weights_under_cudnn_are_the_layer_on_a_cpu(kind):
     torch.manual_seed(1)
     layer, x, h = kind(30, 50), torch.randn(9, 4, 30), torch.randn(1, 4, 50)
     mask = dropout_mask(torch.empty(0), layer.weight_hh_l0.shape, 0.5)
     results = []
     for device in ("cpu", "cuda"):
         layer.to(device).zero_grad()
-        layer.still = device == "cuda"
+        layer.capturable = device == "cuda"
         places = [p.data_ptr() for p in layer.parameters()]
         start = h.to(device)
         dropped = torch.func.functional_call(layer, {"weight_hh_l0": layer.weight_hh_l0 * mask.to(device)},
@@ -49,18 +45,18 @@ def test_weights_in_one_piece_under_cudnn_are_the_layer_on_a_cpu(kind):
         dropped[0].square().sum().backward()
         assert places == [p.data_ptr() for p in layer.parameters()]
         results.append([dropped[0].detach().cpu(), *(p.grad.cpu() for p in layer.parameters())])
-    for ours, theirs in zip(*results):
-        torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
+    for found, expected in zip(*results):
+        torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.cuda("weight drop acts under cuDNN, without warnings")
 def test_masks_are_fresh_in_every_pass_of_a_model():
     model = RNNModel(50, emsize=20, nhid=30, nlayers=2, dropout=0, dropouth=0, dropouti=0, dropoute=0, wdrop=0.5).cuda()
-    words = torch.randint(50, (9, 4), device="cuda")
-    first, second = (model(words, model.init_hidden(4))[0] for _ in range(2))
+    tokens = torch.randint(50, (9, 4), device="cuda")
+    first, second = (model(tokens, model.init_hidden(4))[0] for _ in range(2))
     assert not torch.allclose(first, second)
     model.eval()
-    first, second = (model(words, model.init_hidden(4))[0] for _ in range(2))
+    first, second = (model(tokens, model.init_hidden(4))[0] for _ in range(2))
     torch.testing.assert_close(first, second)
 
 
@@ -70,20 +66,22 @@ def test_precision_of_gradients(kind):
     torch.manual_seed(1)
     off = dict.fromkeys(("dropout", "dropouth", "dropouti", "dropoute", "wdrop"), 0)
     model = RNNModel(500, kind, emsize=128, nhid=256, nlayers=2, **off)
-    words = torch.randint(500, (21, 8))
+    tokens = torch.randint(500, (21, 8))
 
     def error(precision):
         model.float().cuda().zero_grad()
-        training.gradients(model, words[:-1].cuda(), words[1:].cuda(), model.init_hidden(8), args(precision=precision))
-        ours = torch.cat([p.grad.flatten() for p in model.parameters()]).double().cpu()
-        return ((ours - exact).norm() / exact.norm()).item()
+        steps.forward_backward(model, tokens[:-1].cuda(), tokens[1:].cuda(), model.init_hidden(8), alpha=2, beta=1,
+                               precision=precision)
+        gradient = torch.cat([p.grad.flatten() for p in model.parameters()]).double().cpu()
+        return ((gradient - exact).norm() / exact.norm()).item()
 
     model.double()
-    training.gradients(model, words[:-1], words[1:], model.init_hidden(8), args())
+    steps.forward_backward(model, tokens[:-1], tokens[1:], model.init_hidden(8), alpha=2, beta=1)
     exact = torch.cat([p.grad.flatten() for p in model.parameters()])
     assert error("fp32") < 1e-5
     if torch.cuda.get_device_capability() >= (8, 0):
-        assert 1e-5 < error("tf32") < 0.02 and 1e-4 < error("bf16") < 0.1
+        assert 1e-5 < error("tf32") < 0.02
+        assert 1e-4 < error("bf16") < 0.1
     assert error("fp32") < 1e-5, "TF32 was for that pass only"
     with torch.autocast("cuda", torch.bfloat16):
         output, _ = model.rnns[0](torch.randn(20, 8, 128, device="cuda"), model.init_hidden(8)[0])
@@ -104,15 +102,15 @@ def test_split_softmax(splits):
         loss = softmax.to(device)(weight, bias, hidden, targets.to(device))
         grads = torch.autograd.grad(loss, (weight, bias, hidden))
         results.append([loss.cpu(), *(grad.cpu() for grad in grads), softmax.logprob(weight, bias, hidden).cpu()])
-    for ours, theirs in zip(*results):
-        torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
+    for found, expected in zip(*results):
+        torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
 
 
 # --- runs ------------------------------------------------------------------------------------------------------------
 
 @pytest.mark.cuda("a checkpoint of CUDA on a CPU and back")
 @pytest.mark.parametrize("kind", ["LSTM", "QRNN"])
-def test_devices_change_between_runs(train, tmp_path, capsys, kind):
+def test_devices_change_between_runs(train, tmp_path, kind):
     save = tmp_path / "m.pt"
     train(save, "--model", kind, "--cuda", "--epochs", "1")
     scores = []
@@ -179,13 +177,13 @@ def test_resume_and_repeat_with_graphs(train, tmp_path):
 def test_masks_are_fresh_in_every_replay(kind, dropped):
     off = dict.fromkeys(("dropout", "dropouth", "dropouti", "dropoute", "wdrop"), 0)
     model = RNNModel(50, kind, emsize=20, nhid=30, nlayers=2, **{**off, dropped: 0.5}).cuda()
-    model.keep_still()
-    run, words = GraphedPass(training.gradients), torch.randint(50, (10, 4), device="cuda")
+    model.make_capturable()
+    run = GraphedPass(partial(steps.forward_backward, keep_grads=True))
+    tokens = torch.randint(50, (10, 4), device="cuda")
     losses = []
     for _ in range(5):
-        model.zero_grad(set_to_none=False)
-        _, found = run(model, words[:-1], words[1:], model.init_hidden(4), args())
-        losses.append(found[0].item())
+        _, loss_and_norm = run(model, tokens[:-1], tokens[1:], model.init_hidden(4))
+        losses.append(loss_and_norm[0].item())
     assert len(set(losses)) == 5
 
 
@@ -193,7 +191,8 @@ def test_masks_are_fresh_in_every_replay(kind, dropped):
 def test_without_dropout_replays_repeat():
     off = dict.fromkeys(("dropout", "dropouth", "dropouti", "dropoute", "wdrop"), 0)
     model = RNNModel(50, emsize=20, nhid=30, nlayers=2, **off).cuda()
-    model.keep_still()
-    run, words = GraphedPass(training.gradients), torch.randint(50, (10, 4), device="cuda")
-    losses = [run(model, words[:-1], words[1:], model.init_hidden(4), args())[1][0].item() for _ in range(4)]
+    model.make_capturable()
+    run = GraphedPass(partial(steps.forward_backward, keep_grads=True))
+    tokens = torch.randint(50, (10, 4), device="cuda")
+    losses = [run(model, tokens[:-1], tokens[1:], model.init_hidden(4))[1][0].item() for _ in range(4)]
     assert losses == pytest.approx([losses[0]] * 4, abs=1e-6)

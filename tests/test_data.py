@@ -69,7 +69,8 @@ def test_missing_split_and_folder_are_named(tmp_path):
 ])
 def test_characters_and_bytes(tmp_path, level, text, tokens):
     corpus = Corpus(write(tmp_path, train=text), level)
-    assert read(corpus, "train") == tokens and corpus.dictionary.idx2word[:len(tokens)] == tokens
+    assert read(corpus, "train") == tokens
+    assert corpus.dictionary.idx2word[:len(tokens)] == tokens
 
 
 def test_a_folder_says_its_level(tmp_path):
@@ -105,7 +106,8 @@ def test_a_word_of_more_than_a_megabyte_is_no_word(tmp_path, text):
 @pytest.mark.parametrize("space", ["\r", "\f", "\u3000", "\n"])
 def test_any_white_space_ends_a_word(tmp_path, space):
     corpus = Corpus(write(tmp_path, train=f"hello東{space}" * 600_000))
-    assert (corpus.train == 0).sum() == 600_000 and corpus.dictionary.idx2word[0] == "hello東"
+    assert (corpus.train == 0).sum() == 600_000
+    assert corpus.dictionary.idx2word[0] == "hello東"
 
 
 def test_a_mark_at_the_start_is_no_character_and_elsewhere_it_is_one(tmp_path):
@@ -134,7 +136,8 @@ def cached(request, tmp_path, monkeypatch):
     monkeypatch.setattr(data, "CACHE_TOKENS", 3)
     corpus = Corpus(write(tmp_path), request.param)
     cache = tmp_path / f".{request.param}.cache"
-    assert cache.exists() and corpus.cache_error is None
+    assert cache.exists()
+    assert corpus.cache_error is None
     return tmp_path, cache, request.param, content(corpus)
 
 
@@ -164,7 +167,7 @@ def test_an_edited_text_is_read_again(cached, split):
     assert any(token in ("z", "122") for token in read(Corpus(folder, level), split))
 
 
-def test_a_cache_that_is_not_whole_is_made_again(cached, monkeypatch):
+def test_a_cache_that_is_not_whole_is_made_again(cached):
     folder, cache, level, expected = cached
     whole = cache.read_bytes()
     damaged = [whole[:length] for length in (0, 10, len(whole) // 2, len(whole) - 1)]
@@ -187,7 +190,8 @@ def test_a_cache_with_other_content_is_made_again(cached, change):
     _, header, ids = whole.split(b"\n", 2)
     header = json.dumps({**json.loads(header), **change}).encode() + b"\n"
     cache.write_bytes(hashlib.sha256(header + ids).hexdigest().encode() + b"\n" + header + ids)
-    assert content(Corpus(folder, level)) == expected and cache.read_bytes() == whole
+    assert content(Corpus(folder, level)) == expected
+    assert cache.read_bytes() == whole
 
 
 def test_a_long_text_has_a_cache_and_is_mapped_from_it(tmp_path):
@@ -210,14 +214,16 @@ def test_a_corpus_without_room_for_the_cache_says_so(cached, monkeypatch):
     corpus = Corpus(folder, level)
     assert content(corpus) == expected
     assert "was not written: No space left on device" in corpus.cache_error
-    assert not cache.exists() and not list(folder.glob("*.partial"))
+    assert not cache.exists()
+    assert not list(folder.glob("*.partial"))
 
 
 def test_ids_are_as_small_as_the_vocabulary_allows(tmp_path):
     for words, kind in ((256, torch.uint8), (257, torch.int16), (2**15, torch.int16), (2**15 + 1, torch.int32)):
         names = [*map(str, range(words - 1)), "<eos>"]
         corpus = Corpus(write(tmp_path, train=" ".join(names), valid="1", test="2"))
-        assert corpus.train.dtype == kind and corpus.train[:-1].tolist() == list(range(words))
+        assert corpus.train.dtype == kind
+        assert corpus.train[:-1].tolist() == list(range(words))
 
 
 def test_batchify_reads_columns_top_to_bottom():
@@ -233,9 +239,12 @@ def test_batchify_wants_enough_tokens():
 def test_targets_are_the_next_words_and_the_end_cuts_the_batch():
     source = batchify(torch.arange(12, dtype=torch.int32), 2)
     words, targets = get_batch(source, 1, 3)
-    assert torch.equal(words, source[1:4]) and torch.equal(targets, source[2:5]) and words.dtype == torch.int64
+    assert torch.equal(words, source[1:4])
+    assert torch.equal(targets, source[2:5])
+    assert words.dtype == torch.int64
     words, targets = get_batch(source, 4, 3)
-    assert torch.equal(words, source[4:5]) and torch.equal(targets, source[5:6])
+    assert torch.equal(words, source[4:5])
+    assert torch.equal(targets, source[5:6])
 
 
 def test_repackaged_hidden_state_has_no_history():

@@ -36,7 +36,8 @@ def test_into_another_file(trained, corpus_dir, tmp_path):
     before, other = trained.read_bytes(), tmp_path / "tuned.pt"
     tune(corpus_dir, "--load", trained, "--save", other, "--epochs", 1, "--wdrop", 0.3)
     assert trained.read_bytes() == before
-    assert checkpoint.load(other) and read_metrics(other)["run"][0]["flags"]["wdrop"] == 0.3
+    assert checkpoint.load(other)
+    assert read_metrics(other)["run"][0]["flags"]["wdrop"] == 0.3
 
 
 def test_a_worse_model_never_takes_the_place_of_a_better_one(trained, corpus_dir):
@@ -51,7 +52,8 @@ def test_it_ends_at_a_plateau_and_scores(trained, corpus_dir):
     assert tune(corpus_dir, "--save", trained, "--epochs", 200, "--nonmono", 0, "--lr", 1e4) == 0
     metrics = read_metrics(trained)
     losses = [line["loss"] for line in metrics["epoch"][2:]]
-    assert len(losses) < 200 and losses[-1] > min(losses[:-1])
+    assert len(losses) < 200
+    assert losses[-1] > min(losses[:-1])
     assert all(loss <= min(losses[:i + 1]) for i, loss in enumerate(losses[:-1]))
     assert len(metrics["test"]) == 2
 
@@ -64,7 +66,8 @@ def test_a_resumed_fine_tuning_is_the_one_that_never_stopped(trained, corpus_dir
     one, other = (checkpoint.load(checkpoint.last_path(path))["model"] for path in (whole, parts))
     assert all(torch.equal(one[name], other[name]) for name in one)
     losses = [[line["loss"] for line in read_metrics(path)["epoch"]] for path in (whole, parts)]
-    assert len(losses[0]) == 4 and losses[0] == losses[1]
+    assert len(losses[0]) == 4
+    assert losses[0] == losses[1]
 
 
 def test_a_resumed_run_may_go_on_under_another_name(trained, corpus_dir, tmp_path):

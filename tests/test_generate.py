@@ -59,7 +59,9 @@ def test_text_has_the_words_asked_for_and_a_line_for_each_sentence(trained, tmp_
     generate.main([*arguments, "--log-interval", "20", "--outf", str(out)])
     text = out.read_text()
     assert capsys.readouterr().out.count("| generated") == 3
-    assert len(text.split()) == 72 and text.startswith("the cat ") and text.endswith("\n")
+    assert len(text.split()) == 72
+    assert text.startswith("the cat ")
+    assert text.endswith("\n")
     assert all(line.split()[-1] == "<eos>" for line in text.splitlines()[:-1])
     generate.main([*arguments, "--outf", "-"])
     assert capsys.readouterr().out == text, "a seed gives the same text"
@@ -77,7 +79,8 @@ def test_texts_of_a_batch_are_texts_of_their_own(train, tmp_path, level):
         assert len(set(text.split("\n\n"))) == 3
     else:
         assert len(text) == 3 * len("the cat") + 3 * 30 + 2 * len("\n\n")
-    assert text.startswith("the cat") and text.count("\n\nthe cat") == 2
+    assert text.startswith("the cat")
+    assert text.count("\n\nthe cat") == 2
 
 
 @pytest.mark.skipif(not packs_bf16(), reason="this CPU has no instructions for bfloat16")
@@ -119,7 +122,8 @@ def test_a_packed_model_goes_on_from_a_prompt_and_leaves_gradients_alone(kind):
 
     exact = scores()
     model.pack()
-    assert torch.equal(scores(), exact) and exact.requires_grad
+    assert torch.equal(scores(), exact)
+    assert exact.requires_grad
     with torch.no_grad():
         error = (scores() - exact).norm() / exact.norm()
     assert 1e-7 < error < 1e-3
@@ -137,7 +141,8 @@ def test_precision_bf16_packs_the_model_where_the_cpu_can_or_says_so(trained, ca
     assert not packed
     generate.main([*arguments, "--precision", "bf16"])
     captured = capsys.readouterr()
-    assert len(packed) == able and captured.out == text
+    assert len(packed) == able
+    assert captured.out == text
     notice = "--precision bf16: for x86 CPUs with instructions for it; writing in fp32\n"
     assert captured.err == ("" if able else notice)
 
@@ -147,18 +152,19 @@ def test_texts_of_a_batch_in_bfloat16(trained, capsys):
     generate.main(["--no-cuda", "--checkpoint", str(trained), "--words", "30", "--batch", "3", "--prompt", "the cat",
                    "--precision", "bf16", "--outf", "-"])
     texts = capsys.readouterr().out.split("\n\n")
-    assert [len(text.split()) for text in texts] == [32] * 3 and len(set(texts)) == 3
+    assert [len(text.split()) for text in texts] == [32] * 3
+    assert len(set(texts)) == 3
 
 
-def test_a_drawn_column_has_the_probability_of_its_weight():
+def test_a_sampled_column_has_the_probability_of_its_weight():
     torch.manual_seed(0)
     weights = torch.tensor([[0.0, 2, 0, 1, 5, 0], [3, 0, 0, 0, 0, 1]], dtype=torch.double)
-    drawn = torch.cat([generate.draw(weights) for _ in range(4000)], 1)
+    drawn = torch.cat([generate.sample_rows(weights) for _ in range(4000)], 1)
     for row, weight in zip(drawn, weights):
         torch.testing.assert_close(row.bincount(minlength=6) / 4000, (weight / weight.sum()).float(), atol=0.03, rtol=0)
         assert set(row.tolist()) == set(weight.nonzero().flatten().tolist())
     with pytest.raises(BadInput, match="no finite probabilities"):
-        generate.draw(torch.tensor([[1.0, float("nan")]]))
+        generate.sample_rows(torch.tensor([[1.0, float("nan")]]))
 
 
 def test_unknown_prompt_words():
@@ -173,25 +179,26 @@ def test_unknown_prompt_words():
     ("char", "a ö\nb", ["a", " ", "ö", "<eos>", "b"]),
     ("byte", "a ö\n", ["97", "32", "195", "182", "<eos>"]),
 ])
-def test_tokens_and_their_spelling_are_inverse(level, text, tokens):
-    assert generate.tokens_of(text, level) == tokens
-    assert "".join(generate.spell(tokens, level)) == text
+def test_tokens_and_text_are_inverse(level, text, tokens):
+    assert generate.tokenize(text, level) == tokens
+    assert "".join(generate.detokenize(tokens, level)) == text
 
 
 @pytest.mark.parametrize("level", ["char", "byte"])
-def test_text_of_characters_and_bytes_goes_on_from_its_prompt(train, corpus_dir, tmp_path, capsys, level):
+def test_text_of_characters_and_bytes_goes_on_from_its_prompt(train, tmp_path, capsys, level):
     (tmp_path / "book.txt").write_text("größe\n" * 300)
     train(tmp_path / "m.pt", "--epochs", "1", "--data", str(tmp_path / "book.txt"), "--level", level)
     capsys.readouterr()
     generate.main(["--no-cuda", "--checkpoint", str(tmp_path / "m.pt"), "--words", "40", "--prompt", "grö",
                    "--outf", "-"])
     text = capsys.readouterr().out
-    assert text.startswith("grö") and set(text) <= set("größe\n\ufffd")
+    assert text.startswith("grö")
+    assert set(text) <= set("größe\n\ufffd")
     assert len(text) == 43 or level == "byte"
-    assert "".join(generate.spell(["195", "40"], "byte")) == "\ufffd("
+    assert "".join(generate.detokenize(["195", "40"], "byte")) == "\ufffd("
 
 
 def test_a_prompt_that_is_not_text():
-    assert generate.tokens_of("\udcff", "byte") == ["255"]
+    assert generate.tokenize("\udcff", "byte") == ["255"]
     with pytest.raises(BadInput, match="not UTF-8"):
-        generate.encode(["\udcff"], Dictionary(["a", "<unk>"]))
+        generate.tokenize("\udcff", "word")

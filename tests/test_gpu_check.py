@@ -1,18 +1,15 @@
 """The script behind `make gpu-check`, as far as it needs no GPU: what it counts, times and prints."""
 
 import sys
-from pathlib import Path
 
-import pytest
-import torch
-from test_graphs import Recorder
-
-import training
-from graphs import GraphedPass
-from utils import BadInput
-
-sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 import gpu_check
+import pytest
+import speed
+import torch
+from helpers import Recorder
+
+import steps
+from utils import BadInput
 
 CASES = """
 import pytest
@@ -35,12 +32,14 @@ def test_of_no_interest():
 """
 
 
+@pytest.mark.slow
 def test_outcomes_are_counted_by_name(tmp_path):
     (tmp_path / "test_cases.py").write_text(CASES)
     rows, status = gpu_check.in_a_process(gpu_check.run_tests, str(tmp_path / "test_cases.py"), "-p",
                                           "no:cacheprovider", "--noconftest")
     rows = {what: (result, detail.split(";")[0]) for what, result, detail in rows}
-    assert status == 1 and rows == {"this holds": ("passed", "2 passed"), "this does not": ("FAILED", "1 failed"),
+    assert status == 1
+    assert rows == {"this holds": ("passed", "2 passed"), "this does not": ("FAILED", "1 failed"),
                                     "this was not looked at": ("skipped", "1 skipped")}
 
 
@@ -50,8 +49,9 @@ def on_a_cpu(monkeypatch):
     for name in ("reset_peak_memory_stats", "memory_allocated", "max_memory_allocated"):
         monkeypatch.setattr(torch.cuda, name, lambda: 0)
     monkeypatch.setattr(gpu_check, "count_kernels", lambda step: step() and 100 * len(step()))
-    monkeypatch.setattr(training, "graphed_gradients",
-                        lambda model: model.keep_still() or GraphedPass(training.gradients, Recorder(model)))
+    for module in (gpu_check, speed):
+        monkeypatch.setattr(module, "choose_pass", lambda model, *settings: steps.choose_pass(
+            model, *settings, backend=Recorder(model)))
     shape = "--emsize 5 --nhid 6 --nlayers 2 --batch_size 2 --bptt 7 --lr 1"
     for recipe, (words, flags) in {"ptb-lstm": (12, ""), "wt103-qrnn": (80_000, "--model QRNN --alpha 0")}.items():
         monkeypatch.setitem(gpu_check.RECIPES, recipe, (words, f"{shape} {flags}"))
@@ -59,7 +59,8 @@ def on_a_cpu(monkeypatch):
     monkeypatch.setattr(gpu_check, "as_pytorch", lambda step: step)
 
 
-def test_each_way_to_train_is_timed_beside_the_baseline_and_the_floors(on_a_cpu):
+@pytest.mark.usefixtures("on_a_cpu")
+def test_each_way_to_train_is_timed_beside_the_baseline_and_the_floors():
     peak = {"fp32": 1e9, "tf32": 2e9, "bf16": 4e9, "copy": 1e9, "launch": 4e-6, "graphed launch": 1e-6}
     found = {recipe: gpu_check.measure_recipe(recipe, "cpu", peak, 1) for recipe in ("ptb-lstm", "wt103-qrnn")}
     ways = ["baseline", "no regularisation", "fp32", "tf32", "bf16"]
@@ -74,14 +75,16 @@ def test_each_way_to_train_is_timed_beside_the_baseline_and_the_floors(on_a_cpu)
     assert floors["traffic of weights"] == pytest.approx(28 * (recurrent + 5 * 12 + 12) / 1e9)
     assert floors["launches in a graph"] == pytest.approx(100 * 5 / 5 * 1e-6)
     assert list(found["ptb-lstm"]["epochs"]) == ["fp32", "fp32, graphs", "bf16, graphs"]
-    assert not found["ptb-lstm"]["errors"] and not found["wt103-qrnn"]["epochs"]
+    assert not found["ptb-lstm"]["errors"]
+    assert not found["wt103-qrnn"]["epochs"]
 
 
-def test_what_goes_wrong_is_a_row_and_stops_nothing(on_a_cpu, monkeypatch):
-    def broken(model):
+@pytest.mark.usefixtures("on_a_cpu")
+def test_what_goes_wrong_is_a_row_and_stops_nothing(monkeypatch):
+    def broken(*_, **__):
         raise RuntimeError("operation not permitted when stream is capturing\nand more")
 
-    monkeypatch.setattr(training, "graphed_gradients", broken)
+    monkeypatch.setattr(steps, "GraphedPass", broken)
     peak = {"fp32": 1e9, "tf32": 2e9, "bf16": 4e9, "copy": 1e9, "launch": 4e-6, "graphed launch": 1e-6}
     found = gpu_check.measure_recipe("ptb-lstm", "cpu", peak, 1)
     assert list(found["seconds"]) == ["baseline", "no regularisation", "fp32", "tf32", "bf16"]

@@ -1,19 +1,23 @@
 """Training by graphs is training: the logic, with a stand-in for CUDA's graphs; `test_cuda.py` has the rest."""
 
 from argparse import Namespace
+from functools import partial
 
 import pytest
 import torch
 from helpers import Recorder, leaves
 
 import main
+import optimizers
 import rnn
+import steps
 import training
 from graphs import GraphedPass
 from model import RNNModel
 from utils import BadInput
 
-ARGS = Namespace(precision="fp32", cuda_graphs=True, alpha=2, beta=1, clip=0.25, bptt=7)
+SIMPLE = partial(steps.forward_backward, alpha=2, beta=1)
+KEEPING = partial(SIMPLE, keep_grads=True)
 LENGTHS = [5, 7, 5, 5, 7, 9, 7, 5, 9, 9]
 
 
@@ -22,15 +26,15 @@ def make_model(kind):
     return RNNModel(11, kind, emsize=5, nhid=6, nlayers=2)
 
 
-def steps(model, run, optimizer="sgd"):
+def losses_of_steps(model, run, optimizer="sgd"):
     """The losses of a step for each of LENGTHS, each from the state that the one before ended with."""
-    optimizer = training.make_optimizer(optimizer, model, 0.5, 0.01)
+    optimizer = optimizers.make_optimizer(optimizer, model, 0.5, 0.01)
     torch.manual_seed(5)
     text = torch.randint(11, (100, 3))
     hidden, losses, row = model.init_hidden(3), [], 0
     for length in LENGTHS:
-        words, targets = text[row:row + length], text[row + 1:row + 1 + length]
-        hidden, loss = training.train_step(model, optimizer, words, targets, hidden, ARGS, lr_scale=length / 7, run=run)
+        tokens, targets = text[row:row + length], text[row + 1:row + 1 + length]
+        hidden, loss = steps.train_step(model, optimizer, run, tokens, targets, hidden, lr_scale=length / 7, clip=0.25)
         losses.append(loss)
         row += length
     return losses
@@ -40,19 +44,19 @@ def steps(model, run, optimizer="sgd"):
 @pytest.mark.parametrize("kind", ["LSTM", "GRU", "QRNN"])
 def test_training_by_graphs_is_training(kind, optimizer):
     simple, graphed = make_model(kind), make_model(kind)
-    graphed.keep_still()
+    graphed.make_capturable()
     places = [p.data_ptr() for p in graphed.parameters()]
-    ours = steps(graphed, GraphedPass(training.gradients, Recorder(graphed)), optimizer)
-    assert ours == pytest.approx(steps(simple, training.gradients, optimizer), abs=1e-6)
+    losses = losses_of_steps(graphed, GraphedPass(KEEPING, Recorder(graphed)), optimizer)
+    assert losses == pytest.approx(losses_of_steps(simple, SIMPLE, optimizer), abs=1e-6)
     for a, b in zip(graphed.parameters(), simple.parameters()):
         torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
     assert places == [p.data_ptr() for p in graphed.parameters()]
 
 
-def test_a_length_is_run_when_first_met_then_captured_once_and_replayed():
+def test_a_length_is_run_when_first_seen_then_captured_once_and_replayed():
     model = make_model("LSTM")
     recorder = Recorder(model)
-    steps(model, GraphedPass(training.gradients, recorder))
+    losses_of_steps(model, GraphedPass(KEEPING, recorder))
     assert recorder.events == [
         "run", "run", "capture", "replay", "replay", "capture", "replay", "run", "replay", "replay", "capture",
         "replay", "replay"]
@@ -60,67 +64,69 @@ def test_a_length_is_run_when_first_met_then_captured_once_and_replayed():
 
 def test_what_a_pass_returns_is_not_written_by_the_next():
     model = make_model("LSTM")
-    run = GraphedPass(training.gradients, Recorder(model))
-    words = torch.randint(11, (5, 3))
-    returned = [run(model, words, words, model.init_hidden(3), ARGS) for _ in range(3)]
+    run = GraphedPass(KEEPING, Recorder(model))
+    tokens = torch.randint(11, (5, 3))
+    returned = [run(model, tokens, tokens, model.init_hidden(3)) for _ in range(3)]
     kept = [[part.clone() for part in leaves(result)] for result in returned]
-    run(model, words.flip(0), words, model.init_hidden(3), ARGS)
+    run(model, tokens.flip(0), tokens, model.init_hidden(3))
     for result, values in zip(returned, kept):
         assert all(torch.equal(part, value) for part, value in zip(leaves(result), values))
 
 
 @pytest.fixture(params=[rnn.LSTM, rnn.GRU])
 def twins(request):
-    """A layer that keeps still, the same one that does not, an input and a hidden state."""
+    """A layer made capturable, the same one as it comes, an input and a hidden state."""
     torch.manual_seed(1)
-    still, stock = request.param(5, 6), request.param(5, 6)
-    stock.load_state_dict(still.state_dict())
-    still.still = True
+    fixed, stock = request.param(5, 6), request.param(5, 6)
+    stock.load_state_dict(fixed.state_dict())
+    fixed.capturable = True
     h = torch.randn(1, 3, 6)
-    return still, stock, torch.randn(7, 3, 5), (h, torch.randn(1, 3, 6)) if request.param is rnn.LSTM else h
+    return fixed, stock, torch.randn(7, 3, 5), (h, torch.randn(1, 3, 6)) if request.param is rnn.LSTM else h
 
 
-def test_weights_in_one_piece_give_the_layer_and_its_gradients(twins):
-    still, stock, x, hidden = twins
-    results = [layer(x, hidden) for layer in (still, stock)]
-    for ours, theirs in zip(*map(leaves, results)):
-        assert torch.equal(ours, theirs)
+def test_flat_weights_give_the_layer_and_its_gradients(twins):
+    fixed, stock, x, hidden = twins
+    results = [layer(x, hidden) for layer in (fixed, stock)]
+    for found, expected in zip(*map(leaves, results)):
+        assert torch.equal(found, expected)
     for output, _ in results:
         output.square().sum().backward()
-    for ours, theirs in zip(still.parameters(), stock.parameters()):
-        torch.testing.assert_close(ours.grad, theirs.grad)
-    (weight, *rest) = rnn.in_one_piece(still, torch.float32)
+    for found, expected in zip(fixed.parameters(), stock.parameters()):
+        torch.testing.assert_close(found.grad, expected.grad)
+    (weight, *rest) = rnn.flat_weights(fixed, torch.float32)
     storage = weight.untyped_storage()
-    assert storage.nbytes() == sum(p.nbytes for p in still.parameters())
+    assert storage.nbytes() == sum(p.nbytes for p in fixed.parameters())
     assert all(part.untyped_storage().data_ptr() == storage.data_ptr() for part in rest)
 
 
 def test_under_autocast_the_pass_for_cudnn_is_in_bfloat16(twins):
-    still, stock, x, hidden = twins
+    fixed, stock, x, hidden = twins
     with torch.autocast("cpu", torch.bfloat16):
-        output, state = still(x, hidden)
+        output, state = fixed(x, hidden)
     assert {part.dtype for part in (output, *leaves(state))} == {torch.bfloat16}
     torch.testing.assert_close(output.float(), stock(x, hidden)[0], atol=0.02, rtol=0.02)
     output.float().square().sum().backward()
-    assert all(p.grad.dtype == torch.float32 for p in still.parameters())
+    assert all(p.grad.dtype == torch.float32 for p in fixed.parameters())
 
 
 def test_a_split_softmax_takes_no_graphs(corpus_dir, monkeypatch):
-    monkeypatch.setattr(training, "splits_for", lambda ntoken: [3])
-    args = Namespace(data=corpus_dir, level=None, shares=None, batch_size=4, cuda_graphs=True)
+    monkeypatch.setattr(training, "splits_for", lambda _: [3])
+    args = Namespace(data=corpus_dir, level=None, shares=None, batch_size=4, cuda_graphs=True,
+                     dry_run=False)
     with pytest.raises(BadInput, match="split softmax, which 13 words have"):
-        training.open_corpus(args, "cpu")
+        training.open_batches(args, "cpu")
 
 
-def test_a_dry_run_meets_the_graph(train, tmp_path, monkeypatch, capsys):
+@pytest.mark.usefixtures("train")
+def test_a_dry_run_meets_the_graph(tmp_path, monkeypatch, capsys):
     recorders = []
 
-    def graphed(model):
+    def graphed(model, *settings):
         recorders.append(Recorder(model))
-        return GraphedPass(training.gradients, recorders[-1])
+        return steps.choose_pass(model, *settings, backend=recorders[-1])
 
-    monkeypatch.setattr(training, "graphed_gradients", graphed)
-    monkeypatch.setattr(main, "pick_device", lambda *_: torch.device("cpu"))
+    monkeypatch.setattr(training, "choose_pass", graphed)
+    monkeypatch.setattr(main, "set_up_device", lambda *_: torch.device("cpu"))
     main.main(["--data", str(tmp_path / "corpus"), "--batch_size", "4", "--bptt", "7", "--dry-run", "--cuda-graphs"])
     assert recorders[0].events == ["run", "capture", "replay", "replay"]
     assert "tokens/s" in capsys.readouterr().out

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 
+import pytest
 import torch
 from helpers import read_metrics
 
@@ -30,6 +31,7 @@ def session(command, kill_after=None):
     return run.returncode
 
 
+@pytest.mark.slow
 def test_killed_and_resumed_training_is_undisturbed_training(corpus_dir, tmp_path):
     command = [sys.executable, main.__file__, "--no-cuda", "--data", corpus_dir, "--emsize", "5", "--nhid", "6",
                "--nlayers", "2", "--batch_size", "4", "--bptt", "7", "--lr", "20", "--nonmono", "2",

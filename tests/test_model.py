@@ -28,16 +28,16 @@ ENWIK8 = ("--epochs 50 --nlayers 3 --emsize 400 --nhid 1840 --alpha 0 --beta 0 -
           "--optimizer adam --lr 1e-3 --data data/enwik8 --save ENWIK8.pt --when 25 35")
 
 
-@pytest.mark.parametrize("recipe, words, parameters", [
+@pytest.mark.parametrize("recipe, ntoken, parameters", [
     (LSTM_PTB, 10_000, 24_221_600), (QRNN_PTB, 10_000, 24_020_150),
     ("--epochs 750 --data data/wikitext-2 --save WT2.pt --dropouth 0.2 --seed 1882", 33_278, 33_556_078),
     (QRNN_WT2, 33_278, 33_354_628), (QRNN_WT103, 267_735, 153_886_638), (PTBC, 50, 13_787_650),
     (ENWIK8, 205, 47_270_045),
 ])
-def test_recipes_of_the_papers_and_their_parameter_counts(recipe, words, parameters):
+def test_recipes_of_the_papers_and_their_parameter_counts(recipe, ntoken, parameters):
     args = main.parse_flags(recipe.split())
     with torch.device("meta"):
-        model = RNNModel(words, **{name: getattr(args, name) for name in ARCHITECTURE + DROPOUTS})
+        model = RNNModel(ntoken, **{name: getattr(args, name) for name in ARCHITECTURE + DROPOUTS})
     assert model.parameter_count() == parameters
 
 
@@ -45,9 +45,9 @@ def test_recipes_of_the_papers_and_their_parameter_counts(recipe, words, paramet
 @pytest.mark.parametrize("tied", [True, False])
 def test_without_dropout_it_is_the_plain_stack(kind, tied):
     model = RNNModel(11, kind, **SMALL, tied=tied, **OFF)
-    words = torch.randint(11, (7, 3))
-    output, hidden, raw = model(words, model.init_hidden(3))
-    x = model.encoder(words)
+    tokens = torch.randint(11, (7, 3))
+    output, hidden, raw = model(tokens, model.init_hidden(3))
+    x = model.encoder(tokens)
     for layer, rnn in enumerate(model.rnns):
         plain = getattr(nn, kind)(rnn.input_size, rnn.hidden_size)
         plain.load_state_dict(rnn.state_dict())
@@ -61,19 +61,19 @@ def test_without_dropout_it_is_the_plain_stack(kind, tied):
 
 def test_masks_come_in_the_order_and_place_of_the_papers():
     model = RNNModel(11, **SMALL, dropout=0.1, dropouth=0.2, dropouti=0.3, dropoute=0.4, wdrop=0.5).double()
-    words = torch.randint(11, (7, 3))
+    tokens = torch.randint(11, (7, 3))
     torch.manual_seed(9)
-    output, _, raw = model(words, model.init_hidden(3))
+    output, _, raw = model(tokens, model.init_hidden(3))
 
     def mask(p, *shape):
         return dropout_mask(raw, shape, p)
 
     plain = [nn.LSTM(rnn.input_size, rnn.hidden_size).double() for rnn in model.rnns]
     torch.manual_seed(9)
-    x = (model.encoder.weight * mask(0.4, 11, 1))[words]
+    x = (model.encoder.weight * mask(0.4, 11, 1))[tokens]
     x = x * mask(0.3, 1, 3, 5)
-    for rnn, ours, size, p in zip(plain, model.rnns, (6, 6, 5), (0.2, 0.2, 0.1)):
-        rnn.load_state_dict(ours.state_dict())
+    for rnn, layer, size, p in zip(plain, model.rnns, (6, 6, 5), (0.2, 0.2, 0.1)):
+        rnn.load_state_dict(layer.state_dict())
         with torch.no_grad():
             rnn.weight_hh_l0 *= mask(0.5, 4 * size, size)
         last = rnn(x)[0]
@@ -92,7 +92,8 @@ def test_state_dict_has_the_plain_names():
 def test_initial_weights():
     model = RNNModel(500, **SMALL, tied=False)
     for weight in (model.encoder.weight, model.decoder.weight):
-        assert -0.1 <= weight.min() < -0.09 and 0.09 < weight.max() <= 0.1
+        assert -0.1 <= weight.min() < -0.09
+        assert 0.09 < weight.max() <= 0.1
     assert (model.decoder.bias == 0).all()
 
 
@@ -105,16 +106,16 @@ def test_every_row_of_the_embedding_learns():
 
 def test_hidden_state_carries_on():
     model = RNNModel(11, **SMALL).eval()
-    words = torch.randint(11, (9, 2))
-    whole, _, _ = model(words, model.init_hidden(2))
-    first, hidden, _ = model(words[:4], model.init_hidden(2))
-    second, _, _ = model(words[4:], hidden)
+    tokens = torch.randint(11, (9, 2))
+    whole, _, _ = model(tokens, model.init_hidden(2))
+    first, hidden, _ = model(tokens[:4], model.init_hidden(2))
+    second, _, _ = model(tokens[4:], hidden)
     torch.testing.assert_close(whole, torch.cat([first, second]))
 
 
 def test_loss_is_the_mean_of_its_own_logprob():
     model = RNNModel(11, **SMALL).eval()
-    words, targets = torch.randint(11, (9, 2)), torch.randint(11, (9, 2))
-    output, _, _ = model(words, model.init_hidden(2))
+    tokens, targets = torch.randint(11, (9, 2)), torch.randint(11, (9, 2))
+    output, _, _ = model(tokens, model.init_hidden(2))
     expected = -model.logprob(output).gather(-1, targets.unsqueeze(-1)).mean()
     torch.testing.assert_close(model.loss(output, targets), expected)

@@ -74,7 +74,8 @@ def test_the_best_setting_on_validation_is_applied_to_test(train, corpus_dir, tm
     valid, test = found["pointer"]
     setting = {name: best[name] for name in ("window", "theta", "lambdasm")}
     assert best["loss"] == valid["loss"] < max(line["loss"] for line in found["grid"])
-    assert setting.items() <= valid.items() and setting.items() <= test.items()
+    assert setting.items() <= valid.items()
+    assert setting.items() <= test.items()
     pointer.main([*command, *(token for name, value in setting.items() for token in (f"--{name}", str(value)))])
     assert read_metrics(save)["pointer"][3]["loss"] == pytest.approx(test["loss"], abs=1e-6)
 

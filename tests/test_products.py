@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch.nn import functional
 
+import device
 import products
 
 
@@ -15,7 +16,8 @@ def test_rows_of_copies_begin_cache_lines_and_nothing_but_zeros_lies_between(sha
     copy = products.transposed(matrix) if function == "transposed" else products.aligned(matrix.float(), torch.bfloat16)
     assert torch.equal(copy, matrix.t() if function == "transposed" else matrix)
     rows, width = copy.shape
-    assert copy.stride(1) == 1 and all(row.data_ptr() % 64 == 0 for row in copy)
+    assert copy.stride(1) == 1
+    assert all(row.data_ptr() % 64 == 0 for row in copy)
     assert not copy.as_strided((rows, copy.stride(0) - width), copy.stride(), width).any()
 
 
@@ -24,7 +26,8 @@ def test_only_under_autocast_are_tensors_brought_into_another_layout():
     assert products.for_products(matrix)[0] is matrix
     with torch.autocast("cpu", torch.bfloat16):
         copy, term = products.for_products(matrix, matrix[0])
-    assert copy.dtype == term.dtype == torch.bfloat16 and copy.stride() == (64, 1)
+    assert copy.dtype == term.dtype == torch.bfloat16
+    assert copy.stride() == (64, 1)
 
 
 def test_the_gradients_of_linear_are_those_of_finite_differences():
@@ -37,15 +40,15 @@ def test_linear_in_bfloat16_is_that_of_pytorch_to_the_precision_of_bfloat16():
     torch.manual_seed(0)
     inputs = [torch.randn(shape) for shape in ((70, 3, 33), (300, 33), (300,))]
     results = []
-    for function, kind in ((products.linear, torch.float32), (functional.linear, torch.float64)):
-        variables = [x.to(kind, copy=True).requires_grad_() for x in inputs]
+    for function, dtype in ((products.linear, torch.float32), (functional.linear, torch.float64)):
+        variables = [x.to(dtype, copy=True).requires_grad_() for x in inputs]
         with torch.autocast("cpu", torch.bfloat16, enabled=function is products.linear):
             output = function(*variables)
         assert (type(output.grad_fn).__name__ == "LinearBackward") == (function is products.linear)
         results.append((output, *torch.autograd.grad(output, variables, output.detach().cos())))
     assert [x.dtype for x in results[0]] == [torch.bfloat16, *[torch.float32] * 3]
-    for ours, theirs in zip(*results):
-        assert 1e-4 * theirs.norm() < (ours - theirs).norm() < 0.02 * theirs.norm()
+    for found, exact in zip(*results):
+        assert 1e-4 * exact.norm() < (found - exact).norm() < 0.02 * exact.norm()
 
 
 def test_linear_is_that_of_pytorch_where_nothing_trains_in_bfloat16():
@@ -56,17 +59,18 @@ def test_linear_is_that_of_pytorch_where_nothing_trains_in_bfloat16():
         assert torch.equal(products.linear(*inputs), functional.linear(*inputs))
 
 
-@pytest.mark.parametrize("kind, precision", [(torch.float32, 1e-6), (torch.bfloat16, 4e-3), (torch.float64, 1e-15)])
+@pytest.mark.parametrize("dtype, precision", [(torch.float32, 1e-6), (torch.bfloat16, 4e-3), (torch.float64, 1e-15)])
 @pytest.mark.parametrize("rows", [1, 20])
-def test_a_packed_product_is_the_product(kind, precision, rows):
+def test_a_packed_product_is_the_product(dtype, precision, rows):
     torch.manual_seed(0)
-    x, weight, term = (torch.randn(shape).to(kind) for shape in ((rows, 33), (300, 33), (rows, 300)))
+    x, weight, term = (torch.randn(shape).to(dtype) for shape in ((rows, 33), (300, 33), (rows, 300)))
     product = products.Packed(weight, rows)
-    assert (product.mkl is not None) == (kind == torch.float32 and products.packs_fp32())
-    assert (product.onednn is not None) == (kind == torch.bfloat16 and products.packs_bf16())
+    assert (product.mkl is not None) == (dtype == torch.float32 and products.packs_fp32())
+    assert (product.onednn is not None) == (dtype == torch.bfloat16 and products.packs_bf16())
     expected = x.double() @ weight.double().t()
-    for ours, theirs in ((product(x), expected), (product.plus(term, x), expected + term)):
-        assert ours.dtype == kind and (ours - theirs).norm() < precision * theirs.norm()
+    for found, exact in ((product(x), expected), (product.plus(term, x), expected + term)):
+        assert found.dtype == dtype
+        assert (found - exact).norm() < precision * exact.norm()
 
 
 def test_fp32_is_packed_on_processors_of_intel(monkeypatch):
@@ -88,15 +92,15 @@ def test_a_packed_linear_map_multiplies_in_bfloat16():
 def test_onednn_computes_products_only_where_they_are_exact(monkeypatch):
     settings = []
     monkeypatch.setattr(torch, "set_float32_matmul_precision", settings.append)
-    monkeypatch.setattr(products, "cpuinfo", lambda: "GenuineIntel")
-    products.use_onednn()
+    monkeypatch.setattr(device, "cpuinfo", lambda: "GenuineIntel")
+    device.use_onednn()
     assert settings == []
-    monkeypatch.setattr(products, "cpuinfo", lambda: "AuthenticAMD")
-    monkeypatch.setattr(products, "medium_is_exact", products.medium_is_exact.__wrapped__)
-    products.use_onednn()
+    monkeypatch.setattr(device, "cpuinfo", lambda: "AuthenticAMD")
+    monkeypatch.setattr(device, "medium_is_exact", device.medium_is_exact.__wrapped__)
+    device.use_onednn()
     assert settings[-1] == "medium"
     product = torch.Tensor.__matmul__
     monkeypatch.setattr(torch.Tensor, "__matmul__", lambda a, b: product(a.bfloat16(), b.bfloat16()).float()
                         if a.dtype == torch.float32 else product(a, b))
-    products.use_onednn()
+    device.use_onednn()
     assert settings[-1] == "highest"

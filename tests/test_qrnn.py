@@ -1,4 +1,4 @@
-"""The pooling and Triton's forget-mult are exact forward and backward, and the QRNN layer is its equations."""
+"""Fo-pooling and Triton's forget-mult are exact forward and backward, and the QRNN layer is its equations."""
 
 import os
 import subprocess
@@ -9,8 +9,8 @@ import torch
 
 import qrnn
 from model import RNNModel
-from qrnn import QRNN, Pooling, TritonForgetMult
-from training import evaluate
+from qrnn import QRNN, FoPool, TritonForgetMult
+from steps import evaluate
 from utils import batchify
 
 WITH_TRITON = pytest.mark.skipif(qrnn.triton is None, reason="no Triton")
@@ -32,20 +32,20 @@ def naive(f, z, start):
     return torch.stack(states)
 
 
-def inputs(device, shape, kind=torch.double):
+def inputs(device, shape, dtype=torch.double):
     torch.manual_seed(0)
     f, z, start = torch.rand(shape), torch.randn(shape), torch.randn(shape[1:])
-    return [x.to(device, kind).requires_grad_() for x in (f, z, start)]
+    return [x.to(device, dtype).requires_grad_() for x in (f, z, start)]
 
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("shape", [(9, 4, 5), (1, 4, 5), (9, 1, 1), (1, 1, 1), (3, 7, 300)])
 def test_forget_mult_and_its_gradient_are_the_naive_loop(device, shape):
-    ours, theirs = inputs(device, shape), inputs(device, shape)
+    given, same = inputs(device, shape), inputs(device, shape)
     upstream = torch.randn(shape, dtype=torch.double).to(device)
-    h, expected = TritonForgetMult.apply(*ours), naive(*theirs)
+    h, expected = TritonForgetMult.apply(*given), naive(*same)
     torch.testing.assert_close(h, expected)
-    torch.testing.assert_close(torch.autograd.grad(h, ours, upstream), torch.autograd.grad(expected, theirs, upstream))
+    torch.testing.assert_close(torch.autograd.grad(h, given, upstream), torch.autograd.grad(expected, same, upstream))
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -69,54 +69,56 @@ def test_the_kernels_of_triton_under_its_interpreter():
     done = subprocess.run(command, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True)
     if "8 failed" in done.stdout and "only 0-dimensional arrays can be converted" in done.stdout:
         pytest.skip("the interpreter of this Triton (3.2 is one) is older than this numpy (2.4)")
-    assert done.returncode == 0 and " passed" in done.stdout, done.stdout
+    assert done.returncode == 0, done.stdout
+    assert " passed" in done.stdout, done.stdout
 
 
-def naive_pooling(linear_map, start, moves):
+def naive_fo_pool(linear_map, start, zoneout_mask):
     """The definition, with autograd recording every step."""
     z, f, o = linear_map.chunk(3, -1)
     f = f.sigmoid()
-    c = naive(f if moves is None else f * moves, z.tanh(), start)
+    c = naive(f if zoneout_mask is None else f * zoneout_mask, z.tanh(), start)
     return o.sigmoid() * c, c[-1]
 
 
-def pooling_inputs(steps, batch_size, hidden_size, zoneout):
+def fo_pool_inputs(steps, batch_size, hidden_size, zoneout):
     torch.manual_seed(0)
     linear_map, start = torch.randn(steps, batch_size, 3 * hidden_size), torch.randn(batch_size, hidden_size)
-    moves = torch.rand(steps, batch_size, hidden_size).double() if zoneout else None
-    return linear_map.double().requires_grad_(), start.double().requires_grad_(), moves
+    zoneout_mask = torch.rand(steps, batch_size, hidden_size).double() if zoneout else None
+    return linear_map.double().requires_grad_(), start.double().requires_grad_(), zoneout_mask
 
 
 @pytest.mark.parametrize("zoneout", [False, True])
 @pytest.mark.parametrize("shape", [(9, 4, 5), (8, 4, 5), (1, 4, 5), (9, 1, 1), (1, 1, 1), (3, 7, 300)])
-def test_the_pooling_and_its_gradient_are_the_naive_loop(shape, zoneout):
-    *variables, moves = pooling_inputs(*shape, zoneout)
+def test_fo_pool_and_its_gradient_are_the_naive_loop(shape, zoneout):
+    *variables, zoneout_mask = fo_pool_inputs(*shape, zoneout)
     upstream = torch.randn(shape, dtype=torch.double), torch.randn(shape[1:], dtype=torch.double)
-    ours, theirs = (function(*variables, moves) for function in (Pooling.apply, naive_pooling))
-    torch.testing.assert_close(ours, theirs)
-    torch.testing.assert_close(*(torch.autograd.grad(outputs, variables, upstream) for outputs in (ours, theirs)))
+    found, expected = (function(*variables, zoneout_mask) for function in (FoPool.apply, naive_fo_pool))
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(*(torch.autograd.grad(outputs, variables, upstream) for outputs in (found, expected)))
 
 
 @pytest.mark.parametrize("zoneout", [False, True])
-def test_pooling_gradcheck(zoneout):
-    assert torch.autograd.gradcheck(Pooling.apply, pooling_inputs(5, 2, 3, zoneout))
+def test_fo_pool_gradcheck(zoneout):
+    assert torch.autograd.gradcheck(FoPool.apply, fo_pool_inputs(5, 2, 3, zoneout))
 
 
-def test_pooling_takes_tensors_that_are_not_contiguous():
-    linear_map, start, _ = pooling_inputs(6, 4, 8, False)
+def test_fo_pool_takes_tensors_that_are_not_contiguous():
+    linear_map, start, _ = fo_pool_inputs(6, 4, 8, False)
     inputs = linear_map.transpose(0, 1)[:, :, ::2], start[:1, 1::2].expand(6, 4), None
     upstream = torch.randn(4, 4, 6).double().transpose(1, 2), torch.randn(4, 6).double().t()
-    ours, theirs = Pooling.apply(*inputs), naive_pooling(*inputs)
-    torch.testing.assert_close(ours, theirs)
+    found, expected = FoPool.apply(*inputs), naive_fo_pool(*inputs)
+    torch.testing.assert_close(found, expected)
     variables = linear_map, start
-    torch.testing.assert_close(*(torch.autograd.grad(outputs, variables, upstream) for outputs in (ours, theirs)))
+    torch.testing.assert_close(*(torch.autograd.grad(outputs, variables, upstream) for outputs in (found, expected)))
 
 
 def test_saturated_gates_are_exact():
     """Gates of 0 and 1, where a form by logarithms would give NaN: the state is kept, and replaced."""
     z, f, o = [1.0, -1.0, -1.0, -1.0], [1.0, -1.0, -1.0, 1.0], [1.0] * 4
-    output, last = Pooling.apply(torch.tensor([z, f, o]).t().view(4, 1, 3) * 1e4, torch.zeros(1, 1), None)
-    assert output.flatten().tolist() == [1.0, 1.0, 1.0, -1.0] and last.item() == -1.0
+    output, last = FoPool.apply(torch.tensor([z, f, o]).t().view(4, 1, 3) * 1e4, torch.zeros(1, 1), None)
+    assert output.flatten().tolist() == [1.0, 1.0, 1.0, -1.0]
+    assert last.item() == -1.0
 
 
 @pytest.mark.parametrize("window", [1, 2])
@@ -162,10 +164,11 @@ def test_evaluation_in_chunks_is_evaluation_at_once(bptt):
 
 def test_weight_drop_acts_on_the_linear_weight():
     model = RNNModel(11, "QRNN", emsize=5, nhid=6, nlayers=2, dropout=0, dropouth=0, dropouti=0, dropoute=0, wdrop=0.5)
-    words = torch.randint(11, (7, 2))
-    first, second = (model(words, model.init_hidden(2))[0] for _ in range(2))
+    tokens = torch.randint(11, (7, 2))
+    first, second = (model(tokens, model.init_hidden(2))[0] for _ in range(2))
     assert not torch.allclose(first[0], second[0]), "the linear map acts at every step, the first one too"
     names = [name for name, _ in model.named_parameters()]
     assert names == ["encoder.weight", "rnns.0.linear.weight", "rnns.0.linear.bias", "rnns.1.linear.weight",
                      "rnns.1.linear.bias", "decoder.bias"]
-    assert model.rnns[0].linear.weight.shape == (18, 10) and model.rnns[1].linear.weight.shape == (15, 6)
+    assert model.rnns[0].linear.weight.shape == (18, 10)
+    assert model.rnns[1].linear.weight.shape == (15, 6)

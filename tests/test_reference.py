@@ -8,7 +8,6 @@ training is chaotic. There the first batches are followed, and single passes are
 
 import json
 import os
-from argparse import Namespace
 from collections import Counter
 from itertools import islice
 from pathlib import Path
@@ -19,12 +18,14 @@ import torch
 from helpers import Recorder, read_metrics
 
 import checkpoint
+import device
 import finetune
 import locked_dropout
 import main
 import pointer
 import rnn
 import splitcross
+import steps
 import training
 from data import Corpus
 from graphs import CudaGraphs
@@ -135,16 +136,16 @@ def command_line(flags):
             yield from [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
 
 
-def train(case, save, monkeypatch, *flags, device="--no-cuda", graphs=None):
+def train(case, save, monkeypatch, *flags, on="--no-cuda", graphs=None):
     """Train a case from its recorded weights, with its masks, by the script of its stage; the metrics by their kind."""
     def start_as_recorded(model):
         set_weights(model, FOLDER / f"{case['name']}.init.npz")
 
     masks = RecordedMasks(monkeypatch, case["flags"]["seed"])
     if graphs:
-        monkeypatch.setattr(training, "gradients_for", lambda model, _: training.graphed_gradients(
-            model, masks.feed(graphs(model))))
-    command = [device, "--data", str(FOLDER / "corpus"), "--save", str(save), "--log-interval", "1", *flags]
+        monkeypatch.setattr(training, "choose_pass", lambda model, *settings: steps.choose_pass(
+            model, *settings, backend=masks.feed(graphs(model))))
+    command = [on, "--data", str(FOLDER / "corpus"), "--save", str(save), "--log-interval", "1", *flags]
     with monkeypatch.context() as patch:
         if case["stage"] == "train":
             patch.setattr(RNNModel, "init_weights", start_as_recorded)
@@ -169,18 +170,18 @@ def difference(found, recorded):
     return float(abs(numpy.subtract(found, recorded)).max(initial=0))
 
 
-def scored_by_pointer(case, save, device):
+def scored_by_pointer(case, save, on):
     """The losses of the cache on a trained model, in the order of the recorded settings, validation and test."""
     for setting in case["pointer"]:
         flags = {name: setting[name] for name in ("window", "theta", "lambdasm")}
-        pointer.main([device, "--data", str(FOLDER / "corpus"), "--save", str(save), "--bptt", "300",
+        pointer.main([on, "--data", str(FOLDER / "corpus"), "--save", str(save), "--bptt", "300",
                       *command_line(flags)])
     return losses(read_metrics(save).get("pointer", []))
 
 
-def follow(case, folder, monkeypatch, device="--no-cuda"):
+def follow(case, folder, monkeypatch, on="--no-cuda"):
     """Follow a case from its first batch to its cache in float64; returns the largest difference of a loss."""
-    run = train(case, folder / "run.pt", monkeypatch, device=device)
+    run = train(case, folder / "run.pt", monkeypatch, on=on)
     assert run["run"][0]["parameters"] == case["parameters"]
     assert [line["tokens"] // case["flags"]["batch_size"] for line in run["batch"]] == case["seq_lens"]
     assert next((line["epoch"] + 1 for line in run.get("switch", [])), None) == case["first_asgd_epoch"]
@@ -190,9 +191,9 @@ def follow(case, folder, monkeypatch, device="--no-cuda"):
                   difference(losses(run["epoch"]), case["valid_losses"]),
                   difference(losses(run["test"]), [case["test_loss"]]),
                   difference(losses(run.get("loaded", [])), loaded),
-                  difference(scored_by_pointer(case, folder / "run.pt", device), cached))
-    on = "" if device == "--no-cuda" else " on the GPU"
-    FOLLOWED[case["name"] + on] = f"{len(case['train_losses'])} batches, largest difference {largest:.1e}"
+                  difference(scored_by_pointer(case, folder / "run.pt", on), cached))
+    where = "" if on == "--no-cuda" else " on the GPU"
+    FOLLOWED[case["name"] + where] = f"{len(case['train_losses'])} batches, largest difference {largest:.1e}"
     return largest
 
 
@@ -207,14 +208,16 @@ def test_there_are_runs_to_follow():
     assert CASES, f"{FOLDER} holds none"
 
 
-def test_float64_follows_every_loss_of_the_original_and_ends_with_its_weights(case, tmp_path, monkeypatch, in_float64):
+@pytest.mark.usefixtures("in_float64")
+def test_float64_follows_every_loss_of_the_original_and_ends_with_its_weights(case, tmp_path, monkeypatch):
     assert follow(case, tmp_path, monkeypatch) <= TOLERANCE
     assert weight_difference(case, tmp_path / "run.pt") <= TOLERANCE
 
 
 @pytest.mark.cuda("reference trajectories on the GPU")
-def test_float64_on_a_gpu_follows_every_loss_of_the_original(case, tmp_path, monkeypatch, in_float64):
-    assert follow(case, tmp_path, monkeypatch, device="--cuda") <= TOLERANCE
+@pytest.mark.usefixtures("in_float64")
+def test_float64_on_a_gpu_follows_every_loss_of_the_original(case, tmp_path, monkeypatch):
+    assert follow(case, tmp_path, monkeypatch, on="--cuda") <= TOLERANCE
 
 
 # --- faster paths ----------------------------------------------------------------------------------------------------
@@ -232,11 +235,11 @@ def calls(request, monkeypatch):
             return forward(*inputs)
         return call
 
-    for function in (splitcross.SoftmaxLoss, rnn.TrainingPass):
+    for function in (splitcross.SoftmaxLoss, rnn.LSTMFunction):
         monkeypatch.setattr(function, "forward", counted(function))
     if request.param == "of large models":
-        monkeypatch.setattr(splitcross, "LARGE", 0)
-        monkeypatch.setattr(rnn, "LARGE", 0)
+        monkeypatch.setattr(splitcross, "MIN_LOGITS", 0)
+        monkeypatch.setattr(rnn, "MIN_HIDDEN", 0)
         monkeypatch.setattr(rnn, "packs_fp32", lambda: True)
     counter.large = request.param == "of large models"
     return counter
@@ -245,13 +248,13 @@ def calls(request, monkeypatch):
 def expected_calls(case, passes, large):
     """How often the paths of large models run in so many passes."""
     layers = case["flags"]["nlayers"] if case["flags"]["model"] == "LSTM" else 0
-    return Counter({splitcross.SoftmaxLoss: passes, rnn.TrainingPass: layers * passes}) if large else Counter()
+    return Counter({splitcross.SoftmaxLoss: passes, rnn.LSTMFunction: layers * passes}) if large else Counter()
 
 
 def first_batches(case, folder, monkeypatch, count, *flags, **how):
     """How far the first batches of a case are from the recorded ones: nats per token, for each of them."""
-    epoch = training.train_epoch
-    monkeypatch.setattr(training, "train_epoch", lambda *given: islice(epoch(*given), count))
+    train_batches = training.train_batches
+    monkeypatch.setattr(training, "train_batches", lambda run: islice(train_batches(run), count))
     run = train({**case, "flags": {**case["flags"], "epochs": 1}}, folder / "run.pt", monkeypatch, *flags,
                 **how)
     assert len(run["batch"]) == count
@@ -265,26 +268,27 @@ def test_fp32_follows_the_first_batches(case, tmp_path, monkeypatch, calls):
 
 
 def test_bf16_follows_the_first_batches(case, tmp_path, monkeypatch):
-    monkeypatch.setattr(training, "has_bf16", lambda: True)
+    monkeypatch.setattr(device, "has_bf16", lambda: True)
     tolerance, count = FOLLOWING["bf16"]
     assert first_batches(case, tmp_path, monkeypatch, count, "--precision", "bf16").max() <= tolerance
 
 
-def test_the_pass_for_graphs_follows_the_original(case, tmp_path, monkeypatch, in_float64):
+@pytest.mark.usefixtures("in_float64")
+def test_the_pass_for_graphs_follows_the_original(case, tmp_path, monkeypatch):
     """With a stand-in for CUDA's graphs; no batch of its lengths is lost or computed from stale inputs."""
     for script in (main, finetune):
-        monkeypatch.setattr(script, "pick_device", lambda *_: torch.device("cpu"))
+        monkeypatch.setattr(script, "set_up_device", lambda *_: torch.device("cpu"))
     found = first_batches(case, tmp_path, monkeypatch, GRAPH_BATCHES, "--cuda-graphs", graphs=Recorder)
     assert found.max() <= TOLERANCE
 
 
 @pytest.mark.cuda("first batches of the reference in each precision")
-@pytest.mark.parametrize("graphs", [None, lambda model: CudaGraphs()], ids=["simple", "graphs"])
+@pytest.mark.parametrize("graphs", [None, lambda _: CudaGraphs()], ids=["simple", "graphs"])
 @pytest.mark.parametrize("precision", FOLLOWING)
 def test_a_gpu_follows_the_first_batches(case, tmp_path, monkeypatch, precision, graphs):
     tolerance, count = FOLLOWING[precision]
     flags = ["--precision", precision, "--cuda-graphs" if graphs else "--no-cuda-graphs"]
-    found = first_batches(case, tmp_path, monkeypatch, count, *flags, device="--cuda", graphs=graphs)
+    found = first_batches(case, tmp_path, monkeypatch, count, *flags, on="--cuda", graphs=graphs)
     assert found.max() <= tolerance
 
 
@@ -295,13 +299,14 @@ def gradients(case, monkeypatch, dtype):
     model = model.to(dtype)
     torch.set_default_dtype(torch.float32)
     RecordedMasks(monkeypatch, seed=1)
-    flags = Namespace(precision="fp32", alpha=case["flags"]["alpha"], beta=case["flags"]["beta"])
     words, targets = get_batch(batchify(corpus.train, case["flags"]["batch_size"]), 0, 20)
-    training.gradients(model.train(), words, targets, model.init_hidden(words.size(1)), flags)
+    steps.forward_backward(model.train(), words, targets, model.init_hidden(words.size(1)),
+                           case["flags"]["alpha"], case["flags"]["beta"])
     return {name: parameter.grad.double() for name, parameter in model.named_parameters()}
 
 
-def test_fp32_gradients_are_those_of_float64(case, monkeypatch, calls):
+@pytest.mark.usefixtures("calls")
+def test_fp32_gradients_are_those_of_float64(case, monkeypatch):
     found, exact = (gradients(case, monkeypatch, dtype) for dtype in (torch.float32, torch.float64))
     errors = {name: ((found[name] - exact[name]).norm() / exact[name].norm()).item() for name in exact}
     assert max(errors.values()) <= 1e-5, errors

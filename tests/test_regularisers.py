@@ -26,7 +26,8 @@ def test_a_large_mask_keeps_the_share_it_is_scaled_by(p):
     torch.manual_seed(3)
     mask = dropout_mask(torch.empty(0), (999, 1001), p)
     kept = mask[mask > 0].unique()
-    assert len(kept) == 1 and 1 / kept.item() == pytest.approx(1 - p, abs=2**-15)
+    assert len(kept) == 1
+    assert 1 / kept.item() == pytest.approx(1 - p, abs=2**-15)
     deviation = (p * (1 - p) / mask.numel()) ** 0.5
     assert (mask > 0).double().mean().item() == pytest.approx(1 - p, abs=5 * deviation + 2**-15)
     columns = (mask > 0).double().mean(0)
@@ -38,7 +39,9 @@ def test_locked_dropout_drops_the_same_units_at_every_step():
     x = torch.rand(T, 40, H) + 1
     dropped = locked_dropout(x, 0.5)
     gone = dropped == 0
-    assert (gone == gone[0]).all() and gone.any() and not gone.all()
+    assert (gone == gone[0]).all()
+    assert gone.any()
+    assert not gone.all()
     assert torch.allclose(dropped[~gone], 2 * x[~gone])
     assert not (gone[0] == gone[0][0]).all(), "columns have masks of their own"
 
@@ -50,12 +53,12 @@ def test_locked_dropout_leaves_evaluation_alone():
 
 def test_embedding_dropout_is_the_lookup_in_a_masked_matrix():
     weight = torch.randn(11, E, dtype=torch.double, requires_grad=True)
-    words, upstream = torch.randint(11, (T, B)), torch.randn(T, B, E, dtype=torch.double)
+    tokens, upstream = torch.randint(11, (T, B)), torch.randn(T, B, E, dtype=torch.double)
     torch.manual_seed(5)
-    embedded = embedded_dropout(weight, words, 0.4)
+    embedded = embedded_dropout(weight, tokens, 0.4)
     (gradient,) = torch.autograd.grad(embedded, weight, upstream)
     torch.manual_seed(5)
-    masked = functional.embedding(words, weight * dropout_mask(weight, (11, 1), 0.4))
+    masked = functional.embedding(tokens, weight * dropout_mask(weight, (11, 1), 0.4))
     (expected,) = torch.autograd.grad(masked, weight, upstream)
     assert (embedded == 0).any()
     torch.testing.assert_close(embedded, masked)
@@ -97,7 +100,8 @@ class TestWeightDrop:
         torch.testing.assert_close(first, rnn(x)[0])
         rnn.train()
         again, _ = weight_drop(rnn, "weight_hh_l0", 0.5, x)
-        assert not torch.allclose(again, first) and not torch.allclose(again, trained)
+        assert not torch.allclose(again, first)
+        assert not torch.allclose(again, trained)
         again.sum().backward()
         assert rnn.weight_hh_l0.grad.abs().sum() > 0
 
@@ -108,9 +112,11 @@ class TestWeightDrop:
         weight_drop(rnn, "weight_hh_l0", 0.5, x)[0].sum().backward()
         torch.manual_seed(2)
         kept = dropout_mask(before, before.shape, 0.5) > 0
-        assert torch.equal(rnn.weight_hh_l0, before) and isinstance(rnn.weight_hh_l0, nn.Parameter)
+        assert torch.equal(rnn.weight_hh_l0, before)
+        assert isinstance(rnn.weight_hh_l0, nn.Parameter)
         assert list(rnn.state_dict()) == names == ["weight_ih_l0", "weight_hh_l0", "bias_ih_l0", "bias_hh_l0"]
-        assert (rnn.weight_hh_l0.grad[kept] != 0).all() and (rnn.weight_hh_l0.grad[~kept] == 0).all()
+        assert (rnn.weight_hh_l0.grad[kept] != 0).all()
+        assert (rnn.weight_hh_l0.grad[~kept] == 0).all()
 
     def test_at_rate_zero_is_the_module(self, kind, device):
         rnn, x = recurrent(kind, device)

@@ -1,16 +1,13 @@
 """A row of the papers is made stage by stage, and a run that has to stop in between goes on."""
 
 import sys
-from pathlib import Path
 
 import pytest
+import reproduce
 
 import finetune
 import main
 import pointer
-
-sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
-import reproduce
 
 TINY = "--emsize 5 --nhid 6 --nlayers 2 --batch_size 4 --bptt 7 --lr 1 --epochs 30 --nonmono 3 --no-cuda"
 
@@ -38,15 +35,18 @@ def test_every_recipe_is_one_that_the_scripts_take():
     pointer.parse_flags(reproduce.GRID.split())
 
 
-def test_a_row_stage_by_stage(make, tmp_path):
+@pytest.mark.slow
+def test_a_row_stage_by_stage(make):
     printed = make("whole")
     row = printed.splitlines()[-1]
     cells = [cell.strip() for cell in row.strip("|").split("|")]
-    assert cells[0] == "tiny" and [cell.partition(" (")[2] for cell in cells[1:5]] == [
+    assert cells[0] == "tiny"
+    assert [cell.partition(" (")[2] for cell in cells[1:5]] == [
         "9.1 / 9.2)", "8.1 / 8.2)", "7.1 / 7.2)", ""]
     assert make("whole").splitlines() == [row], "nothing is left to do"
 
 
+@pytest.mark.slow
 def test_a_stage_that_is_stopped_goes_on(make, tmp_path, monkeypatch):
     """Stopped by its deadline as often as it takes, the row is that of the run that never stopped."""
     whole = make("whole").splitlines()[-1].split(" | ")

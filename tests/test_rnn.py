@@ -30,33 +30,33 @@ def stock(layer):
     return twin.double()
 
 
-@pytest.mark.parametrize("steps, batch_size, words", [(4, 3, 100), (1, 3, 100), (4, 1, 100), (5, 3, 6), (5, 3, 1)])
-def test_the_gradients_of_the_training_pass_are_those_of_finite_differences(steps, batch_size, words, monkeypatch):
+@pytest.mark.parametrize("steps, batch_size, rows", [(4, 3, 100), (1, 3, 100), (4, 1, 100), (5, 3, 6), (5, 3, 1)])
+def test_the_gradients_of_the_training_pass_are_those_of_finite_differences(steps, batch_size, rows, monkeypatch):
     """In one block of all steps, in blocks of two and a last one of one, in blocks of one."""
-    monkeypatch.setattr(rnn.TrainingPass, "WORDS", words)
+    monkeypatch.setattr(rnn.LSTMFunction, "ROWS_PER_PRODUCT", rows)
     torch.manual_seed(0)
     inputs = [torch.randn(shape, dtype=torch.double, requires_grad=True) for shape in
               ((steps, batch_size, E), (4 * H, E), (4 * H, H), (4 * H,), (batch_size, H), (batch_size, H))]
-    assert torch.autograd.gradcheck(rnn.TrainingPass.apply, inputs)
+    assert torch.autograd.gradcheck(rnn.LSTMFunction.apply, inputs)
 
 
 @pytest.mark.parametrize("precision, low, high", [("fp32", 0, 1e-6), ("bf16", 1e-4, 0.02)])
 def test_training_by_the_own_pass_is_that_of_pytorch_to_the_precision(layer, batch, monkeypatch, precision, low, high):
-    monkeypatch.setattr(rnn.TrainingPass, "WORDS", 2 * B)
-    monkeypatch.setattr(rnn, "LARGE", 0)
+    monkeypatch.setattr(rnn.LSTMFunction, "ROWS_PER_PRODUCT", 2 * B)
+    monkeypatch.setattr(rnn, "MIN_HIDDEN", 0)
     monkeypatch.setattr(rnn, "packs_fp32", lambda: True)
     x, hidden = batch
     results = []
-    for module, kind in ((layer, torch.float32), (stock(layer), torch.float64)):
-        source = x.to(kind, copy=True).requires_grad_()
+    for module, dtype in ((layer, torch.float32), (stock(layer), torch.float64)):
+        source = x.to(dtype, copy=True).requires_grad_()
         with torch.autocast("cpu", torch.bfloat16, enabled=module is layer and precision == "bf16"):
-            output, (h, c) = module(source, tuple(part.to(kind) for part in hidden))
-        assert output.dtype == c.dtype == kind
-        assert (type(output.grad_fn).__name__ == "TrainingPassBackward") == (module is layer)
+            output, (h, c) = module(source, tuple(part.to(dtype) for part in hidden))
+        assert output.dtype == c.dtype == dtype
+        assert (type(output.grad_fn).__name__ == "LSTMFunctionBackward") == (module is layer)
         (output * output.detach().cos() + c.pow(2).sum()).sum().backward()
         results.append([output, h, c, source.grad, *(parameter.grad for parameter in module.parameters())])
-    for ours, theirs in zip(*results):
-        assert low * theirs.norm() <= (ours - theirs).norm() < high * theirs.norm()
+    for found, expected in zip(*results):
+        assert low * expected.norm() <= (found - expected).norm() < high * expected.norm()
 
 
 @pytest.mark.parametrize("kind", ["LSTM", "GRU"])
@@ -70,23 +70,25 @@ def test_one_step_is_that_of_pytorch(kind, batch):
     x, hidden = batch
     hidden = hidden if kind == "LSTM" else hidden[0]
     with torch.no_grad():
-        ours, state = layer(x[:1], hidden)
-        theirs, expected = twin.double()(x[:1].double(), map_hidden(torch.Tensor.double, hidden))
-    for a, b in zip((ours, *state), (theirs, *expected)):
+        found, found_state = layer(x[:1], hidden)
+        expected, expected_state = twin.double()(x[:1].double(), map_hidden(torch.Tensor.double, hidden))
+    for a, b in zip((found, *found_state), (expected, *expected_state)):
         torch.testing.assert_close(a.double(), b, atol=1e-6, rtol=1e-6)
 
 
 def test_the_own_pass_trains_large_layers_in_fp32_and_all_in_bfloat16(monkeypatch):
     x = torch.zeros(2, 1, 4)
-    small, large = rnn.LSTM(4, rnn.LARGE - 1), rnn.LSTM(4, rnn.LARGE)
+    small, large = rnn.LSTM(4, rnn.MIN_HIDDEN - 1), rnn.LSTM(4, rnn.MIN_HIDDEN)
     for packs in (True, False):
         monkeypatch.setattr(rnn, "packs_fp32", lambda packs=packs: packs)
-        assert not small.by_own_pass(x) and large.by_own_pass(x) == packs
+        assert not small.by_own_pass(x)
+        assert large.by_own_pass(x) == packs
         assert not large.by_own_pass(x.double())
         with torch.no_grad():
             assert not large.by_own_pass(x)
         with torch.autocast("cpu", torch.bfloat16):
-            assert small.by_own_pass(x) and large.by_own_pass(x)
+            assert small.by_own_pass(x)
+            assert large.by_own_pass(x)
 
 
 def test_in_fp32_a_small_layer_is_pytorchs_to_the_last_bit(layer, batch):

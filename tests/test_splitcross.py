@@ -13,9 +13,9 @@ from torch.nn import functional
 import checkpoint
 import finetune
 import generate
+import optimizers
 import pointer
 import splitcross
-import training
 from model import RNNModel
 from splitcross import SoftmaxLoss, SplitCrossEntropy, splits_for
 
@@ -122,25 +122,25 @@ def test_memory_is_that_of_the_splits_in_use():
 def test_tail_vectors_train_and_are_averaged_as_all_else(optimizer, tied):
     torch.manual_seed(0)
     model = RNNModel(20, emsize=5, nhid=6, nlayers=2, tied=tied, splits=(4, 10))
-    words, targets = torch.randint(20, (7, 3)), torch.randint(20, (7, 3))
-    optimizer = training.make_optimizer(optimizer, model, 0.1, 0)
+    tokens, targets = torch.randint(20, (7, 3)), torch.randint(20, (7, 3))
+    optimizer = optimizers.make_optimizer(optimizer, model, 0.1, 0)
     for _ in range(3):
         before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
         optimizer.zero_grad()
-        output, _, _ = model(words, model.init_hidden(3))
+        output, _, _ = model(tokens, model.init_hidden(3))
         model.loss(output, targets).backward()
         optimizer.step()
         assert all(not torch.equal(before[name], parameter) for name, parameter in model.named_parameters())
     current = model.softmax.tail_vectors.detach().clone()
-    with training.averaged_weights(optimizer):
-        assert torch.equal(model.softmax.tail_vectors, current) != training.is_averaging(optimizer)
+    with optimizers.averaged_weights(optimizer):
+        assert torch.equal(model.softmax.tail_vectors, current) != optimizers.is_averaging(optimizer)
 
 
 def test_model_loss_and_logprobs_agree_with_splits():
     torch.manual_seed(0)
     model = RNNModel(20, emsize=5, nhid=6, nlayers=2, splits=(4, 10)).double().eval()
-    words, targets = torch.randint(20, (7, 3)), torch.randint(20, (7, 3))
-    output, _, _ = model(words, model.init_hidden(3))
+    tokens, targets = torch.randint(20, (7, 3)), torch.randint(20, (7, 3))
+    output, _, _ = model(tokens, model.init_hidden(3))
     expected = model.logprob(output).gather(-1, targets.unsqueeze(-1)).squeeze(-1)
     torch.testing.assert_close(model.target_logprob(output, targets), expected)
     torch.testing.assert_close(model.loss(output, targets), -expected.mean())
@@ -148,14 +148,15 @@ def test_model_loss_and_logprobs_agree_with_splits():
 
 def test_every_script_works_with_a_split_softmax(train, corpus_dir, tmp_path, monkeypatch):
     """Training through the switch to ASGD, fine-tuning, cache and generation; what is saved has the tails."""
-    monkeypatch.setattr("model.splits_for", lambda ntoken: [3, 7])
+    monkeypatch.setattr("model.splits_for", lambda _: [3, 7])
     save = str(tmp_path / "m.pt")
     train(tmp_path / "m.pt", "--epochs", "4", "--nonmono", "0", "--lr", "20")
     finetune.main(["--no-cuda", "--data", str(corpus_dir), "--save", save, "--epochs", "1"])
     pointer.main(["--no-cuda", "--save", save, "--window", "20"])
     generate.main(["--no-cuda", "--checkpoint", save, "--words", "20", "--outf", str(tmp_path / "text.txt")])
     metrics = read_metrics(tmp_path / "m.pt")
-    assert metrics["switch"] and len((tmp_path / "text.txt").read_text().split()) == 20
+    assert metrics["switch"]
+    assert len((tmp_path / "text.txt").read_text().split()) == 20
     assert metrics["pointer"][1]["loss"] < 3
     assert checkpoint.load(save)["model"]["softmax.tail_vectors"].abs().sum() > 0
 
@@ -168,10 +169,10 @@ def test_the_loss_in_blocks_and_its_gradients_are_those_of_cross_entropy(monkeyp
     inputs = [torch.randn(shape, dtype=torch.double, requires_grad=True) for shape in ((20, 5), (11, 5), (11,))]
     targets = torch.randint(11, (20,))
     (3 * SoftmaxLoss.apply(*inputs, targets)).backward()
-    ours = [tensor.grad.clone() for tensor in inputs]
+    gradients = [tensor.grad.clone() for tensor in inputs]
     loss = 3 * functional.cross_entropy(functional.linear(*inputs), targets)
     torch.testing.assert_close(3 * SoftmaxLoss.apply(*inputs, targets), loss)
-    for gradient, expected in zip(ours, torch.autograd.grad(loss, inputs)):
+    for gradient, expected in zip(gradients, torch.autograd.grad(loss, inputs)):
         torch.testing.assert_close(gradient, expected)
 
 
@@ -183,7 +184,7 @@ def test_the_loss_is_exact_for_large_logits_and_probabilities_below_all_numbers(
 
 
 def test_the_loss_in_bfloat16_has_gradients_to_the_precision_of_bfloat16(monkeypatch):
-    monkeypatch.setattr(splitcross, "LARGE", 0)
+    monkeypatch.setattr(splitcross, "MIN_LOGITS", 0)
     torch.manual_seed(0)
     softmax, targets = SplitCrossEntropy(5, 11, []), torch.randint(11, (20, 3))
     inputs = [torch.randn(shape, requires_grad=True) for shape in ((11, 5), (11,), (20, 3, 5))]
@@ -192,6 +193,6 @@ def test_the_loss_in_bfloat16_has_gradients_to_the_precision_of_bfloat16(monkeyp
     with torch.autocast("cpu", torch.bfloat16):
         loss = softmax(*inputs, targets)
     assert loss.dtype == torch.float32
-    for ours, theirs in zip(torch.autograd.grad(loss, inputs), expected):
-        assert ours.dtype == torch.float32
-        assert 1e-4 * theirs.norm() < (ours - theirs).norm() < 0.02 * theirs.norm()
+    for found, exact in zip(torch.autograd.grad(loss, inputs), expected):
+        assert found.dtype == torch.float32
+        assert 1e-4 * exact.norm() < (found - exact).norm() < 0.02 * exact.norm()

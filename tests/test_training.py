@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 from argparse import Namespace
+from functools import partial
 from pathlib import Path
 
 import numpy
@@ -16,11 +17,15 @@ from torch.nn import functional
 
 import checkpoint
 import data
+import device
 import main
+import optimizers
+import steps
 import training
 import utils
+from metrics import loss_metrics
 from model import RNNModel
-from utils import BadInput, batchify, figures
+from utils import BadInput, batchify
 
 OFF = dict.fromkeys(("dropout", "dropouth", "dropouti", "dropoute", "wdrop"), 0)
 
@@ -30,42 +35,53 @@ def small_model():
     return RNNModel(11, emsize=5, nhid=6, nlayers=2, **OFF)
 
 
-def args(**changes):
-    return Namespace(**{"precision": "fp32", "cuda_graphs": False, "alpha": 0, "beta": 0, "clip": 0, "bptt": 7,
-                        "max_bptt": None} | changes)
+def small_run(source, model=None):
+    """A run over `source` (N, B) that steps by plain SGD."""
+    model = model or small_model()
+    args = Namespace(bptt=7, max_bptt=None, clip=0, seed=1)
+    run = training.Run("train", args, [], training.Batches(source, None, None), model,
+                       optimizers.make_optimizer("sgd", model, 0.1, 0))
+    run.forward_backward = steps.forward_backward
+    return run
 
 
 # --- batch lengths ---------------------------------------------------------------------------------------------------
 
 def test_sequence_lengths_have_the_distribution_of_the_paper():
     numpy.random.seed(0)
-    lengths = numpy.array([training.sample_seq_len(70) for _ in range(40_000)])
+    lengths = numpy.array([steps.sample_seq_len(70) for _ in range(40_000)])
     long = lengths > 52
     assert lengths.min() >= 5
     assert long.mean() == pytest.approx(0.95, abs=0.005)
-    assert lengths[long].mean() == pytest.approx(69.5, abs=0.1) and lengths[long].std() == pytest.approx(5, abs=0.1)
+    assert lengths[long].mean() == pytest.approx(69.5, abs=0.1)
+    assert lengths[long].std() == pytest.approx(5, abs=0.1)
     assert lengths[~long].mean() == pytest.approx(34.5, abs=0.5)
 
 
 def test_sequence_lengths_have_a_floor_and_a_cap():
     numpy.random.seed(0)
-    assert {training.sample_seq_len(1) for _ in range(100)} >= {5}
-    assert max(training.sample_seq_len(70, 72) for _ in range(1000)) == 72
+    assert {steps.sample_seq_len(1) for _ in range(100)} >= {5}
+    assert max(steps.sample_seq_len(70, 72) for _ in range(1000)) == 72
 
 
 def test_an_epoch_reads_every_row_but_the_last_once(monkeypatch):
     source = batchify(torch.arange(400, dtype=torch.int32) % 11, 4)
     rows = []
-    monkeypatch.setattr(training, "train_step", lambda model, optimizer, words, targets, hidden, args, lr_scale, run: (
-        rows.append((words, targets, lr_scale)), (hidden, 0.0))[1])
+
+    def train_step(*given, lr_scale, **_):
+        *_, words, targets, hidden = given
+        rows.append((words, targets, lr_scale))
+        return hidden, 0.0
+
+    monkeypatch.setattr(training, "train_step", train_step)
     numpy.random.seed(1)
-    batches = training.train_epoch(small_model(), None, source, args(), training.Progress())
-    lengths = [length for length, _, _ in batches]
+    lengths = [length for length, _, _ in training.train_batches(small_run(source))]
     numpy.random.seed(1)
-    sampled = [training.sample_seq_len(7) for _ in lengths]
+    sampled = [steps.sample_seq_len(7) for _ in lengths]
     assert torch.equal(torch.cat([words for words, _, _ in rows]), source[:-1].long())
     assert torch.equal(torch.cat([targets for _, targets, _ in rows]), source[1:].long())
-    assert lengths[:-1] == sampled[:-1] and lengths[-1] <= sampled[-1]
+    assert lengths[:-1] == sampled[:-1]
+    assert lengths[-1] <= sampled[-1]
     assert [scale for _, _, scale in rows] == [length / 7 for length in sampled], "scaled by the sampled length"
 
 
@@ -74,9 +90,10 @@ def test_an_epoch_reads_every_row_but_the_last_once(monkeypatch):
 def test_a_step_is_sgd_on_the_regularised_loss_with_the_scaled_rate():
     model, oracle = small_model(), small_model()
     words, targets = torch.randint(11, (6, 3)), torch.randint(11, (6, 3))
-    optimizer = training.make_optimizer("sgd", model, 0.5, 0.01)
-    _, loss = training.train_step(model, optimizer, words, targets, model.init_hidden(3),
-                                  args(alpha=2, beta=3, clip=0.1), lr_scale=0.7)
+    optimizer = optimizers.make_optimizer("sgd", model, 0.5, 0.01)
+    regularised = partial(steps.forward_backward, alpha=2, beta=3)
+    _, loss = steps.train_step(model, optimizer, regularised, words, targets, model.init_hidden(3), lr_scale=0.7,
+                               clip=0.1)
 
     output, _, raw = oracle(words, oracle.init_hidden(3))
     cross_entropy = functional.cross_entropy(oracle.decoder(output).view(-1, 11), targets.view(-1))
@@ -84,44 +101,48 @@ def test_a_step_is_sgd_on_the_regularised_loss_with_the_scaled_rate():
     tar = sum((raw[t + 1] - raw[t]).square().sum() for t in range(5)) / (5 * 3 * 5)
     (cross_entropy + 2 * ar + 3 * tar).backward()
     norm = math.sqrt(sum(p.grad.square().sum().item() for p in oracle.parameters()))
-    assert norm > 0.1 and loss == pytest.approx(cross_entropy.item())
+    assert norm > 0.1
+    assert loss == pytest.approx(cross_entropy.item())
     for ours, p in zip(model.parameters(), oracle.parameters()):
         torch.testing.assert_close(ours, p - 0.5 * 0.7 * (p.grad * 0.1 / norm + 0.01 * p), rtol=1e-4, atol=1e-6)
     assert optimizer.param_groups[0]["lr"] == 0.5
 
 
 def test_asgd_steps_with_the_rate_of_the_batch_before_and_averages_what_follows():
-    """Four steps by hand on one parameter w with gradient 1: w falls by the rates 2 (its own, being the first), 2, 4,
-    8. PyTorch's average takes the first value over by the second, so it is that of the last three."""
+    """Four steps by hand on one parameter w with gradient 1.
+
+    w falls by the rates 2 (its own, being the first), 2, 4, 8. PyTorch's average takes the first value over by the
+    second, so it is that of the last three.
+    """
     model = torch.nn.Linear(1, 1, bias=False).double()
     with torch.no_grad():
         model.weight.zero_()
-    optimizer = training.make_optimizer("asgd", model, 1.0, 0.0)
+    optimizer = optimizers.make_optimizer("asgd", model, 1.0, 0.0)
     for rate in (2, 4, 8, 16):
         optimizer.param_groups[0]["lr"] = rate
         model.weight.grad = torch.ones_like(model.weight)
         optimizer.step()
     assert model.weight.item() == -(2 + 2 + 4 + 8)
-    with training.averaged_weights(optimizer):
+    with optimizers.averaged_weights(optimizer):
         assert model.weight.item() == pytest.approx(-(4 + 8 + 16) / 3)
 
 
 @pytest.mark.parametrize("name", ["sgd", "asgd", "adam"])
 def test_the_optimizer_owns_every_trainable_parameter(name):
     model = RNNModel(11, emsize=5, nhid=6, nlayers=2, tied=False)
-    owned = {id(p) for group in training.make_optimizer(name, model, 1, 0).param_groups for p in group["params"]}
+    owned = {id(p) for group in optimizers.make_optimizer(name, model, 1, 0).param_groups for p in group["params"]}
     assert owned == {id(p) for p in model.parameters() if p.requires_grad}
 
 
 def test_averages_are_put_back_when_the_block_raises():
     model = small_model()
-    optimizer = training.make_optimizer("asgd", model, 1.0, 0.0)
+    optimizer = optimizers.make_optimizer("asgd", model, 1.0, 0.0)
     for _ in range(3):
         for p in model.parameters():
             p.grad = torch.ones_like(p)
         optimizer.step()
     before = [p.detach().clone() for p in model.parameters()]
-    with pytest.raises(KeyError), training.averaged_weights(optimizer):
+    with pytest.raises(KeyError), optimizers.averaged_weights(optimizer):
         assert not torch.equal(next(model.parameters()), before[0])
         raise KeyError
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before))
@@ -136,7 +157,7 @@ def test_averages_are_put_back_when_the_block_raises():
     ([2.0, 3.0, 3.0, 3.0, 3.0, 3.0, 2.1], 5, True),
 ])
 def test_plateau_rule_by_hand(history, nonmono, expected):
-    assert training.at_plateau(history, nonmono) is expected
+    assert optimizers.at_plateau(history, nonmono) is expected
 
 
 # --- evaluation ------------------------------------------------------------------------------------------------------
@@ -149,12 +170,12 @@ def test_evaluation_is_nats_per_predicted_token(bptt):
         model.eval()
         output, _, _ = model(source[:-1], model.init_hidden(4))
         expected = -model.logprob(output).gather(-1, source[1:].unsqueeze(-1)).mean().item()
-    assert training.evaluate(model, source, bptt) == pytest.approx(expected, abs=1e-6)
+    assert steps.evaluate(model, source, bptt) == pytest.approx(expected, abs=1e-6)
 
 
-def test_figures():
-    assert figures(math.log(8)) == {"loss": math.log(8), "ppl": pytest.approx(8), "bpc": pytest.approx(3)}
-    assert figures(1000.0)["ppl"] == math.inf
+def test_loss_metrics():
+    assert loss_metrics(math.log(8)) == {"loss": math.log(8), "ppl": pytest.approx(8), "bpc": pytest.approx(3)}
+    assert loss_metrics(1000.0)["ppl"] == math.inf
 
 
 # --- whole runs ------------------------------------------------------------------------------------------------------
@@ -186,8 +207,8 @@ def test_the_saved_model_is_the_best_one_with_its_average(train, corpus_dir, tmp
     best = min(metrics["epoch"], key=lambda line: line["loss"])
     assert best["optimizer"] == "ASGD"
     model = checkpoint.restore_model(content, "m.pt")
-    _, batches = training.open_corpus(Namespace(data=corpus_dir, level=None, shares=None, batch_size=4), "cpu")
-    assert training.evaluate(model, batches.valid, 7) == pytest.approx(best["loss"], abs=1e-7)
+    valid = data.load_split(data.Corpus(corpus_dir), "valid", 10, "cpu")
+    assert steps.evaluate(model, valid, 7) == pytest.approx(best["loss"], abs=1e-7)
     assert (content["loss"], content["epoch"]) == (best["loss"], best["epoch"])
 
 
@@ -217,10 +238,10 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_best_model(train,
 
 def signal_at(monkeypatch, number, step):
     """Have this process get the signal `number` in the middle of a step of training."""
-    steps, train_step = iter(range(10**6)), training.train_step
+    calls, train_step = iter(range(10**6)), training.train_step
 
     def interrupted(*arguments, **flags):
-        if next(steps) == step:
+        if next(calls) == step:
             signal.raise_signal(number)
         return train_step(*arguments, **flags)
 
@@ -230,7 +251,8 @@ def signal_at(monkeypatch, number, step):
 def test_ctrl_c_ends_training_and_reports_the_best_model(train, tmp_path, monkeypatch):
     signal_at(monkeypatch, signal.SIGINT, 45)
     status, metrics = train(tmp_path / "m.pt", "--epochs", "100")
-    assert status == 130 and len(metrics["epoch"]) == 2
+    assert status == 130
+    assert len(metrics["epoch"]) == 2
     assert metrics["test"][0]["epoch"] == metrics["epoch"][-1]["best_epoch"]
 
 
@@ -249,7 +271,8 @@ def test_a_signal_in_an_epoch_loses_nothing(train, tmp_path, monkeypatch, flags,
     with monkeypatch.context() as patch:
         signal_at(patch, number, step)
         ended, parts = train(tmp_path / "parts.pt", *flags)
-    assert ended == status and (status == 0) == (len(parts["epoch"]) == 4 if "epoch" in parts else False)
+    assert ended == status
+    assert (status == 0) == (len(parts["epoch"]) == 4 if "epoch" in parts else False)
     _, parts = train(tmp_path / "parts.pt", *flags, "--resume", str(tmp_path / "parts.pt"))
     assert_same_run(whole, parts, tmp_path / "whole.pt", tmp_path / "parts.pt")
 
@@ -271,16 +294,14 @@ def test_hidden_state_is_carried_from_batch_to_batch(monkeypatch):
     source = batchify(torch.arange(200, dtype=torch.int32) % 11, 4)
     states, step = [], training.train_step
 
-    def recorded(model, optimizer, words, targets, hidden, *rest, **flags):
+    def recorded(model, optimizer, run, words, targets, hidden, *rest, **flags):
         states.append(hidden)
-        result = step(model, optimizer, words, targets, hidden, *rest, **flags)
+        result = step(model, optimizer, run, words, targets, hidden, *rest, **flags)
         states.append(result[0])
         return result
 
     monkeypatch.setattr(training, "train_step", recorded)
-    model = small_model()
-    optimizer = training.make_optimizer("sgd", model, 0.1, 0)
-    list(training.train_epoch(model, optimizer, source, args(), training.Progress()))
+    list(training.train_batches(small_run(source)))
     starts, ends = states[::2], states[1::2]
     assert all(not part.any() for pair in starts[0] for part in pair)
     for start, end in zip(starts[1:], ends):
@@ -324,7 +345,8 @@ def test_the_copy_of_when_and_the_start_rate_in_the_epoch_of_the_switch(train, t
     switch = metrics["switch"][0]["epoch"]
     _, metrics = train(tmp_path / "n.pt", "--epochs", "5", "--nonmono", "0", "--lr", "20", "--log-interval", "1",
                        "--when", str(switch))
-    assert metrics["switch"][0]["epoch"] == switch and "decay" not in metrics
+    assert metrics["switch"][0]["epoch"] == switch
+    assert "decay" not in metrics
     assert {line["lr"] for line in metrics["batch"]} == {20.0}
     assert (tmp_path / f"n.pt.e{switch}").exists()
 
@@ -336,25 +358,30 @@ def test_the_epoch_line_has_the_mean_training_loss(train, tmp_path):
     assert metrics["epoch"][0]["train_loss"] == pytest.approx(mean)
 
 
-def test_a_dry_run_reports_and_writes_nothing(train, corpus_dir, tmp_path, capsys, monkeypatch):
+@pytest.mark.usefixtures("train")
+def test_a_dry_run_reports_and_writes_nothing(corpus_dir, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(data, "CACHE_TOKENS", 3)
     status = main.main(["--no-cuda", "--data", str(corpus_dir), "--batch_size", "4", "--bptt", "7", "--dry-run",
                         "--save", str(tmp_path / "m.pt")])
     printed = capsys.readouterr().out
-    assert status == 0 and "20216813 parameters | peak memory" in printed and "valid loss" in printed
-    assert [path.name for path in tmp_path.iterdir()] == ["corpus"] and len(list(corpus_dir.iterdir())) == 3
+    assert status == 0
+    assert "20216813 parameters | peak memory" in printed
+    assert "valid loss" in printed
+    assert [path.name for path in tmp_path.iterdir()] == ["corpus"]
+    assert len(list(corpus_dir.iterdir())) == 3
 
 
 def test_the_hidden_state_is_reset_at_the_start_of_each_epoch(train, tmp_path, monkeypatch):
     zero, train_step = [], training.train_step
 
-    def recorded(model, optimizer, words, targets, hidden, *rest, **flags):
+    def recorded(model, optimizer, run, words, targets, hidden, *rest, **flags):
         zero.append(not any(part.any() for pair in hidden for part in pair))
-        return train_step(model, optimizer, words, targets, hidden, *rest, **flags)
+        return train_step(model, optimizer, run, words, targets, hidden, *rest, **flags)
 
     monkeypatch.setattr(training, "train_step", recorded)
     train(tmp_path / "m.pt", "--epochs", "3")
-    assert zero[0] and sum(zero) == 3
+    assert zero[0]
+    assert sum(zero) == 3
 
 
 def test_out_of_memory_names_the_length_and_the_flag_that_caps_it(train, tmp_path, monkeypatch):
@@ -366,6 +393,7 @@ def test_out_of_memory_names_the_length_and_the_flag_that_caps_it(train, tmp_pat
         train(tmp_path / "m.pt", "--epochs", "1")
 
 
+@pytest.mark.slow
 def test_a_second_signal_ends_the_process_at_once(corpus_dir, tmp_path):
     code = ("import signal, sys, training, main\n"
             "def step(*_, **__):\n"
@@ -377,7 +405,8 @@ def test_a_second_signal_ends_the_process_at_once(corpus_dir, tmp_path):
             "main.main(['--no-cuda', '--data', sys.argv[1], '--batch_size', '4', '--save', sys.argv[2]])\n")
     ended = subprocess.run([sys.executable, "-c", code, corpus_dir, tmp_path / "m.pt"], cwd=Path(main.__file__).parent,
                            capture_output=True, text=True)
-    assert ended.returncode == -signal.SIGTERM and ended.stdout.endswith("first\n")
+    assert ended.returncode == -signal.SIGTERM
+    assert ended.stdout.endswith("first\n")
 
 
 def test_the_same_seed_gives_the_same_weights(train, tmp_path):
@@ -428,28 +457,30 @@ def test_a_carried_hidden_state_keeps_no_sequence_in_memory(model):
     sizes = []
     utils.map_hidden(lambda part: sizes.append((part.untyped_storage().nbytes(), part.nbytes)),
                      utils.repackage_hidden(hidden))
-    assert sizes and all(stored == needed for stored, needed in sizes)
+    assert sizes
+    assert all(stored == needed for stored, needed in sizes)
 
 
-def test_training_in_bfloat16_learns_what_fp32_learns(train, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(training, "has_bf16", lambda: True)
+def test_training_in_bfloat16_learns_what_fp32_learns(train, tmp_path, monkeypatch):
+    monkeypatch.setattr(device, "has_bf16", lambda: True)
     runs = [train(tmp_path / f"{precision}.pt", "--epochs", "3", "--precision", precision)[1]
             for precision in ("fp32", "bf16")]
     fp32, bf16 = ([line["loss"] for line in run["epoch"]] for run in runs)
-    assert fp32 != bf16 and fp32 == pytest.approx(bf16, abs=0.03)
+    assert fp32 != bf16
+    assert fp32 == pytest.approx(bf16, abs=0.03)
     assert all(value.dtype == torch.float32 for value in checkpoint.load(tmp_path / "bf16.pt")["model"].values())
 
 
 @pytest.mark.parametrize("model", ["LSTM", "GRU", "QRNN"])
 def test_without_instructions_for_bfloat16_it_trains_in_fp32_and_says_so(train, tmp_path, monkeypatch, capsys, model):
-    monkeypatch.setattr(training, "has_bf16", lambda: False)
+    monkeypatch.setattr(device, "has_bf16", lambda: False)
     train(tmp_path / "a.pt", "--epochs", "1", "--model", model)
     train(tmp_path / "b.pt", "--epochs", "1", "--model", model, "--precision", "bf16")
     assert "--precision bf16: this CPU has no instructions for it; training in fp32" in capsys.readouterr().out
     a, b = (checkpoint.load(tmp_path / name)["model"] for name in ("a.pt", "b.pt"))
     assert all(torch.equal(a[name], b[name]) for name in a)
     assert checkpoint.load(tmp_path / "b.pt")["flags"]["precision"] == "bf16", "what was asked for"
-    monkeypatch.setattr(training, "has_bf16", lambda: True)
+    monkeypatch.setattr(device, "has_bf16", lambda: True)
     assert train(tmp_path / "c.pt", "--epochs", "1", "--model", model, "--precision", "bf16")[0] == 0
 
 
@@ -457,6 +488,6 @@ def test_without_instructions_for_bfloat16_it_trains_in_fp32_and_says_so(train, 
 def test_on_a_cpu_glibc_is_asked_to_keep_memory_and_agrees(monkeypatch):
     mallopt, answers = ctypes.CDLL(None).mallopt, {}
     take = Namespace(mallopt=lambda *option: answers.update({option: mallopt(*option)}))
-    monkeypatch.setattr(utils, "ctypes", Namespace(CDLL=lambda _: take))
-    utils.pick_device(False)
+    monkeypatch.setattr(device, "ctypes", Namespace(CDLL=lambda _: take))
+    device.set_up_device(False)
     assert answers == {(-3, 2**25): 1, (-1, -1): 1}, "M_MMAP_THRESHOLD, M_TRIM_THRESHOLD of malloc.h; 1: accepted"

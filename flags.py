@@ -1,0 +1,141 @@
+"""Every flag that scripts share: its name, its range, its help."""
+
+import argparse
+import math
+
+import torch
+
+from utils import BadInput
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser to which a flag that it cannot take is bad input like any other."""
+
+    def error(self, message):
+        raise BadInput(message)
+
+
+# --- types -----------------------------------------------------------------------------------------------------------
+
+def number(kind, low, below=math.inf, exclusive=False):
+    """Make the type of a flag: an int or float `kind` with low <= value < below, or low < value if `exclusive`."""
+    def convert(text):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = None
+        if value is None or not low <= value < below or (exclusive and value == low):
+            noun = "a whole number" if kind is int else "a number"
+            limits = f"above {low}" if exclusive else f"of {low} or more"
+            limits += f" and below {below}" if below < math.inf else ""
+            raise argparse.ArgumentTypeError(f"must be {noun} {limits}, not {text!r}")
+        return value
+    return convert
+
+
+LARGEST_INT, LARGEST_FLOAT = 2**31, 1e30  # times the length of a batch still a number, in int64 and in fp32
+positive_int, non_negative_int = number(int, 1, LARGEST_INT), number(int, 0, LARGEST_INT)
+positive_float = number(float, 0, LARGEST_FLOAT, exclusive=True)
+non_negative_float = number(float, 0, LARGEST_FLOAT)
+probability = number(float, 0, 1)  # below 1
+seed = number(int, 0, 2**32)  # what numpy takes
+
+
+# --- groups ----------------------------------------------------------------------------------------------------------
+
+def add_device_flags(parser):
+    """Add the flags that every script has."""
+    parser.add_argument("--cuda", action=argparse.BooleanOptionalAction, default=torch.cuda.is_available(),
+                        help="run on the GPU (default: if there is one)")
+
+
+def add_data_flags(parser):
+    """Add the flags that say what the text is."""
+    parser.add_argument("--data", default="data/penn", metavar="PATH",
+                        help="folder with train.txt, valid.txt and test.txt, or one text file (default: %(default)s)")
+    parser.add_argument("--level", choices=["word", "char", "byte"],
+                        help="what a token is (default: what the folder's file 'level' says, else word)")
+    parser.add_argument("--shares", type=positive_float, nargs=3, default=[90, 5, 5],
+                        metavar=("TRAIN", "VALID", "TEST"),
+                        help="the parts of one text file that the splits get (default: 90 5 5)")
+
+
+def add_training_flags(parser, max_bptt, plateau, save):
+    """Add the flags of training, the same for main.py and finetune.py but for three words of help."""
+    add_data_flags(parser.add_argument_group("data"))
+    add_model_flags(parser.add_argument_group("model"))
+    add_dropout_flags(parser.add_argument_group("dropout", "probabilities of dropping, from 0 (off) to below 1"))
+    add_regularisation_flags(parser.add_argument_group("regularisation"))
+    add_optimisation_flags(parser.add_argument_group("optimisation"), max_bptt, plateau)
+    add_run_flags(parser.add_argument_group("run"), save)
+
+
+def add_model_flags(group):
+    group.add_argument("--model", choices=["LSTM", "QRNN", "GRU"], default="LSTM",
+                       help="recurrent layer (default: %(default)s)")
+    group.add_argument("--emsize", type=positive_int, default=400, metavar="E",
+                       help="embedding size, units (default: %(default)s)")
+    group.add_argument("--nhid", type=positive_int, default=1150, metavar="H",
+                       help="hidden units per layer (default: %(default)s)")
+    group.add_argument("--nlayers", type=positive_int, default=3, metavar="L",
+                       help="recurrent layers (default: %(default)s)")
+    group.add_argument("--tied", action=argparse.BooleanOptionalAction, default=True,
+                       help="share the softmax weight with the embedding (default: %(default)s)")
+
+
+def add_dropout_flags(group):
+    for name, default, what in (
+            ("dropout", 0.4, "the last layer's output"), ("dropouth", 0.3, "the other layers' outputs"),
+            ("dropouti", 0.65, "the embedded words"), ("dropoute", 0.1, "whole words of the vocabulary"),
+            ("wdrop", 0.5, "the hidden-to-hidden weights (QRNN: all weights of a layer)")):
+        group.add_argument(f"--{name}", type=probability, default=default, metavar="P",
+                           help=f"on {what} (default: %(default)s)")
+
+
+def add_regularisation_flags(group):
+    group.add_argument("--alpha", type=non_negative_float, default=2, metavar="A",
+                       help="AR: weight of the squared dropped output in the loss (0: off; default: %(default)s)")
+    group.add_argument("--beta", type=non_negative_float, default=1, metavar="B",
+                       help="TAR: weight of the squared change of the output over time in the loss "
+                            "(0: off; default: %(default)s)")
+    group.add_argument("--wdecay", type=non_negative_float, default=1.2e-6, metavar="W",
+                       help="weight decay on all parameters (0: off; default: %(default)s)")
+
+
+def add_optimisation_flags(group, max_bptt, plateau):
+    group.add_argument("--lr", type=positive_float, metavar="LR", help="learning rate (default: 30; 0.001 for Adam)")
+    group.add_argument("--clip", type=non_negative_float, default=0.25, metavar="C",
+                       help="largest norm of the gradient (0: no clipping; default: %(default)s)")
+    group.add_argument("--epochs", type=non_negative_int, default=8000, metavar="N",
+                       help="upper limit of epochs (default: %(default)s)")
+    group.add_argument("--batch_size", type=positive_int, default=80, metavar="B",
+                       help="columns of a batch (default: %(default)s)")
+    group.add_argument("--bptt", type=positive_int, default=70, metavar="T",
+                       help="mean length of a training batch, time steps (default: %(default)s)")
+    group.add_argument("--max-bptt", type=non_negative_int, metavar="T",
+                       help=f"longest training batch, time steps (0: no limit; default: {max_bptt})")
+    group.add_argument("--nonmono", type=non_negative_int, default=5, metavar="N",
+                       help="epochs that may pass without a better validation loss before "
+                            f"{plateau} (default: %(default)s)")
+    group.add_argument("--precision", choices=["fp32", "tf32", "bf16"], default="fp32",
+                       help="of the matrix products of training, and on a GPU of LSTM and GRU layers as a whole; "
+                            "weights, loss and all scores are fp32; tf32 needs a GPU (default: %(default)s)")
+
+
+def add_run_flags(group, save):
+    group.add_argument("--cuda-graphs", action=argparse.BooleanOptionalAction, default=False,
+                       help="launch the passes of training on a GPU as CUDA graphs, one for each length of batch; like "
+                            "--cuda not remembered by --resume (default: %(default)s)")
+    group.add_argument("--seed", type=seed, default=1111, metavar="N",
+                       help="random seed (default: %(default)s)")
+    group.add_argument("--log-interval", type=positive_int, default=200, metavar="N",
+                       help="batches between log lines (default: %(default)s)")
+    group.add_argument("--save", metavar="FILE", help=f"where the best model goes (default: {save})")
+    group.add_argument("--resume", metavar="FILE", help="the --save of an earlier run, to go on where it stopped")
+    group.add_argument("--save-interval", type=non_negative_float, default=30, metavar="MINUTES",
+                       help="time between states written to resume from, besides those at the end of each epoch "
+                            "(0: only those; default: %(default)s)")
+    group.add_argument("--dry-run", action="store_true",
+                       help="one training batch, one validation batch, the number of parameters and the peak memory; "
+                            "writes nothing")
+    add_device_flags(group)

@@ -1,0 +1,107 @@
+"""One step of training, and evaluation.
+
+Paper: "Regularizing and Optimizing LSTM Language Models" (arXiv 1708.02182), sections 4.1 (variable-length BPTT) and
+4.6 (AR and TAR). Shapes are in the alphabet of `model.py`.
+"""
+
+import math
+from contextlib import nullcontext
+from functools import partial
+
+import numpy
+import torch
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+
+from device import computes_in, tf32
+from graphs import GraphedPass
+from metrics import log
+from utils import get_batch, repackage_hidden
+
+
+def seed_everything(seed):
+    numpy.random.seed(seed)
+    torch.manual_seed(seed)  # seeds CUDA too
+
+
+def sample_seq_len(bptt, max_bptt=None):
+    """Sample the length of the next batch, time steps, from numpy's generator.
+
+    It is N(bptt, 5), with probability 0.05 N(bptt / 2, 5), at least 5, at most `max_bptt` (0 or None: no limit).
+    1708.02182, section 4.1.
+    """
+    base = bptt if numpy.random.random() < 0.95 else bptt / 2
+    seq_len = max(5, int(numpy.random.normal(base, 5)))
+    return min(seq_len, max_bptt) if max_bptt else seq_len
+
+
+def train_step(model, optimizer, forward_backward, words, targets, hidden, lr_scale, clip):
+    """Take one step of `optimizer` on the batch `words`, `targets` (T, B), with the learning rate times `lr_scale`.
+
+    Returns the new hidden state and the cross entropy, nats per token, without AR and TAR. Raises FloatingPointError,
+    having changed no weight, when loss or gradient is not finite.
+    """
+    hidden, loss_and_norm = forward_backward(model, words, targets, hidden)
+    loss, norm = loss_and_norm.tolist()  # the one time in a step that the CPU waits for a GPU
+    if not (math.isfinite(loss) and math.isfinite(norm)):
+        raise FloatingPointError(f"the loss is {loss} and the norm of the gradient {norm}")
+    if clip:
+        clip_grads_with_norm_(model.parameters(), clip, loss_and_norm[1])
+    group = optimizer.param_groups[0]
+    lr = group["lr"]
+    group["lr"] = lr * lr_scale
+    optimizer.step()
+    group["lr"] = lr
+    return hidden, loss
+
+
+def forward_backward(model, words, targets, hidden, alpha=0, beta=0, precision="fp32", keep_grads=False):
+    """Run forward and backward on one batch `words`, `targets` (T, B): gradients of loss + AR + TAR.
+
+    AR is `alpha` times the mean square of the dropped output, TAR `beta` times that of the raw output's change over
+    time. Gradients are new tensors, or with `keep_grads` zeroed where they lie. Returns the new hidden state, and in
+    one tensor (2,) the cross entropy, nats per token, and the norm of the gradient. 1708.02182, section 4.6.
+    """
+    device = words.device
+    model.zero_grad(set_to_none=not keep_grads)
+    with tf32(precision == "tf32") if device.type == "cuda" else nullcontext():
+        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+            output, hidden, raw = model(words, hidden)
+            cross_entropy = objective = model.loss(output, targets)
+        if alpha:
+            objective = objective + alpha * output.pow(2).mean()
+        if beta:
+            objective = objective + beta * (raw[1:] - raw[:-1]).pow(2).mean()
+        objective.backward()
+    norm = get_total_norm([parameter.grad for parameter in model.parameters() if parameter.grad is not None])
+    return repackage_hidden(hidden), torch.stack([cross_entropy.detach(), norm])
+
+
+def choose_pass(model, precision, alpha, beta, cuda_graphs=False, backend=None):
+    """Choose how `model` runs forward and backward: `forward_backward` with these settings, by CUDA graphs if asked.
+
+    Where the device has no instructions for `precision` it is fp32, with a line that says so. `backend` is that of
+    `GraphedPass`.
+    """
+    device = next(model.parameters()).device
+    if not computes_in(precision, device):
+        kind = "GPU" if device.type == "cuda" else "CPU"
+        log(f"--precision {precision}: this {kind} has no instructions for it; training in fp32")
+        precision = "fp32"
+    settings = {"alpha": alpha, "beta": beta, "precision": precision}
+    if not cuda_graphs:
+        return partial(forward_backward, **settings)
+    model.make_capturable()
+    return GraphedPass(partial(forward_backward, **settings, keep_grads=True), backend)
+
+
+@torch.no_grad()
+def evaluate(model, source, bptt):
+    """Compute the cross entropy over `source` (N, B), nats per predicted token, the hidden state carried along."""
+    model.eval()
+    hidden = model.init_hidden(source.size(1))
+    total = 0.0
+    for row in range(0, len(source) - 1, bptt):
+        words, targets = get_batch(source, row, bptt)
+        output, hidden, _ = model(words, hidden)
+        total += len(words) * model.loss(output, targets).item()
+    return total / (len(source) - 1)

@@ -1,0 +1,62 @@
+"""What the documents say is what the code does."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import recipes
+
+import finetune
+import generate
+import main
+import pointer
+
+ROOT = Path(main.__file__).parent
+
+PARSERS = {"main.py": main.parse_flags, "finetune.py": finetune.parse_flags, "pointer.py": pointer.parse_flags,
+           "generate.py": generate.parse_flags}
+DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md")),
+             *sorted((ROOT / "benchmarks").glob("*.md"))]
+
+
+def code_lines(path):
+    """The lines of the code blocks of a document."""
+    return [line for block in re.findall(r"```\n(.*?)```", path.read_text(encoding="utf-8"), re.S)
+            for line in block.splitlines()]
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+def test_every_command_is_one_that_its_script_takes(path):
+    for line in code_lines(path):
+        words = shlex.split(line, comments=True) if line.startswith("python ") else []
+        if len(words) > 1 and words[1] in PARSERS:
+            PARSERS[words[1]](words[2:])
+
+
+@pytest.mark.parametrize("name", recipes.RECIPES)
+def test_the_page_of_recipes_has_the_commands_of_the_code(name):
+    text = (ROOT / "docs" / "recipes.md").read_text(encoding="utf-8")
+    shown = re.search(rf"`ROW={name}`.*?```\n(.*?)```", text, re.S).group(1)
+    assert shown.splitlines() == recipes.commands(name)
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+def test_links_lead_somewhere(path):
+    for target, anchor in re.findall(r"\]\((?!https?:)([^)#]*)#?([^)]*)\)", path.read_text(encoding="utf-8")):
+        linked = (path.parent / target) if target else path
+        assert linked.exists(), target
+        if anchor:
+            headings = re.findall(r"^#+ (.*)$", linked.read_text(encoding="utf-8"), re.M)
+            assert anchor in [re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings]
+
+
+@pytest.mark.parametrize("file", sorted(path.name for path in ROOT.glob("*.py")))
+def test_every_module_is_named_in_the_list_of_files(file):
+    assert f"`{file}`" in (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_the_targets_of_make_are_explained():
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    explained = set(re.findall(r"^# make ([\w-]+)", makefile, re.M))
+    assert explained == set(re.search(r"^\.PHONY: (.*)$", makefile, re.M).group(1).split())
