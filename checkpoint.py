@@ -1,7 +1,7 @@
 """Write and read a checkpoint, safely and whole.
 
-A checkpoint is a plain dict of tensors and plain values, read with `weights_only=True`, so that a stranger's file can
-run no code:
+A checkpoint is a plain dict of tensors and plain values. It is read with `weights_only=True`. So a stranger's file
+cannot run code. Its keys:
 
     format, version    "awd-lstm" and the number of the layout described here
     flags              the command line that trained the model, by flag name
@@ -10,7 +10,10 @@ run no code:
     loss, epoch        validation loss (nats per token) of these weights and the epoch that ended with it
     state              only in the file for resuming: optimizer, progress and random generators (`training.py`)
 
-A run keeps two files: `SAVE`, the best model, for evaluation, and `last_path(SAVE)`, the state to resume from.
+A run keeps two files:
+
+- `SAVE` is the best model, for evaluation.
+- `last_path(SAVE)` is the state to resume from.
 """
 
 import pickle
@@ -32,7 +35,7 @@ FIXED = (*ARCHITECTURE, "level", "shares", "optimizer", "seed", "load")
 # What an optimizer keeps for each parameter, once it has made a step.
 OPTIMIZER_STATE = {torch.optim.SGD: set(), torch.optim.ASGD: {"step", "eta", "mu", "ax"},
                    torch.optim.Adam: {"step", "exp_avg", "exp_avg_sq"}}
-WAYS = ("fused", "foreach", "capturable")  # how PyTorch computes a step: a matter of the device, not of the state
+WAYS = ("fused", "foreach", "capturable")  # how a step is computed: depends on the device, not on the state
 CONTENT = {"flags": dict, "vocabulary": list, "model": dict, "loss": float, "epoch": int}
 
 
@@ -43,12 +46,18 @@ def best_path(path):
 
 
 def last_path(path):
-    """Return the path of the state to resume from, given that of the best model: PTB.pt -> PTB.last.pt."""
+    """Return the path of the state to resume from.
+
+    `path` is that of the best model: PTB.pt -> PTB.last.pt.
+    """
     return Path(path).with_name(f"{Path(path).stem}.last{Path(path).suffix}")
 
 
 def metrics_path(path):
-    """Return the path of the metrics file, given that of the best model: PTB.pt -> PTB.metrics.jsonl."""
+    """Return the path of the metrics file.
+
+    `path` is that of the best model: PTB.pt -> PTB.metrics.jsonl.
+    """
     return Path(path).with_suffix(".metrics.jsonl")
 
 
@@ -58,9 +67,10 @@ def files_of_run(path):
 
 
 def save(path, model, flags, vocabulary, loss, epoch, state=None):
-    """Write a checkpoint; at every instant either the old file or the whole new one lies at `path`.
+    """Write a checkpoint to `path`.
 
-    Raises BadInput when there is no room for it, or the folder has gone.
+    At every instant either the old file or the whole new one lies there. Raises BadInput when the disk is full or the
+    folder is gone.
     """
     content = {"format": FORMAT, "version": VERSION, "flags": flags, "vocabulary": vocabulary,
                "model": model.state_dict(), "loss": loss, "epoch": epoch}
@@ -75,17 +85,20 @@ def save(path, model, flags, vocabulary, loss, epoch, state=None):
 
 
 def load(path, device="cpu"):
-    """Read a checkpoint into the dict described above; raises BadInput for a file that is none."""
+    """Read a checkpoint into the dict described above.
+
+    Raises BadInput for a file that is no checkpoint.
+    """
     try:
         with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()  # compares checksums: PyTorch would load other weights and say nothing
+            damaged = archive.testzip()  # compares checksums; PyTorch would load wrong weights silently
         content = torch.load(path, map_location=device, weights_only=True)
     except OSError as error:
         raise BadInput(f"{path}: cannot be read: {error.strerror or error}") from error
     except (zipfile.BadZipFile, pickle.UnpicklingError) as error:
         raise BadInput(f"{path}: not a checkpoint of this toolkit (a pickled model, as the original toolkit wrote "
                        "them, is not loaded: it could run any code)") from error
-    except Exception as error:  # these two raise whatever a damaged archive makes them stumble over
+    except Exception as error:  # a damaged archive can make these two raise anything
         raise BadInput(f"{path}: not a checkpoint, or damaged ({type(error).__name__})") from error
     if damaged:
         raise BadInput(f"{path}: damaged checkpoint: what it holds is not what was written")
@@ -109,7 +122,7 @@ def is_plain(value):
 
 
 def check_tokens(content, path):
-    """Raise BadInput unless the vocabulary of the checkpoint `content` can be that of a text at its level."""
+    """Raise BadInput unless the vocabulary of the checkpoint `content` fits its level."""
     vocabulary, level = content["vocabulary"], content["flags"].get("level", "word")
     try:
         known = level in LEVELS and len("".join(vocabulary).encode()) > 0
@@ -120,14 +133,17 @@ def check_tokens(content, path):
 
 
 def restore_model(content, path, flags=None, device="cpu"):
-    """Build the model of the checkpoint `content` on `device`, from `flags` (default: those that trained it)."""
+    """Build the model of the checkpoint `content` on `device`.
+
+    `flags` default to those that trained it. Raises BadInput when flags and weights do not match.
+    """
     flags = content["flags"] if flags is None else flags
     ntoken, weights = len(content["vocabulary"]), content["model"]
     try:
         flags = {name: flags[name] for name in ARCHITECTURE + DROPOUTS}
         if not (all(0 <= flags[name] < 1 for name in DROPOUTS) and 0 < flags["nlayers"] <= len(weights)):
             raise ValueError
-        with torch.device("meta"):  # takes no memory, whatever size the flags say
+        with torch.device("meta"):  # takes no memory, whatever the size
             shapes = {name: value.shape for name, value in RNNModel(ntoken, **flags).state_dict().items()}
         if shapes != {name: value.shape for name, value in weights.items()}:
             raise ValueError
@@ -141,10 +157,15 @@ def restore_model(content, path, flags=None, device="cpu"):
 def merge_flags(parse, argv, content, path, names):
     """Merge the command line with the flags saved in the checkpoint `content`; the command line wins.
 
-    `parse` reads `argv` (None: sys.argv); those of `names` that it does not give are taken from the checkpoint, and a
-    flag that is younger than the checkpoint has its default. Returns the flags, and what the command line changes in
-    `names` as {name: (saved, given)}. Raises BadInput when it contradicts a flag that cannot change any more, and when
-    the checkpoint has a value that no command line could give.
+    `parse` reads `argv` (None: sys.argv). Flags in `names` that are not given come from the checkpoint. A flag that is
+    younger than the checkpoint has its default.
+
+    Returns the flags and the changes. Changes are what the command line changes in `names`, as {name: (saved, given)}.
+
+    Raises BadInput in two cases:
+
+    - The command line contradicts a flag that cannot change any more.
+    - The checkpoint has a value that no command line could give.
     """
     flags = content["flags"]
     saved_argv = [token for name in names if name in flags for token in command_line(name, flags[name])]
@@ -168,8 +189,11 @@ def merge_flags(parse, argv, content, path, names):
 
 
 def command_line(name, value):
-    """Spell the flag `name` with `value` as a command line would; [] for a value that none can give."""
-    flag = "--" + (name if name == "batch_size" else name.replace("_", "-"))  # the one name with a _ in it
+    """Spell the flag `name` with `value` as a command line would.
+
+    Returns [] for a value that no command line can give.
+    """
+    flag = "--" + (name if name == "batch_size" else name.replace("_", "-"))  # the only name with a _
     if isinstance(value, bool):
         return [flag if value else flag.replace("--", "--no-", 1)]
     if isinstance(value, list):
@@ -179,14 +203,20 @@ def command_line(name, value):
 
 
 def check_vocabulary(content, path, dictionary, data):
-    """Raise BadInput unless the corpus numbers its words as the checkpoint does; ids would mean other words."""
+    """Raise BadInput unless the corpus numbers its words as the checkpoint does.
+
+    Otherwise ids would mean other words.
+    """
     if content["vocabulary"] != dictionary.idx2word:
         raise BadInput(f"{path}: its vocabulary ({len(content['vocabulary'])} words) is not that of {data} "
                        f"({len(dictionary)} words): the model was trained on another corpus")
 
 
 def restore_optimizer(optimizer, state):
-    """Load `state` into a fresh optimizer; raises ValueError, or what PyTorch raises, unless it fits."""
+    """Load `state` into a fresh optimizer.
+
+    Raises ValueError, or what PyTorch raises, unless it fits.
+    """
     def types():
         return [{name: type(value) for name, value in group.items()} for group in optimizer.param_groups]
 
@@ -204,7 +234,7 @@ def restore_optimizer(optimizer, state):
 
 
 def generator_states():
-    """Collect the states of all random generators that training draws from, as tensors and plain values."""
+    """Collect the states of all random generators of training, as tensors and plain values."""
     name, keys, *position = numpy.random.get_state()
     return {"numpy": [name, torch.from_numpy(keys.astype(numpy.int64)), *position], "torch": torch.get_rng_state(),
             "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []}

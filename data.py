@@ -1,18 +1,23 @@
-"""Text to token ids, and the cache of that.
+"""Turn text into token ids, and cache them.
 
-A corpus is a folder with train.txt, valid.txt and test.txt, or a single text file, cut into these splits by `shares`.
-What a token is depends on the `level`:
+A corpus is a folder with train.txt, valid.txt and test.txt. Or it is a single text file, cut into these splits by
+`shares`. What a token is depends on the `level`:
 
     word   what stands between white space, and <eos> at the end of each line; UTF-8
     char   a character, a newline (also as CR or CR LF) being <eos>; UTF-8
     byte   a byte by its decimal number, a newline being <eos>
 
-A folder may hold a file named `level` that says which of them it is made for. Tokens are numbered by first appearance
-over train, valid and test: the vocabulary is that of all three.
+A file named `level` in the folder says which level the folder is made for. Tokens are numbered by first appearance over
+train, valid and test. The vocabulary is that of all three.
 
-A corpus of more than CACHE_TOKENS tokens is read once and kept beside the text as `.NAME.LEVEL.cache`: a line with its
-checksum, a line of JSON with the vocabulary and the checksum of the text, then the ids. The next run maps that file
-into memory; when the text is no longer the same, or the file is not whole, it is made anew.
+A corpus of more than CACHE_TOKENS tokens is read once. It is then kept beside the text as `.NAME.LEVEL.cache`. The
+parts of that file:
+
+    line 1   a checksum of what follows
+    line 2   JSON: the vocabulary and the checksum of the text
+    rest     the ids
+
+The next run maps the cache into memory. The cache is made anew when the text has changed or the file is not whole.
 """
 
 import hashlib
@@ -36,12 +41,12 @@ BYTES = {"<eos>", *map(str, range(256))}  # the tokens at byte level
 CACHE_FORMAT, CACHE_VERSION = "awd-lstm-corpus", 1
 CACHE_TOKENS = 2**22      # a text of this length is read in a second or two
 BLOCK = 2**22             # bytes read at a time
-LONGEST_WORD = 2**20      # bytes; what is longer is no word
+LONGEST_WORD = 2**20      # bytes; a longer one is not a word
 ID_TYPES = ("uint8", "int16", "int32")  # the smallest that holds every id is used
 
 
 class Dictionary:
-    """A vocabulary: `word2idx` maps a token to its id, `idx2word` an id to its token."""
+    """Hold a vocabulary: `word2idx` maps a token to its id, `idx2word` an id to its token."""
 
     def __init__(self, words=()):
         self.idx2word = list(words)
@@ -52,16 +57,21 @@ class Dictionary:
 
 
 class Corpus:
-    """The splits of a text: `train`, `valid`, `test`, each a tensor (tokens,) of integer ids, and their `dictionary`.
+    """Hold the splits of a text and their `dictionary`.
 
-    `level` None is what the folder says, else "word". `shares` are the parts of a single file that the three splits
-    get. `cache` says whether one may be written, `cache_error` why there is none where there should be one. Raises
-    BadInput when a split is missing, empty or not text at that level.
+    `train`, `valid` and `test` are tensors (tokens,) of integer ids.
+
+    - `level` None: the level that the folder says, else "word".
+    - `shares`: the parts of a single file that the three splits get.
+    - `cache`: whether a cache may be written.
+    - `cache_error`: why there is no cache where there should be one.
+
+    Raises BadInput when a split is missing, empty or not text at that level.
     """
 
     def __init__(self, path, level=None, shares=(90, 5, 5), cache=True):
         path = self.path = Path(path)
-        is_folder = os.path.isdir(path)  # unlike Path's own, false for whatever cannot be
+        is_folder = os.path.isdir(path)  # unlike Path's own, false for an impossible path
         paths = [path / f"{split}.txt" for split in SPLITS] if is_folder else [path]
         if not os.path.exists(path):
             raise BadInput(f"{path}: no such file or folder; './getdata.sh NAME' fetches one of the corpora that "
@@ -86,14 +96,17 @@ class Corpus:
         self.dictionary = Dictionary(words)
 
     def describe(self):
-        """Say in a line, for the log, what the corpus is."""
+        """Describe the corpus in one line, for the log."""
         line = (f"corpus: {len(self.train):,} / {len(self.valid):,} / {len(self.test):,} tokens, "
                 f"{len(self.dictionary):,} different, at {self.level} level")
         return f"{line}; {self.cache_error}" if self.cache_error else line
 
 
 def load_split(corpus, split, batch_size, device, rows=2):
-    """Lay a split of `corpus` out as `utils.batchify` does; BadInput names the split."""
+    """Lay a split of `corpus` out as `utils.batchify` does.
+
+    Raises BadInput that names the split.
+    """
     try:
         return batchify(getattr(corpus, split), batch_size, device, rows)
     except BadInput as error:
@@ -114,7 +127,10 @@ def default_level(path):
 # --- reading ---------------------------------------------------------------------------------------------------------
 
 def read_texts(paths, level):
-    """Read text files; returns the ids of all (tokens,), how many are of each file, and the tokens by id."""
+    """Read text files.
+
+    Returns the ids of all (tokens,), the number of ids of each file, and the tokens by id.
+    """
     numbering = defaultdict()
     numbering.default_factory = numbering.__len__  # a new token gets the next number
     ids, lengths = array("i"), []
@@ -134,7 +150,7 @@ def read_texts(paths, level):
 
 
 def read_words(path):
-    """Yield lists of the words of a text, <eos> at the end of each line."""
+    """Yield lists of the words of a text, with <eos> at the end of each line."""
     number, rest, last = 1, b"", b""  # of the line; bytes not yet yielded; byte read last
     with open(path, "rb") as file:
         if file.read(len(BOM_UTF8)) != BOM_UTF8:
@@ -164,7 +180,10 @@ def read_words(path):
 
 
 def cut_long_rest(block, start, path, number):
-    """Find where to cut a block of bytes whose part from `start` on is long and has no white space of ASCII's."""
+    """Find where to cut a block of bytes that ends in a long part without a space.
+
+    The part begins at `start` and has no white space of ASCII's.
+    """
     rest = block[start:].decode("utf-8", errors="ignore")
     words = rest.split()
     check_words(words, rest, path, number + block.count(b"\n"))
@@ -173,7 +192,7 @@ def cut_long_rest(block, start, path, number):
 
 
 def check_words(words, line, path, number):
-    """Raise BadInput when one of the words of a line is so long that the text has none."""
+    """Raise BadInput when a line has a word that is too long for a text."""
     if len(line) > LONGEST_WORD // 4 and max((len(word.encode()) for word in words), default=0) > LONGEST_WORD:
         raise BadInput(f"{path}: line {number} has a word of more than {LONGEST_WORD:,} bytes, so it is no text at "
                        "word level (--level char and --level byte have no such limit)")
@@ -189,7 +208,10 @@ def decode(block, path, number):
 
 
 def read_symbols(path, level, numbering):
-    """Yield arrays (n,) of the ids of a text's characters or bytes, numbered by the mapping `numbering`."""
+    """Yield arrays (n,) of the ids of a text's characters or bytes.
+
+    The mapping `numbering` gives the ids.
+    """
     if level == "byte":
         how, dtype, spell = {"mode": "rb"}, numpy.uint8, str
     else:
@@ -210,7 +232,10 @@ def read_symbols(path, level, numbering):
 # --- the cache -------------------------------------------------------------------------------------------------------
 
 def checksum_of_files(paths):
-    """Compute a checksum of what the files hold; raises BadInput when one cannot be read."""
+    """Compute a checksum of what the files hold.
+
+    Raises BadInput when a file cannot be read.
+    """
     total = hashlib.sha256()
     for path in paths:
         if os.path.exists(path) and not os.path.isfile(path):
@@ -242,9 +267,10 @@ def save_cache(path, key, ids, lengths, words):
 
 
 def load_cache(path, key):
-    """Return what `read_texts` returned when the cache at `path` was made, the ids mapped from the file.
+    """Load what `read_texts` returned when the cache at `path` was made.
 
-    None when there is no cache of the files with the checksum `key`, or not a whole one.
+    The ids are mapped from the file. Returns None when the cache is missing, damaged, or of files with another checksum
+    than `key`.
     """
     try:
         with open(path, "rb") as file:

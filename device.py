@@ -1,4 +1,4 @@
-"""What the machine can do, and how a process is set up to use it."""
+"""Find out what the machine can do, and set a process up to use it."""
 
 import ctypes
 import sys
@@ -16,8 +16,10 @@ LARGEST_KEPT = 32 * 2**20  # bytes of a block, the most that glibc takes for tha
 def set_up_device(cuda, cuda_graphs=False):
     """Return the device that `--cuda` or `--no-cuda` asks for, and set the process up for it.
 
-    On a CPU products are computed as `use_onednn` says and memory is kept; on a GPU fp32 is fp32 and nothing less.
-    Raises BadInput when there is no such device, or none that `--cuda-graphs` could run on.
+    - On a CPU, products are computed as `use_onednn` says, and memory is kept.
+    - On a GPU, fp32 is fp32 and nothing less.
+
+    Raises BadInput when there is no such device. Raises it too when the device cannot run `--cuda-graphs`.
     """
     if cuda and not torch.cuda.is_available():
         raise BadInput("--cuda: PyTorch finds no CUDA device on this machine")
@@ -44,9 +46,9 @@ def cpuinfo():
 
 
 def has_bf16():
-    """Return whether the CPU multiplies in bfloat16; without instructions for it that is slower than fp32.
+    """Return whether the CPU has instructions for products in bfloat16.
 
-    oneDNN may have been told to do without them (ONEDNN_MAX_CPU_ISA).
+    Without them bfloat16 is slower than fp32. The setting ONEDNN_MAX_CPU_ISA may forbid them to oneDNN.
     """
     if torch.backends.mkldnn.is_available() and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
         return False
@@ -63,10 +65,13 @@ def computes_in(precision, device):
 
 
 def peak_memory(device="cpu"):
-    """Return the most bytes that tensors took of a GPU, or this process of memory; None where nothing says so."""
+    """Return the peak memory in bytes: of tensors on a GPU, of this process on a CPU.
+
+    Returns None where the system does not say.
+    """
     if torch.device(device).type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    try:  # before getrusage, which on Linux counts what the parent had before it started this process
+    try:  # first: on Linux getrusage counts what the parent had before it started this process
         with open("/proc/self/status", encoding="ascii") as file:
             return next(int(line.split()[1]) * 1024 for line in file if line.startswith("VmHWM:"))
     except (OSError, StopIteration):
@@ -82,10 +87,10 @@ def peak_memory(device="cpu"):
 # --- how it is set ---------------------------------------------------------------------------------------------------
 
 def use_onednn():
-    """Let oneDNN compute the matrix products of fp32 tensors on the CPU, where that pays and is exact.
+    """Let oneDNN compute the fp32 matrix products on the CPU, where that pays and is exact.
 
-    PyTorch leaves them to MKL, which runs at half speed on processors of AMD. The one public way to oneDNN is the
-    precision "medium", which allows bfloat16 but does not demand it.
+    By default PyTorch uses MKL, which runs at half speed on processors of AMD. The one public way to oneDNN is the
+    precision "medium". It allows bfloat16 but does not demand it.
     """
     if "AuthenticAMD" in cpuinfo():
         torch.set_float32_matmul_precision("medium" if medium_is_exact() else "highest")
@@ -93,7 +98,10 @@ def use_onednn():
 
 @cache
 def medium_is_exact():
-    """Return whether the precision "medium" gives exact fp32 products, narrow and wide; the setting stays."""
+    """Return whether the precision "medium" gives exact fp32 products, narrow and wide.
+
+    The precision setting stays as it was.
+    """
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("medium")
     generator = torch.Generator().manual_seed(0)
@@ -107,11 +115,13 @@ def medium_is_exact():
 
 
 def keep_memory(freed=-1):
-    """Let glibc, where that is the C library, keep `freed` bytes of freed memory (-1: all) for the next training step.
+    """Let glibc keep `freed` bytes of freed memory (-1: all) for the next training step.
 
-    Otherwise it returns most of it to the system after each step and takes it back a page at a time, filled with
-    zeros, for about a tenth of the step. Blocks of more than LARGEST_KEPT bytes still go back: kept, they leave gaps
-    in the heap, since their sizes change with the length of the batch, and it grows.
+    Other C libraries are left alone. By default glibc returns most of the memory to the system after each step. It then
+    takes it back a page at a time, filled with zeros. That costs about a tenth of the step.
+
+    Blocks of more than LARGEST_KEPT bytes still go back. Their sizes change with the length of the batch. Kept blocks
+    would leave gaps in the heap, and it would grow.
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt
@@ -122,16 +132,20 @@ def keep_memory(freed=-1):
 
 
 def allow_tf32(on):
-    """Say whether a GPU may compute products of fp32 tensors in TF32, with 10 bits of mantissa instead of 23.
+    """Say whether a GPU may compute products of fp32 tensors in TF32.
 
-    PyTorch by itself allows it to cuDNN, whose are the recurrent layers, and not to matrix products.
+    TF32 has 10 bits of mantissa instead of 23. By default PyTorch allows it to cuDNN, so to recurrent layers. It does
+    not allow it to matrix products.
     """
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = on
 
 
 @contextmanager
 def tf32(on):
-    """`with tf32(on)`: a GPU computes products of fp32 tensors in TF32, or does not; afterwards it does not."""
+    """Let a GPU compute products of fp32 tensors in TF32 inside `with tf32(on)`.
+
+    If `on` is false, it does not. After the block TF32 is off.
+    """
     allow_tf32(on)
     try:
         yield

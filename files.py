@@ -1,4 +1,4 @@
-"""Files written whole or not at all, and the checks that come before the work."""
+"""Write files whole or not at all, and check paths before the work."""
 
 import os
 import shutil
@@ -13,9 +13,10 @@ PARTIAL = ".partial"  # ends the name of a file that is being written
 
 @contextmanager
 def replacing(path, mode="wb", **how):
-    """`with replacing(path) as file`: what is written appears at `path` whole, or, on an exception, not at all.
+    """Write a file at `path` whole, or not at all if the block raises.
 
-    It is written under another name in the same folder, flushed to the disk, then renamed. A link stays one.
+    Use it as `with replacing(path) as file`. The file is written under another name in the same folder. It is flushed
+    to the disk, then renamed. A link stays a link.
     """
     path = os.path.realpath(path)
     partial = path + PARTIAL

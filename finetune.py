@@ -1,9 +1,11 @@
-"""Fine-tune a trained model: the same training with averaged SGD from the first step, until it stops getting better.
+"""Fine-tune a trained model with averaged SGD from the first step.
+
+Training goes on until it stops getting better.
 
     python finetune.py --data data/penn --save PTB.pt                    (fine-tunes PTB.pt in place)
     python finetune.py --data data/penn --load PTB.pt --save PTB.tuned.pt --epochs 300 --seed 404
 
-Every flag of main.py but those of its schedule may be repeated. Paper: arXiv 1708.02182, section 5.
+All flags of main.py may be repeated, except those of its schedule. Paper: arXiv 1708.02182, section 5.
 """
 
 import checkpoint
@@ -21,13 +23,13 @@ from utils import BadInput
 
 LR = 30.0
 
-# The flags that are the model's own unless given.
+# Flags that come from the model unless given.
 INHERITED = (*ARCHITECTURE, *DROPOUTS, "data", "level", "shares", "alpha", "beta", "wdecay", "clip", "batch_size",
              "bptt")
 
 
 class ModelsOwn:
-    """What the help says of the default of an inherited flag."""
+    """Say in the help what the default of an inherited flag is."""
 
     def __str__(self):
         return "as the model was trained"

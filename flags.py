@@ -1,4 +1,4 @@
-"""Every flag that scripts share: its name, its range, its help."""
+"""Define every flag that scripts share: its name, its range, its help."""
 
 import argparse
 import math
@@ -9,7 +9,7 @@ from utils import BadInput
 
 
 class Parser(argparse.ArgumentParser):
-    """An ArgumentParser to which a flag that it cannot take is bad input like any other."""
+    """Parse flags, and raise BadInput for a flag that cannot be taken."""
 
     def error(self, message):
         raise BadInput(message)
@@ -18,7 +18,10 @@ class Parser(argparse.ArgumentParser):
 # --- types -----------------------------------------------------------------------------------------------------------
 
 def number(kind, low, below=math.inf, exclusive=False):
-    """Make the type of a flag: an int or float `kind` with low <= value < below, or low < value if `exclusive`."""
+    """Make the type of a flag: an int or float `kind` in a range.
+
+    The range is low <= value < below, or low < value < below if `exclusive`.
+    """
     def convert(text):
         try:
             value = kind(text)
@@ -61,7 +64,10 @@ def add_data_flags(parser):
 
 
 def add_training_flags(parser, max_bptt, plateau, save):
-    """Add the flags of training, the same for main.py and finetune.py but for three words of help."""
+    """Add the flags of training.
+
+    They are the same for main.py and finetune.py, except for three words of help.
+    """
     add_data_flags(parser.add_argument_group("data"))
     add_model_flags(parser.add_argument_group("model"))
     add_dropout_flags(parser.add_argument_group("dropout", "probabilities of dropping, from 0 (off) to below 1"))

@@ -57,10 +57,10 @@ def parse_flags(argv):
 
 @torch.no_grad()
 def sample(model, context, length, temperature=1.0, top_k=0, batch_size=1):
-    """Sample continuations of `context` (t,), t > 0. Yields `length` lists of B = `batch_size` token ids.
+    """Sample continuations of `context` (t,), t > 0.
 
-    Each is drawn from p(w)^(1 / temperature), normalised, among the `top_k` likeliest words (0: all). Raises BadInput
-    when the model has no probabilities to offer.
+    Yields `length` lists of B = `batch_size` token ids. Each id is drawn from p(w)^(1 / temperature), normalised. Only
+    the `top_k` likeliest words are drawn (0: all). Raises BadInput when the model's probabilities are not finite.
     """
     model.eval()
     hidden = model.init_hidden(batch_size)
@@ -78,9 +78,11 @@ def sample(model, context, length, temperature=1.0, top_k=0, batch_size=1):
 
 
 def sample_rows(weights):
-    """Sample for each row of `weights` (B, V) a column, with a probability in proportion to its weight: (B, 1).
+    """Sample a column for each row of `weights` (B, V).
 
-    By the cumulative sum, much faster than `torch.multinomial`, which draws a random number for each column.
+    The probability of a column is in proportion to its weight. Returns columns (B, 1). Uses the cumulative sum. That is
+    much faster than `torch.multinomial`, which draws a random number for each column. Raises BadInput when the sum is
+    not finite.
     """
     cumulative = weights.cumsum(-1)
     total = cumulative[:, -1:]
@@ -93,10 +95,13 @@ def sample_rows(weights):
 # --- text to tokens and back -----------------------------------------------------------------------------------------
 
 def decode_prompt(text):
-    """Decode a prompt of the command line as UTF-8, whatever the locale made of it."""
+    """Decode a prompt of the command line as UTF-8, whatever the locale is.
+
+    Raises BadInput when it is not UTF-8.
+    """
     try:
         return os.fsencode(text).decode("utf-8")
-    except UnicodeEncodeError:  # a locale that has no such character: the text did not come from its command line
+    except UnicodeEncodeError:  # the locale has no such character, so the text did not come from its command line
         return text
     except UnicodeDecodeError as error:
         raise BadInput("--prompt: is not UTF-8 text (--level byte takes any bytes)") from error
@@ -113,9 +118,10 @@ def tokenize(text, level):
 
 
 def encode(tokens, dictionary):
-    """Look up the ids of a prompt's tokens, unknown ones as <unk>; without a prompt that of <eos>, a line's start.
+    """Look up the ids of a prompt's tokens.
 
-    Raises BadInput for an unknown token when the model knows no <unk>.
+    Unknown tokens become <unk>. An empty prompt becomes <eos>, the start of a line. Raises BadInput for an unknown
+    token when the model knows no <unk>.
     """
     known = dictionary.word2idx
     for token in tokens:
@@ -129,8 +135,9 @@ def encode(tokens, dictionary):
 def detokenize(tokens, level):
     """Yield the text of tokens, piece by piece.
 
-    Words have spaces between them, a new line after each <eos> and one at the end. Characters, and bytes as the UTF-8
-    they are (U+FFFD where they are none), have a new line for each <eos>.
+    - Words have spaces between them, a new line after each <eos>, and one at the end.
+    - Characters have a new line in place of each <eos>.
+    - Bytes have the same. They are decoded as UTF-8, with U+FFFD where they are not valid.
     """
     if level == "word":
         separator = ""
@@ -157,11 +164,14 @@ def logged(steps, total, interval):
 
 
 def write_texts(file, prompt, steps, batch_size, dictionary, level):
-    """Write the texts that `steps` make, each after the prompt's tokens; one text is written as it comes."""
+    """Write the texts that `steps` make, each after the prompt's tokens.
+
+    A single text is written as it comes.
+    """
     texts = zip(*steps) if batch_size > 1 else [(tokens[0] for tokens in steps)]
     for place, text in enumerate(texts):
         if place:
-            file.write("\n" if level == "word" else "\n\n")  # only words end in a new line of their own
+            file.write("\n" if level == "word" else "\n\n")  # only words already end in a new line
         file.writelines(detokenize(chain(prompt, (dictionary.idx2word[token] for token in text)), level))
 
 

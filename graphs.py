@@ -1,12 +1,16 @@
-"""CUDA graphs around the forward and backward pass of training, one for each length of batch.
+"""Run the forward and backward pass of training as CUDA graphs, one for each length of batch.
 
-At the sizes of the papers a pass is thousands of kernels of some microseconds each, and a current GPU waits for Python
-to launch them. A graph launches all of them at once.
+At the sizes of the papers a pass is thousands of very short kernels. A current GPU waits for Python to launch them. A
+graph launches all of them at once.
 
-A graph holds the addresses that it was captured with. So inputs are copied to where they were then, parameters must not
-move (`RNNModel.make_capturable`), and gradients are zeroed where they lie. Random numbers are drawn anew in every
-replay. Optimizer, clipping and the look at the loss stay outside, some tens of kernels: they change with the optimizer
-and the learning rate, the graphs do not.
+A graph holds the addresses that it was captured with. This has three consequences:
+
+- Inputs are copied to where they were at the capture.
+- Parameters must not move (`RNNModel.make_capturable`).
+- Gradients are zeroed where they lie.
+
+Random numbers are drawn anew in every replay. Optimizer, clipping and the look at the loss stay outside. They change
+with the optimizer and the learning rate. The graphs do not.
 """
 
 import torch
@@ -24,7 +28,10 @@ class CudaGraphs:
         self.stream, self.pool = torch.cuda.Stream(), torch.cuda.graph_pool_handle()
 
     def run(self, function):
-        """Call `function` on the stream of the captures, as PyTorch asks of what comes before one."""
+        """Call `function` on the stream of the captures.
+
+        PyTorch requires this for work that comes before a capture.
+        """
         self.stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self.stream):
             result = function()
@@ -32,7 +39,10 @@ class CudaGraphs:
         return result
 
     def capture(self, function):
-        """Capture `function`; returns a function that replays it, and its result, which each replay writes anew."""
+        """Capture `function`.
+
+        Returns a function that replays it, and its result. Each replay writes the result anew.
+        """
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self.pool, stream=self.stream):
             result = function()
@@ -42,10 +52,11 @@ class CudaGraphs:
 class GraphedPass:
     """Run forward and backward of one model in training mode as replays of CUDA graphs.
 
-    `function(model, tokens, targets, hidden)` is `steps.forward_backward`, bound to its settings, with keep_grads=True.
-    The first batch of each length runs eagerly as warm-up, the second is captured, later ones are replayed. The warm-up
+    `function(model, tokens, targets, hidden)` is `steps.forward_backward`. It is bound to its settings, with
+    keep_grads=True. `backend` (default: `CudaGraphs`) runs and captures.
+
+    The first batch of each length runs eagerly as warm-up. The second is captured. Later ones are replayed. The warm-up
     compiles and loads what the length needs, which a capture does not allow. Lengths that come once cost no graph.
-    `backend` (default: `CudaGraphs`) runs and captures.
     """
 
     def __init__(self, function, backend=None):

@@ -1,25 +1,28 @@
-"""Locked dropout, and the one function from which every random mask of the project comes.
+"""Apply locked dropout, and draw every random mask of the project in one function.
 
-Paper: Merity, Keskar, Socher, "Regularizing and Optimizing LSTM Language Models", section 4.2 (variational dropout
-after Gal and Ghahramani, 2016). Shapes are in the alphabet of `model.py`.
+Paper: Merity, Keskar, Socher, "Regularizing and Optimizing LSTM Language Models" (arXiv 1708.02182), section 4.2. It
+uses variational dropout after Gal and Ghahramani (2016). Shapes are in the alphabet of `model.py`.
 """
 
 import numpy
 import torch
 
-MIN_MASK_VALUES = 2**16  # from so many values on, and on the CPU, `fill_from_bits` draws
+MIN_MASK_VALUES = 2**16  # on the CPU, `fill_from_bits` draws masks of so many values or more
 
 
 def dropout_mask(like, shape, p):
-    """Draw a mask of `shape`: 0 with probability `p`, else 1/(1 - p). Has the device and dtype of `like`."""
+    """Draw a mask of `shape`: 0 with probability `p`, else 1/(1 - p).
+
+    It has the device and dtype of `like`.
+    """
     return fill_mask(like.new_empty(shape), p)
 
 
 def fill_mask(mask, p):
-    """Fill `mask` with fresh values and return it: the one source of random masks, which another may replace.
+    """Fill `mask` with fresh values and return it.
 
-    Small masks draw as `Tensor.bernoulli_` does. Large ones on the CPU take a faster source, so another draw for the
-    same seed.
+    This is the one source of random masks, so another can replace it. Small masks draw as `Tensor.bernoulli_` does.
+    Large masks on the CPU use a faster source. So the same seed gives other values there.
     """
     if mask.numel() >= MIN_MASK_VALUES and not mask.is_cuda:
         return fill_from_bits(mask, p)
@@ -29,8 +32,8 @@ def fill_mask(mask, p):
 def fill_from_bits(mask, p):
     """Fill `mask` from 16 random bits a value, about ten times as fast as `bernoulli_`.
 
-    The bits come from a generator of numpy, seeded by PyTorch's. `p` is rounded to a multiple of 2^-16 other than 0
-    and 1, and kept values are scaled by the rounded one.
+    The bits come from a generator of numpy, seeded by PyTorch's. `p` is rounded to a multiple of 2^-16, never to 0 or
+    1. Kept values are scaled by the rounded `p`.
     """
     seed = torch.randint(2**63 - 1, (2,)).tolist()
     words = numpy.random.SFC64(seed).random_raw(-(-mask.numel() // 4))
@@ -40,7 +43,10 @@ def fill_from_bits(mask, p):
 
 
 def locked_dropout(x, p, training=True):
-    """Drop the same units of `x` (T, B, H) at every time step: one mask (1, B, H) for the whole sequence."""
+    """Drop the same units of `x` (T, B, H) at every time step.
+
+    One mask (1, B, H) serves the whole sequence.
+    """
     if not training or p == 0:
         return x
     return x * dropout_mask(x, (1, *x.shape[1:]), p)

@@ -1,10 +1,10 @@
-"""Train an AWD-LSTM (or GRU) language model.
+"""Train an AWD-LSTM (or GRU, or QRNN) language model.
 
     python main.py --batch_size 20 --data data/penn --dropouti 0.4 --dropouth 0.25 --seed 141 --epochs 500 --save PTB.pt
     python main.py --data data/penn --save PTB.pt --resume PTB.pt         (goes on where the first command stopped)
 
-SGD that turns into averaged SGD when the validation loss stops falling (NT-ASGD), or Adam with drops of the learning
-rate. Papers: arXiv 1708.02182 and 1803.08240.
+SGD turns into averaged SGD when the validation loss stops falling (NT-ASGD). The other choice is Adam with drops of the
+learning rate. Papers: arXiv 1708.02182 and 1803.08240.
 """
 
 import time

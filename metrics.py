@@ -1,8 +1,13 @@
-"""What a run prints and records.
+"""Print and record what a run does.
 
-`NAME.metrics.jsonl` beside the checkpoint NAME.pt has one JSON object a line. A line of kind "run" (or "resume")
-describes the run; then come "batch" lines each log interval, "epoch", "switch" and "decay" lines, "test" at the end.
-Losses are in nats per token, `time` in seconds since 1970; a figure that is not finite is null.
+`NAME.metrics.jsonl` lies beside the checkpoint NAME.pt. It has one JSON object a line, each with its kind:
+
+- "run" (or "resume") describes the run.
+- "batch" comes after each log interval.
+- "epoch", "switch" and "decay" come at the end of an epoch.
+- "test" comes at the end.
+
+Losses are in nats per token, `time` in seconds since 1970. An infinite figure is null.
 """
 
 import json
@@ -21,7 +26,10 @@ from utils import BadInput
 
 
 def loss_metrics(loss):
-    """Express a loss in nats per token as the field reads it: loss, perplexity e^loss, bits per character."""
+    """Express a loss in nats per token as the field reads it.
+
+    Returns the loss, the perplexity e^loss and bits per character.
+    """
     return {"loss": loss, "ppl": math.exp(loss) if loss < 700 else math.inf, "bpc": loss / math.log(2)}
 
 
@@ -40,13 +48,19 @@ def log(line):
 
 
 def progress_bar(total, done, unit, description):
-    """Make a progress bar from `done` to `total`; silent where the output is no terminal."""
+    """Make a progress bar from `done` to `total`.
+
+    It is silent where the output is no terminal.
+    """
     shown = sys.stdout is not None and sys.stdout.isatty()
     return tqdm(total=total, initial=done, unit=unit, desc=description, leave=False, file=sys.stdout, disable=not shown)
 
 
 class Metrics:
-    """The metrics file at `path`. Lines are added; given `keep`, what is beyond so many bytes is dropped first."""
+    """Write the metrics file at `path`.
+
+    Lines are added at the end. With `keep`, all beyond that many bytes is dropped first.
+    """
 
     def __init__(self, path, keep=None):
         self.path = Path(path)
@@ -55,7 +69,10 @@ class Metrics:
                 file.truncate(keep)
 
     def write(self, kind, **values):
-        """Add a line. Raises BadInput when it cannot be written."""
+        """Add a line of kind `kind`.
+
+        Raises BadInput when it cannot be written.
+        """
         values = {name: None if value in (math.inf, -math.inf) else value for name, value in values.items()}
         try:
             with open(self.path, "a", encoding="utf-8") as file:
@@ -68,7 +85,7 @@ class Metrics:
 
 
 def describe_run(flags, parameters, device):
-    """Collect what has to be known to repeat a run: flags, versions, device, commit."""
+    """Collect what is needed to repeat a run: flags, versions, device, commit."""
     try:
         commit = subprocess.run(["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
                                 cwd=Path(__file__).parent, capture_output=True, text=True, check=True).stdout.strip()

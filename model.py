@@ -1,7 +1,9 @@
-"""The language model: embedding, recurrent layers with their dropouts, softmax.
+"""Define the language model: embedding, recurrent layers with their dropouts, softmax.
 
-Papers: Merity, Keskar, Socher, "Regularizing and Optimizing LSTM Language Models" (arXiv 1708.02182), and "An Analysis
-of Neural Language Modeling at Multiple Scales" (arXiv 1803.08240).
+Papers by Merity, Keskar, Socher:
+
+- "Regularizing and Optimizing LSTM Language Models" (arXiv 1708.02182).
+- "An Analysis of Neural Language Modeling at Multiple Scales" (arXiv 1803.08240).
 
 The shape alphabet of the whole project:
 
@@ -21,29 +23,39 @@ from splitcross import SplitCrossEntropy, splits_for
 from utils import map_hidden
 from weight_drop import weight_drop
 
-# The layer types, each with the name of the weight that weight drop acts on.
+# The layer types, each with the weight that weight drop acts on.
 LAYERS = {"LSTM": "weight_hh_l0", "GRU": "weight_hh_l0", "QRNN": "linear.weight"}
 
-# The flags that fix the shapes of the parameters, and those that may change from one run on a model to the next.
+# Flags that fix the shapes of the parameters, and flags that may change from run to run.
 ARCHITECTURE = ("model", "emsize", "nhid", "nlayers", "tied")
 DROPOUTS = ("dropout", "dropouth", "dropouti", "dropoute", "wdrop")
 
 
 def make_layer(model, input_size, hidden_size, first):
-    """Make a recurrent layer of the type `model`; the first layer of a QRNN looks at two tokens at a time."""
+    """Make a recurrent layer of the type `model`.
+
+    The first layer of a QRNN looks at two tokens at a time.
+    """
     if model == "QRNN":
         return QRNN(input_size, hidden_size, window=2 if first else 1)
     return {"LSTM": LSTM, "GRU": GRU}[model](input_size, hidden_size)
 
 
 class RNNModel(nn.Module):
-    """A recurrent language model over V = `ntoken` words; the other arguments are flags of the command line, by name.
+    """Model a language of V = `ntoken` words with recurrent layers.
 
-    Layers have the sizes E -> H -> ... -> H. When the softmax shares its weight with the embedding (`tied`), the last
-    one ends in E instead. `splits` are the ids at which the softmax is split (default: `splits_for`).
+    The other arguments are flags of the command line, by name. `splits` are the ids at which the softmax is split
+    (default: `splits_for`).
 
-    The parameters are `encoder.weight` (V, E), `rnns.{l}.*` as the layers name them, `decoder.weight` (V, E or H),
-    `decoder.bias` (V), and what a split softmax adds.
+    Layers have the sizes E -> H -> ... -> H. With `tied`, the softmax shares its weight with the embedding. The last
+    layer then ends in E.
+
+    The parameters are:
+
+    - `encoder.weight` (V, E).
+    - `rnns.{l}.*`, as the layers name them.
+    - `decoder.weight` (V, E or H) and `decoder.bias` (V).
+    - Those that a split softmax adds.
     """
 
     def __init__(self, ntoken, model="LSTM", emsize=400, nhid=1150, nlayers=3, tied=True,
@@ -63,7 +75,10 @@ class RNNModel(nn.Module):
         self.init_weights()
 
     def init_weights(self):
-        """Draw embedding and softmax weights from U(-0.1, 0.1), set the softmax bias to 0, leave the layers alone."""
+        """Draw embedding and softmax weights from U(-0.1, 0.1), and set the softmax bias to 0.
+
+        The recurrent layers keep their own initial values.
+        """
         nn.init.uniform_(self.encoder.weight, -0.1, 0.1)
         nn.init.uniform_(self.decoder.weight, -0.1, 0.1)
         nn.init.zeros_(self.decoder.bias)
@@ -71,7 +86,9 @@ class RNNModel(nn.Module):
     def init_hidden(self, batch_size):
         """Return the zero hidden state for B columns, a list with one entry a layer.
 
-        An entry is (h, c), each (1, B, H), for an LSTM, h for a GRU, and for a QRNN what `QRNN.init_hidden` returns.
+        - LSTM: (h, c), each (1, B, H).
+        - GRU: h (1, B, H).
+        - QRNN: what `QRNN.init_hidden` returns.
         """
         def zeros(rnn):
             if isinstance(rnn, QRNN):
@@ -81,26 +98,31 @@ class RNNModel(nn.Module):
         return [zeros(rnn) for rnn in self.rnns]
 
     def make_capturable(self):
-        """Make every later pass leave the parameters where they lie in memory, as a CUDA graph needs (`cudnn_pass`)."""
+        """Make every later pass leave the parameters where they lie in memory.
+
+        A CUDA graph needs that (`cudnn_pass`).
+        """
         for rnn in self.rnns:
             rnn.capturable = True  # a QRNN is anyway
 
     def pack(self):
         """Pack copies of the weights, so that a trained model samples text faster on a CPU.
 
-        Single steps and `logprob`, both without gradient, then multiply in bfloat16 by the weights as they are now
-        (`products.PackedLinear`). Nothing unpacks them.
+        This concerns single steps and `logprob`, both without gradient. They then multiply in bfloat16
+        (`products.PackedLinear`). The copies are of the weights as they are now. Nothing unpacks them.
         """
         for rnn in self.rnns:
             rnn.pack()
         self.softmax.pack(self.decoder.weight, self.decoder.bias)
 
     def forward(self, tokens, hidden):
-        """Run `tokens` (T, B) from `hidden`; returns the output, the new hidden state, the raw output.
+        """Run `tokens` (T, B) from `hidden`.
 
-        Both outputs (T, B, E or H) are the last layer's, the first with dropout, the raw one without. Masks are drawn
-        in this order: embedding rows, input, then for each layer its weight and its output. The output's rate is
-        `dropouth`, after the last layer `dropout`.
+        Returns the output, the new hidden state, and the raw output. Both outputs (T, B, E or H) are those of the last
+        layer. The first is dropped, the raw one is not.
+
+        Masks are drawn in this order: embedding rows, input, then each layer's weight and output. The rate of a layer's
+        output is `dropouth`. After the last layer it is `dropout`.
         """
         return self.recur(self.embed(tokens), hidden)
 
@@ -110,7 +132,10 @@ class RNNModel(nn.Module):
         return locked_dropout(embedded, self.dropouti, self.training)
 
     def recur(self, embedded, hidden):
-        """Compute the second half: run the layers from `embedded` (T, B, E); returns what `forward` does."""
+        """Compute the second half of `forward`: run the layers from `embedded` (T, B, E).
+
+        Returns what `forward` does.
+        """
         output, new_hidden = embedded, []
         for layer, (rnn, state) in enumerate(zip(self.rnns, hidden), 1):
             raw, state = weight_drop(rnn, self.dropped_weight, self.wdrop, output, state)
@@ -120,15 +145,24 @@ class RNNModel(nn.Module):
         return output, new_hidden, raw
 
     def loss(self, output, targets):
-        """Compute the mean cross entropy, nats per token, of `output` (T, B, E or H) against `targets` (T, B)."""
+        """Compute the mean cross entropy of `output` (T, B, E or H) against `targets` (T, B).
+
+        The unit is nats per token.
+        """
         return self.softmax(self.decoder.weight, self.decoder.bias, output, targets)
 
     def target_logprob(self, output, targets):
-        """Compute the log-probabilities (T, B), in nats, of `targets` (T, B) after `output` (T, B, E or H)."""
+        """Compute the log-probabilities (T, B), in nats, of `targets` (T, B).
+
+        `output` (T, B, E or H) is that of `forward`.
+        """
         return self.softmax.target_logprob(self.decoder.weight, self.decoder.bias, output, targets)
 
     def logprob(self, output):
-        """Compute the log-probabilities (..., V), in nats, of each word after `output` (..., E or H)."""
+        """Compute the log-probabilities (..., V), in nats, of each word.
+
+        `output` (..., E or H) is that of `forward`, or a part of it.
+        """
         return self.softmax.logprob(self.decoder.weight, self.decoder.bias, output)
 
     def parameter_count(self):

@@ -1,4 +1,4 @@
-"""The optimizers: SGD, averaged SGD with its trigger and its averages, Adam.
+"""Make the optimizers: SGD, Adam, and averaged SGD with its trigger and its averages.
 
 Paper: "Regularizing and Optimizing LSTM Language Models" (arXiv 1708.02182), section 3 (NT-ASGD).
 """
@@ -11,10 +11,14 @@ import torch
 def make_optimizer(name, model, lr, wdecay):
     """Make the optimizer `name` ("sgd", "asgd" or "adam") over every trainable parameter of `model`.
 
-    ASGD averages from the start (t0 = 0; in PyTorch's the second step overwrites the first) and never decays the
-    learning rate (lambd = 0). PyTorch's ASGD steps with the learning rate that it was given one step earlier; under
-    variable-length BPTT that is the rate scaled for the batch before. The published numbers were made that way, so it
-    is kept. On a GPU ASGD has to be "capturable" and Adam fused, or they wait for the GPU for each parameter.
+    How ASGD is set:
+
+    - It averages from the start (t0 = 0). In PyTorch's, the second step overwrites the first.
+    - It never decays the learning rate (lambd = 0).
+    - It steps with the learning rate of the step before, as PyTorch's ASGD does. Under variable-length BPTT that rate
+      is scaled for the batch before. The published numbers were made that way, so it is kept.
+
+    On a GPU ASGD has to be "capturable" and Adam fused. Otherwise they wait for the GPU for each parameter.
     """
     cuda = next(model.parameters()).is_cuda
     if name == "sgd":
@@ -30,9 +34,9 @@ def is_averaging(optimizer):
 
 @contextmanager
 def averaged_weights(optimizer):
-    """`with averaged_weights(optimizer)`: the parameters hold their ASGD averages, and afterwards their own values.
+    """Let the parameters hold their ASGD averages inside `with averaged_weights(optimizer)`.
 
-    They are put back when the block raises, too. Under another optimizer nothing changes.
+    Afterwards they hold their own values again, also when the block raises. Under another optimizer nothing changes.
     """
     averages = {}
     if is_averaging(optimizer):
@@ -50,8 +54,9 @@ def averaged_weights(optimizer):
 def at_plateau(history, nonmono):
     """Return whether training has stopped getting better: the non-monotonic trigger.
 
-    It has when the last of the validation losses `history` is worse than the best of those at least `nonmono` + 1
-    epochs older. The authors corrected Algorithm 1 of 1708.02182 to this in their code.
+    `history` are the validation losses. The last is compared with those at least `nonmono` + 1 epochs older. It is a
+    plateau when the last is worse than the best of these. The authors corrected Algorithm 1 of 1708.02182 to this in
+    their code.
     """
     earlier = history[:-1]
     return len(earlier) > nonmono and history[-1] > min(earlier[:len(earlier) - nonmono])

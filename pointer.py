@@ -3,8 +3,12 @@
     python pointer.py --data data/penn --save PTB.pt --lambdasm 0.1 --theta 1.0 --window 500 --bptt 5000
     python pointer.py --data data/penn --save PTB.pt --window 100 500 2000 --theta 0.3 0.66 1 --lambdasm 0.05 0.1 0.2
 
-The model is not trained further. Paper: Grave, Joulin, Usunier, "Improving Neural Language Models with a Continuous
-Cache" (arXiv 1612.04426); 1708.02182, section 6. Shapes are in the alphabet of `model.py`.
+The model is not trained further. Papers:
+
+- Grave, Joulin, Usunier, "Improving Neural Language Models with a Continuous Cache" (arXiv 1612.04426).
+- 1708.02182, section 6.
+
+Shapes are in the alphabet of `model.py`.
 """
 
 import math
@@ -49,8 +53,11 @@ def parse_flags(argv):
 def scored_chunks(model, source, bptt):
     """Run `model` over `source` (N, 1) in chunks of up to `bptt` predictions.
 
-    Yields for each the last layer's raw outputs h (t, H), the words that followed (t,) and their log-probabilities
-    (t,), nats.
+    Yields for each chunk:
+
+    - The raw outputs h (t, H) of the last layer.
+    - The words that followed (t,).
+    - Their log-probabilities (t,), in nats.
     """
     model.eval()
     hidden = model.init_hidden(1)
@@ -63,10 +70,14 @@ def scored_chunks(model, source, bptt):
 def cache_logprob(similarities, same, first, window, theta):
     """Compute the log-probability (Q,), nats, that the cache alone gives to the target of each of Q predictions.
 
-    `similarities` (Q, K) are the products of the queries, their outputs, with the keys, the outputs that came before or
-    among them. `same` (Q, K) says where the word that followed the key is the target. Query q is key number `first` + q
-    and sees the `window` keys before it: a softmax over theta * similarity, summed over the keys where `same`. The
-    result is -inf where there are none, NaN where there are no keys at all.
+    Queries are the outputs of the predictions. Keys are the outputs that came before or among them.
+
+    - `similarities` (Q, K) are the products of queries and keys.
+    - `same` (Q, K) says where the word that followed the key is the target.
+    - `first`: query q is key number `first` + q. It sees the `window` keys before it.
+
+    The probability is a softmax over theta * similarity, summed over the keys where `same`. The result is -inf where no
+    key is `same`. It is NaN where there are no keys at all.
     """
     nearest = max(0, first - window)
     queries, keys = len(similarities), similarities.size(1)
@@ -81,8 +92,8 @@ def cache_logprob(similarities, same, first, window, theta):
 def mixture_losses(chunks, windows, thetas, lambdasms):
     """Compute the mean cross entropy of (1 - lambdasm) * model + lambdasm * cache over `scored_chunks`.
 
-    Returns nats per token for all combinations, a tensor (windows, thetas, lambdasms). As in the published numbers a
-    cache joins once more than its window of predictions lie behind; until then the model stands alone.
+    Returns nats per token for all combinations, a tensor (windows, thetas, lambdasms). A cache joins once more than its
+    window of predictions lie behind. Until then the model stands alone. The published numbers were made that way.
     """
     longest = max(windows)
     totals = torch.zeros(len(windows), len(thetas), len(lambdasms), dtype=torch.float64)
@@ -122,7 +133,10 @@ def score_split(model, source, bptt, settings):
 
 
 def report(kind, split, setting, loss, seconds):
-    """Log the score of a setting; returns kind and values of its line in the metrics file."""
+    """Log the score of a setting.
+
+    Returns kind and values of its line in the metrics file.
+    """
     values = dict(zip(("window", "theta", "lambdasm"), setting))
     named = " | ".join(f"{name} {value:6.4g}" for name, value in values.items())
     log(f"| {kind:7} | {named} | {format_loss(split, loss)}")
@@ -130,7 +144,10 @@ def report(kind, split, setting, loss, seconds):
 
 
 def record(save, lines):
-    """Add lines to the record of a model; in a folder that may only be read it is still a model to score."""
+    """Add lines to the record of a model.
+
+    A read-only folder is not an error: its model can still be scored.
+    """
     try:
         metrics = Metrics(checkpoint.metrics_path(save))
         for kind, values in lines:

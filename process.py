@@ -1,4 +1,4 @@
-"""How a script runs and ends: its streams, its signals, its exit status."""
+"""Run and end a script: its streams, its signals, its exit status."""
 
 import os
 import signal
@@ -19,7 +19,7 @@ def run_script(main):
     """
     for stream in (sys.stdout, sys.stderr):  # a notebook's cannot be reconfigured; without a terminal there are none
         if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="backslashreplace")  # what a terminal cannot show is no reason to stop
+            stream.reconfigure(errors="backslashreplace")  # what a terminal cannot show must not stop the run
     try:
         status = main()
         if sys.stdout is not None:
@@ -37,10 +37,13 @@ def run_script(main):
 
 
 class StopSignals:
-    """`with StopSignals() as signals`: let the code go on to where it can stop or save.
+    """Let the code go on to where it can stop or save, inside `with StopSignals() as signals`.
 
-    SIGINT and SIGTERM set `signals.stop` to their number, SIGUSR1 sets `signals.save`. A second signal to stop ends
-    the process at once. Outside of the main thread, and for signals that the system lacks, nothing changes.
+    - SIGINT and SIGTERM set `signals.stop` to their number.
+    - SIGUSR1 sets `signals.save`.
+    - A second signal to stop ends the process at once.
+
+    Outside of the main thread nothing changes. The same holds for signals that the system lacks.
     """
 
     def __init__(self):

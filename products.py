@@ -1,7 +1,7 @@
-"""Matrix products on the CPU: which library computes them, and in bfloat16 in which layout they are fast.
+"""Compute matrix products on the CPU with the fastest library and layout.
 
-The speed of oneDNN's products in bfloat16 depends on how the factors lie in memory. The gains named below are those of
-a CPU with a matrix unit (Intel's AMX). Without one the layouts gain nothing.
+In bfloat16 the speed of oneDNN's products depends on how the factors lie in memory. The gains named below hold for a
+CPU with a matrix unit (Intel's AMX). Without one the layouts gain nothing.
 
 Shapes are in the alphabet of `model.py`.
 """
@@ -19,12 +19,15 @@ BAND = 128  # rows that are transposed at a time
 
 
 def trains_in_bfloat16(x):
-    """Return whether products of `x` belong to training in bfloat16 on a CPU, for which the layouts below are."""
+    """Return whether products of `x` belong to training in bfloat16 on a CPU.
+
+    The layouts below are for that case.
+    """
     return x.device.type == "cpu" and torch.is_autocast_enabled("cpu") and torch.is_grad_enabled()
 
 
 def for_products(*tensors):
-    """Return the tensors in the dtype in which `torch.autocast` wants matrix products on the CPU.
+    """Return the tensors in the dtype that `torch.autocast` wants for matrix products on the CPU.
 
     Matrices get `aligned` rows. Where autocast is off, the tensors are returned as they are.
     """
@@ -54,9 +57,10 @@ def padded(new_empty, rows, width, dtype):
 
 
 def transposed(matrix):
-    """Copy the transpose of `matrix`, `padded`, about seven times as fast as `matrix.t().contiguous()`.
+    """Copy the transpose of `matrix` to a `padded` matrix.
 
-    grad.t() @ x, whose left factor oneDNN would transpose, is nearly twice as fast with it, the copy included.
+    The copy is several times as fast as `matrix.t().contiguous()`. It is for products like grad.t() @ x, whose left
+    factor oneDNN would transpose. They are nearly twice as fast with it, the copy included.
     """
     result = padded(matrix.new_empty, *matrix.shape[::-1], matrix.dtype)
     for source, target in zip(matrix.split(BAND), result.split(BAND, 1)):
@@ -65,7 +69,10 @@ def transposed(matrix):
 
 
 class Linear(torch.autograd.Function):
-    """Compute x @ weight.t() + bias for x (T, B, E), weight (H, E), bias (H), in the dtype that autocast says."""
+    """Compute x @ weight.t() + bias for x (T, B, E), weight (H, E), bias (H).
+
+    The dtype is the one that autocast says.
+    """
 
     @staticmethod
     def forward(ctx, x, weight, bias):
@@ -87,7 +94,7 @@ class Linear(torch.autograd.Function):
 def packs_fp32():
     """Return whether `Packed` packs in fp32: with MKL, on a processor of Intel.
 
-    On one of AMD the LSTM's pass with weights packed by oneDNN is slower than PyTorch's.
+    On a processor of AMD, packing makes the LSTM's pass slower than PyTorch's.
     """
     return torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available() and "GenuineIntel" in cpuinfo()
 
@@ -98,12 +105,14 @@ def packs_bf16():
 
 
 class Packed:
-    """Compute x @ weight.t() for many x of `rows` rows, one after the other; other x come out right, but slower.
+    """Compute x @ weight.t() for many x of `rows` rows, one after the other.
 
-    Holds a copy of `weight` in the order in which MKL (fp32) or oneDNN (bfloat16) reads it. Otherwise both bring it
-    into that order at every product, and a product of few rows takes about 1.6 times as long. Packing itself takes as
-    long as several products. PyTorch's own compiler packs by these functions; there are no public ones. Where they do
-    not fit the machine or the dtype, this is the plain product.
+    Other x come out right, but slower. Holds a copy of `weight` in the order in which MKL (fp32) or oneDNN (bfloat16)
+    reads it. Without it both reorder the weight at every product. A product of few rows then takes more than one and a
+    half times as long. Packing takes as long as several products.
+
+    PyTorch's own compiler packs by these functions. There are no public ones. Where they do not fit the machine or the
+    dtype, this is the plain product.
     """
 
     def __init__(self, weight, rows=1):
@@ -121,17 +130,20 @@ class Packed:
         return x @ self.weight.t()
 
     def plus(self, term, x):
-        """Compute `term` plus the product; in bfloat16 both at once, at hardly any cost."""
+        """Compute `term` plus the product.
+
+        In bfloat16 both are done at once, at hardly any cost.
+        """
         if self.onednn is not None:
             return torch.ops.mkldnn._linear_pointwise.binary(x, term, self.onednn, None, "add")
         return self(x).add_(term)
 
 
 class PackedLinear:
-    """Compute `functional.linear` without gradient, by copies of `weight` (`Packed` in bfloat16) and `bias`.
+    """Compute `functional.linear` without gradient, by packed bfloat16 copies of `weight` and `bias`.
 
-    About twice as fast on a CPU for a single token, compared with fp32 and with bfloat16 in the usual order. The copies
-    are of the values as they are now, and take half the memory of the weights.
+    It is about twice as fast on a CPU for a single token. That holds against fp32 and against bfloat16 in the usual
+    order. The copies have the values as they are now. They take half the memory of the weights.
     """
 
     def __init__(self, weight, bias):
@@ -142,5 +154,8 @@ class PackedLinear:
 
 
 def linear(x, weight, bias):
-    """Compute `functional.linear` for x (T, B, E), weight (H, E), bias (H), in training in bfloat16 by `Linear`."""
+    """Compute `functional.linear` for x (T, B, E), weight (H, E), bias (H).
+
+    Training in bfloat16 uses `Linear`.
+    """
     return (Linear.apply if trains_in_bfloat16(x) else functional.linear)(x, weight, bias)

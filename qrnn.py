@@ -1,7 +1,7 @@
-"""The quasi-recurrent layer (QRNN with fo-pooling) and its recurrence, the forget-mult.
+"""Define the quasi-recurrent layer (QRNN with fo-pooling) and its recurrence, the forget-mult.
 
 Paper: Bradbury, Merity, Xiong, Socher, "Quasi-Recurrent Neural Networks" (arXiv 1611.01576), section 2. All matrix
-products of a layer run at once over the whole sequence. What is left to do step by step is elementwise:
+products of a layer run at once over the whole sequence. The steps that are left are elementwise:
 
     z_t, f_t, o_t = tanh, sigmoid, sigmoid of a linear map of [x_t, x_{t-1}]
     c_t = f_t * z_t + (1 - f_t) * c_{t-1}            the forget-mult
@@ -21,21 +21,26 @@ from utils import blocks
 try:
     import triton
     import triton.language as tl
-except ImportError:  # builds of PyTorch for the CPU come without it; the step-by-step form runs everywhere
+except ImportError:  # builds of PyTorch for the CPU lack it; the step-by-step form runs everywhere
     triton = None
 
 
 class FoPool(torch.autograd.Function):
     """Compute activations, forget-mult and output gate of a QRNN layer (fo-pooling), forward and backward.
 
-    Takes the linear map (T, B, 3H) of Z, F, O, the state c_{-1} (B, H), and None or `zoneout_mask` (T, B, H), factors
-    of f. Returns the output h (T, B, H) and the last c (B, H). The linear map may have a shorter dtype; all else has
-    that of c.
+    Takes:
 
-    A loop of one operation a step is exact in every dtype. Cumulative sums of log(1 - f) need no loop, and overflow.
+    - The linear map (T, B, 3H) of Z, F, O.
+    - The state c_{-1} (B, H).
+    - `zoneout_mask` (T, B, H), factors of f, or None.
+
+    Returns the output h (T, B, H) and the last c (B, H). The linear map may have a shorter dtype. All else has that of
+    c.
+
+    A loop of one operation a step is exact in every dtype. Cumulative sums of log(1 - f) need no loop, but overflow.
     """
 
-    BLOCK = 4  # time steps worked on together: what one operation leaves in the cache, the next finds there
+    BLOCK = 4  # time steps worked on together, so that each operation finds its data in the cache
 
     @staticmethod
     def forward(ctx, linear_map, start, zoneout_mask):
@@ -112,9 +117,9 @@ if triton is not None:
 
 
 class TritonForgetMult(torch.autograd.Function):
-    """Compute the forget-mult for f, z (T, B, H) from c_{-1} (B, H) on a GPU; returns c (T, B, H).
+    """Compute the forget-mult for f, z (T, B, H) from c_{-1} (B, H) on a GPU.
 
-    One kernel does all time steps, with a thread for each of the B * H columns.
+    Returns c (T, B, H). One kernel does all time steps, with a thread for each of the B * H columns.
     """
 
     BLOCK = 256  # columns of a program
@@ -150,11 +155,12 @@ def fo_pool(linear_map, start, zoneout_mask=None):
 
 
 class QRNN(nn.Module):
-    """One QRNN layer, E -> H, that looks at the last `window` (1 or 2) inputs.
+    """Run one QRNN layer, E -> H, that looks at the last `window` (1 or 2) inputs.
 
     With `zoneout` a unit keeps its state at a step with that probability. In evaluation it moves by the expected share.
-    The weight is `linear.weight` (3H, window * E), rows in the order Z, F, O, columns x_t before x_{t-1}. 1611.01576,
-    sections 2 and 2.1.
+    The weight is `linear.weight` (3H, window * E). Rows are in the order Z, F, O. Columns have x_t before x_{t-1}.
+
+    Paper: 1611.01576, sections 2 and 2.1.
     """
 
     packed = None
@@ -169,12 +175,18 @@ class QRNN(nn.Module):
         self.packed = PackedLinear(self.linear.weight, self.linear.bias)
 
     def init_hidden(self, batch_size):
-        """Return the zero hidden state: c (1, B, H) and, for a window of 2, the previous input (1, B, E)."""
+        """Return the zero hidden state.
+
+        It is c (1, B, H) and, for a window of 2, the previous input (1, B, E).
+        """
         c = self.linear.bias.new_zeros(1, batch_size, self.hidden_size)
         return (c, c.new_zeros(1, batch_size, self.input_size)) if self.window == 2 else (c,)
 
     def forward(self, x, hidden):
-        """Run x (T, B, E) from `hidden`; returns the output (T, B, H) and the new hidden state."""
+        """Run x (T, B, E) from `hidden`.
+
+        Returns the output (T, B, H) and the new hidden state.
+        """
         c, *previous = hidden
         source = torch.cat([x, torch.cat([previous[0], x[:-1]])], -1) if self.window == 2 else x
         if self.packed and not torch.is_grad_enabled():

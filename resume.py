@@ -1,4 +1,4 @@
-"""Go on with a stopped run: flags, model, optimizer, progress and random generators as it left them."""
+"""Go on with a stopped run: flags, model, optimizer, progress and random generators."""
 
 import math
 from dataclasses import fields
@@ -10,14 +10,14 @@ from optimizers import make_optimizer
 from training import Progress, Run, open_batches
 from utils import BadInput, map_hidden
 
-NOT_RESUMED = {"save", "resume", "cuda", "cuda_graphs", "dry_run"}  # a command's, not the run's that it goes on with
+NOT_RESUMED = {"save", "resume", "cuda", "cuda_graphs", "dry_run"}  # they belong to the command, not to the run
 
 
 def resume(parse, argv, stage, device):
-    """Restore the run that the flag `--resume` names, among those that `parse` reads from `argv`, as a Run.
+    """Restore the run that the flag `--resume` names, and return it as a Run.
 
-    Flags in `argv` win over the run's own. Raises BadInput when there is no such state, or a flag or the corpus
-    contradicts it.
+    `parse` reads the flags from `argv`. They win over the run's own. Raises BadInput when there is no such state.
+    Raises it too when a flag or the corpus contradicts the state.
     """
     args = parse(argv)
     best = checkpoint.best_path(args.resume)
@@ -42,14 +42,14 @@ def resume(parse, argv, stage, device):
     except (AttributeError, LookupError, TypeError, ValueError, RuntimeError) as error:
         raise BadInput(f"{path}: damaged checkpoint: its state cannot be restored") from error
     if progress.best_loss < math.inf:
-        checkpoint.load(best)  # the best model so far will be needed in the end
+        checkpoint.load(best)  # raises BadInput now: the best model is needed at the end
     if progress.row and "batch_size" in changed:
         raise BadInput(f"--batch_size cannot change in the middle of an epoch, which is where {path} stopped")
     for group in optimizer.param_groups:
         group["weight_decay"] = args.wdecay
         if "lr" in changed:
             group["lr"] = args.lr
-    if not same_file(args.save, best) and not args.dry_run:  # it goes on under another name, with all it has so far
+    if not same_file(args.save, best) and not args.dry_run:  # goes on under another name, with all files so far
         for old, new in zip(checkpoint.files_of_run(best), checkpoint.files_of_run(args.save)):
             if old.exists():
                 copy_file(old, new)
@@ -59,9 +59,10 @@ def resume(parse, argv, stage, device):
 
 
 def restore_progress(values, hidden):
-    """Make Progress of its saved values; raises TypeError or ValueError unless they are what one holds.
+    """Make Progress of its saved values.
 
-    Its hidden state has to have the form of `hidden`.
+    Its hidden state has to have the form of `hidden`. Raises TypeError or ValueError for values that Progress cannot
+    hold.
     """
     progress = Progress(**values)
     for entry in fields(Progress):

@@ -1,11 +1,13 @@
-"""The LSTM and GRU layers: PyTorch's, with passes of their own where those are slow or in the way.
+"""Define the LSTM and GRU layers: PyTorch's, with passes of their own.
 
-`LSTMFunction` trains an LSTM on a CPU, in bfloat16 always and in fp32 where the layer is large. On a CPU with AMX it is
-more than twice as fast as PyTorch's pass in bfloat16, and about a tenth faster in fp32. The input's product and the
-weights' gradients are one matrix product each for many steps. The hidden-to-hidden weight, by which the loop multiplies
-at each step, is packed once a pass (`products.Packed`).
+They replace PyTorch's passes where those are slow or do not fit.
 
-`cudnn_pass` runs both layers on a GPU where PyTorch's own way is in the way: in bfloat16, and in CUDA graphs.
+`LSTMFunction` trains an LSTM on a CPU. In fp32 it does so only where the layer is large. On a CPU with AMX it is more
+than twice as fast as PyTorch's pass in bfloat16. In fp32 it is about a tenth faster. The input's product is one matrix
+product for many steps. So are the gradients of the weights. The hidden-to-hidden weight is packed once a pass
+(`products.Packed`), since the loop multiplies by it at each step.
+
+`cudnn_pass` runs both layers on a GPU in bfloat16 and in CUDA graphs. PyTorch's own passes do not fit there.
 
 Shapes are in the alphabet of `model.py`.
 """
@@ -18,26 +20,35 @@ from torch.nn import functional
 from products import Packed, PackedLinear, for_products, packs_fp32, trains_in_bfloat16, transposed
 from utils import blocks, map_hidden
 
-MIN_HIDDEN = 1100  # hidden units from which on `LSTMFunction` pays in fp32
+MIN_HIDDEN = 1100  # `LSTMFunction` pays in fp32 from so many hidden units on
 
 
 class LSTMFunction(torch.autograd.Function):
     """Run an LSTM layer over a sequence, forward and backward, in few and large matrix products.
 
-    Takes x (T, B, E), the weights (4H, E) and (4H, H), the bias (4H), and the state h, c (B, H). Rows of the weights
-    are in PyTorch's order i, f, g, o. Returns the outputs (T, B, H) and the last c (B, H).
+    Takes:
 
-    Products have the dtype that autocast says, and so have their factors, the gradients of the gates among them. Gates,
-    cell and the gradients carried through time have the dtype of `c`.
+    - Inputs x (T, B, E).
+    - Weights (4H, E) and (4H, H), rows in PyTorch's order i, f, g, o.
+    - The bias (4H).
+    - The state h, c (B, H).
+
+    Returns the outputs (T, B, H) and the last c (B, H).
+
+    Products and their factors have the dtype that autocast says. That includes the gradients of the gates. Gates and
+    cell have the dtype of `c`. So have the gradients carried through time.
     """
 
-    # Rows, one for each of T x B, of a product that need not wait for the step before, or a little more. It is as fast
-    # as one product of the whole sequence, and its result in bfloat16 is small enough for `device.keep_memory`.
+    # Rows (T x B) of a product that need not wait for the step before, or a little more. It is as fast as one product
+    # of the whole sequence. In bfloat16 its result is small enough for `device.keep_memory`.
     ROWS_PER_PRODUCT = 2048
 
     @staticmethod
     def blocks(steps, batch_size):
-        """Cut `steps` time steps into slices of ROWS_PER_PRODUCT rows or a little more; the last has what is left."""
+        """Cut `steps` time steps into slices of ROWS_PER_PRODUCT rows or a little more.
+
+        The last slice has what is left.
+        """
         return blocks(steps, -(-LSTMFunction.ROWS_PER_PRODUCT // batch_size))
 
     @staticmethod
@@ -111,11 +122,10 @@ def cudnn_pass(function, rnn, x, hidden):
     """Run `function`, torch.lstm or torch.gru, over x (T, B, E) from `hidden` with copies of the weights of `rnn`.
 
     The copies are in bfloat16 where autocast says so. Autocast itself hands cuDNN float16, whatever dtype it was told
-    (PyTorch 2.6 to 2.11 at least), and without a scaled loss most gradients are too small for that.
+    (PyTorch 2.6 to 2.11 at least). Without a scaled loss, most gradients are too small for float16.
 
-    PyTorch's own passes move the parameters into one buffer for cuDNN whenever one of them was exchanged. Weight drop
-    exchanges one in every pass and puts it back. A CUDA graph would go on reading and writing where the parameters lay
-    when it was captured.
+    PyTorch's own passes move the parameters into one buffer whenever one of them was exchanged. Weight drop exchanges
+    one in every pass and puts it back. A CUDA graph would go on using the old addresses of the parameters.
     """
     device = x.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
@@ -125,7 +135,7 @@ def cudnn_pass(function, rnn, x, hidden):
 
 
 def flat_weights(rnn, dtype):
-    """Copy the weights of an LSTM or GRU layer into one buffer, one after the other, as cuDNN takes them."""
+    """Copy the weights of an LSTM or GRU layer into one buffer, in the order that cuDNN takes."""
     weights = (rnn.weight_ih_l0, rnn.weight_hh_l0, rnn.bias_ih_l0, rnn.bias_hh_l0)
     buffer = torch.cat([weight.flatten() for weight in weights]).to(dtype)
     return [part.view_as(weight) for part, weight in zip(buffer.split([w.numel() for w in weights]), weights)]
@@ -137,7 +147,7 @@ def is_step(x):
 
 
 class GRU(nn.GRU):
-    """`torch.nn.GRU` of one layer, with the same names of parameters."""
+    """Run one GRU layer: `torch.nn.GRU` with the same names of parameters."""
 
     capturable = False  # a CUDA graph may be captured: no pass moves the parameters in memory
     packed = None
@@ -148,7 +158,10 @@ class GRU(nn.GRU):
                        PackedLinear(self.weight_hh_l0, self.bias_hh_l0))
 
     def forward(self, x, h):
-        """Run x (T, B, E) from `h` (1, B, H); returns the output (T, B, H) and the new h."""
+        """Run x (T, B, E) from `h` (1, B, H).
+
+        Returns the output (T, B, H) and the new h.
+        """
         if self.capturable or (x.is_cuda and torch.is_autocast_enabled("cuda")):
             return cudnn_pass(torch.gru, self, x, h)
         if self.packed and is_step(x):
@@ -157,7 +170,10 @@ class GRU(nn.GRU):
         return super().forward(x, h)
 
     def step(self, x, h):
-        """Compute one step with packed weights, for x (1, B, E) and h (1, B, H); returns the new h."""
+        """Compute one step with packed weights, for x (1, B, E) and h (1, B, H).
+
+        Returns the new h.
+        """
         from_x, from_h = self.packed
         (r_x, z_x, n_x), (r_h, z_h, n_h) = from_x(x).chunk(3, -1), from_h(h).chunk(3, -1)
         n = torch.addcmul(n_x, (r_x + r_h).sigmoid(), n_h).tanh()
@@ -165,7 +181,7 @@ class GRU(nn.GRU):
 
 
 class LSTM(nn.LSTM):
-    """`torch.nn.LSTM` of one layer, with the same names of parameters."""
+    """Run one LSTM layer: `torch.nn.LSTM` with the same names of parameters."""
 
     capturable = False  # a CUDA graph may be captured: no pass moves the parameters in memory
     packed = None
@@ -173,13 +189,16 @@ class LSTM(nn.LSTM):
     def pack(self):
         """Pack copies of the weights as they are now, for single steps without gradient (`PackedLinear`).
 
-        Both lie side by side, since one product is somewhat faster than two.
+        Both weights lie side by side, since one product is somewhat faster than two.
         """
         weight = torch.cat([self.weight_ih_l0, self.weight_hh_l0], 1)
         self.packed = PackedLinear(weight, self.bias_ih_l0 + self.bias_hh_l0)
 
     def forward(self, x, hidden):
-        """Run x (T, B, E) from `hidden` (h, c), each (1, B, H); returns the output (T, B, H) and the new (h, c)."""
+        """Run x (T, B, E) from `hidden` (h, c), each (1, B, H).
+
+        Returns the output (T, B, H) and the new (h, c).
+        """
         h, c = hidden
         if self.capturable or (x.is_cuda and torch.is_autocast_enabled("cuda")):
             output, h, c = cudnn_pass(torch.lstm, self, x, hidden)
@@ -193,16 +212,17 @@ class LSTM(nn.LSTM):
         return outputs, (outputs[-1:], c.unsqueeze(0))
 
     def by_own_pass(self, x):
-        """Return whether to train over x (T, B, E) by `LSTMFunction`, because it is faster than PyTorch's pass."""
+        """Return whether `LSTMFunction` trains over x (T, B, E) faster than PyTorch's pass."""
         if trains_in_bfloat16(x):
             return True
         return (x.dtype == torch.float32 and not x.is_cuda and torch.is_grad_enabled()
                 and self.hidden_size >= MIN_HIDDEN and packs_fp32())
 
     def step(self, x, h, c):
-        """Compute one step without gradient, for x (1, B, E) and h, c (1, B, H); returns the output and the new (h, c).
+        """Compute one step without gradient, for x (1, B, E) and h, c (1, B, H).
 
-        It takes less than half the time of PyTorch's pass, which first brings the weights into another order.
+        Returns the output and the new (h, c). It takes less than half the time of PyTorch's pass. That pass first
+        brings the weights into another order.
         """
         if self.packed:
             gates = self.packed(torch.cat([x, h], -1))

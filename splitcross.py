@@ -1,13 +1,18 @@
-"""The softmax of the language model: one softmax, or for large vocabularies a split one.
+"""Compute the softmax of the language model: one softmax, or a split one for large vocabularies.
 
-A split softmax begins with a short head: the words with the smallest ids, and one tombstone for each tail. Ids follow
-first appearance, so small ids are frequent words. A word in a tail has the probability of the tail's tombstone times
-its probability within the tail. Only tails that hold a target of the batch are computed. All splits use rows of the
-same weight matrix, tied to the embedding or not. The tombstones are the only parameters that are added.
+A split softmax begins with a short head. The head has the words with the smallest ids, and one tombstone for each tail.
+Ids follow first appearance, so small ids are frequent words.
 
-Papers: Merity, Keskar, Socher, "An Analysis of Neural Language Modeling at Multiple Scales" (arXiv 1803.08240), section
-3.1, after Grave, Joulin, Cisse, Grangier, Jegou, "Efficient softmax approximation for GPUs" (arXiv 1609.04309). Shapes
-are in the alphabet of `model.py`.
+A word in a tail has the probability of the tail's tombstone times its probability within the tail. Only tails that hold
+a target of the batch are computed. All splits use rows of the same weight matrix, tied to the embedding or not. The
+tombstones are the only parameters that are added.
+
+Papers:
+
+- Merity, Keskar, Socher, "An Analysis of Neural Language Modeling at Multiple Scales" (arXiv 1803.08240), section 3.1.
+- Grave, Joulin, Cisse, Grangier, Jegou, "Efficient softmax approximation for GPUs" (arXiv 1609.04309).
+
+Shapes are in the alphabet of `model.py`.
 """
 
 import torch
@@ -17,11 +22,14 @@ from torch.nn import functional
 
 from products import PackedLinear, for_products
 
-MIN_LOGITS = 2**20  # N x V from which on `SoftmaxLoss` pays; fewer stay in the cache anyway
+MIN_LOGITS = 2**20  # N x V from which on `SoftmaxLoss` pays; smaller ones stay in the cache anyway
 
 
 def splits_for(ntoken):
-    """Return where the papers' recipes cut a vocabulary of `ntoken` words; [] up to 75,000 words."""
+    """Return where the papers' recipes cut a vocabulary of `ntoken` words.
+
+    Returns [] up to 75,000 words.
+    """
     if ntoken > 500_000:
         return [4200, 35_000, 180_000]
     if ntoken > 75_000:
@@ -30,11 +38,13 @@ def splits_for(ntoken):
 
 
 class SoftmaxLoss(torch.autograd.Function):
-    """Compute the mean cross entropy of a linear softmax, nats, and its gradient with it, a block of rows at a time.
+    """Compute the mean cross entropy of a linear softmax, in nats, and its gradient.
 
-    Takes `hidden` (N, E or H), `weight` (V, E or H), `bias` (V) and `targets` (N,). No N x V matrix is written to
-    memory and read again, and in bfloat16 no fp32 matrix of ROWS x V either. That takes about two thirds of the time of
-    `cross_entropy` on a CPU. Products have the dtype that autocast says, the loss has that of `bias`.
+    Takes `hidden` (N, E or H), `weight` (V, E or H), `bias` (V) and `targets` (N,). Products have the dtype that
+    autocast says. The loss has that of `bias`.
+
+    It works on a block of rows at a time. So no N x V matrix is written to memory and read again. In bfloat16 there is
+    no fp32 matrix of ROWS x V either. It takes about two thirds of the time of `cross_entropy` on a CPU.
     """
 
     ROWS = 480  # of a block; its logits in bfloat16 are small enough for `device.keep_memory` up to V = 34,000
@@ -50,7 +60,7 @@ class SoftmaxLoss(torch.autograd.Function):
             for part, target in zip(*(t.split(SoftmaxLoss.PART) for t in (grad, block_targets.unsqueeze(1)))):
                 logits = part.to(bias.dtype)
                 probability = logits.softmax(1)
-                # -log p(target) by way of the likeliest word, whose p is 1/V or more: p(target) may be 0 in fp32
+                # -log p(target) by way of the likeliest word, whose p is at least 1/V. p(target) may be 0 in fp32
                 distance = logits.amax(1, keepdim=True) - logits.gather(1, target)
                 loss += (distance - probability.amax(1, keepdim=True).log()).sum()
                 part.copy_(probability.scatter_add_(1, target, -distance.new_ones(distance.shape)))
@@ -71,11 +81,11 @@ class SoftmaxLoss(torch.autograd.Function):
 
 
 class SplitCrossEntropy(nn.Module):
-    """Loss and log-probabilities over V = `ntoken` words from vectors of `hidden_size` (E or H).
+    """Compute loss and log-probabilities over V = `ntoken` words from vectors of `hidden_size` (E or H).
 
-    `splits` are the ids at which head and tails end, rising. One at or past the last word makes no tail. The tombstone
-    of tail i, counted from 1, is the i-th column from the right of the head. Tombstones have vectors and biases of
-    their own, `tail_vectors` (tails, E or H) and `tail_bias` (tails,), which begin at 0.
+    `splits` are the ids at which head and tails end, rising. A split at or past the last word makes no tail. The
+    tombstone of tail i, counted from 1, is the i-th column from the right of the head. Tombstones have vectors and
+    biases of their own. These are `tail_vectors` (tails, E or H) and `tail_bias` (tails,). They begin at 0.
     """
 
     packed = None
@@ -107,7 +117,8 @@ class SplitCrossEntropy(nn.Module):
     def target_logprob(self, weight, bias, hidden, targets):
         """Compute the log-probability (...), in nats, of each of `targets` (...) after `hidden` (..., E or H).
 
-        Memory is that of the head for all targets and of each tail for the targets in it, not that of all V words.
+        The head takes memory for all targets. Each tail takes it only for its own targets. So it is less than for all V
+        words.
         """
         shape, hidden, targets = targets.shape, hidden.flatten(0, -2), targets.flatten()
         (head, *tails), head_logits = self._head(weight, bias, hidden)
@@ -140,7 +151,7 @@ class SplitCrossEntropy(nn.Module):
 
     def _head(self, weight, bias, hidden):
         """Return (weight, bias) of each split, and the logits (..., head words + tails) of the head."""
-        # One split of the whole matrix: its gradient is one matrix too, where slices would make a whole one each.
+        # One split of the whole matrix: its gradient is one matrix. Each slice would make a whole one.
         (head_weight, head_bias), *tails = splits = list(zip(weight.split(self.sizes), bias.split(self.sizes)))
         if tails:
             head_weight, head_bias = torch.cat([head_weight, self.tail_vectors]), torch.cat([head_bias, self.tail_bias])

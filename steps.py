@@ -1,4 +1,4 @@
-"""One step of training, and evaluation.
+"""Do one step of training, and evaluate.
 
 Paper: "Regularizing and Optimizing LSTM Language Models" (arXiv 1708.02182), sections 4.1 (variable-length BPTT) and
 4.6 (AR and TAR). Shapes are in the alphabet of `model.py`.
@@ -24,10 +24,10 @@ def seed_everything(seed):
 
 
 def sample_seq_len(bptt, max_bptt=None):
-    """Sample the length of the next batch, time steps, from numpy's generator.
+    """Sample the length of the next batch, in time steps, from numpy's generator.
 
-    It is N(bptt, 5), with probability 0.05 N(bptt / 2, 5), at least 5, at most `max_bptt` (0 or None: no limit).
-    1708.02182, section 4.1.
+    It is drawn from N(bptt, 5), or with probability 0.05 from N(bptt / 2, 5). It is at least 5 and at most `max_bptt`
+    (0 or None: no limit). Paper: 1708.02182, section 4.1.
     """
     base = bptt if numpy.random.random() < 0.95 else bptt / 2
     seq_len = max(5, int(numpy.random.normal(base, 5)))
@@ -35,13 +35,14 @@ def sample_seq_len(bptt, max_bptt=None):
 
 
 def train_step(model, optimizer, forward_backward, words, targets, hidden, lr_scale, clip):
-    """Take one step of `optimizer` on the batch `words`, `targets` (T, B), with the learning rate times `lr_scale`.
+    """Take one step of `optimizer` on the batch `words`, `targets` (T, B).
 
-    Returns the new hidden state and the cross entropy, nats per token, without AR and TAR. Raises FloatingPointError,
-    having changed no weight, when loss or gradient is not finite.
+    The learning rate is multiplied by `lr_scale`. Returns the new hidden state and the cross entropy, in nats per
+    token, without AR and TAR. Raises FloatingPointError when loss or gradient is not finite. In that case no weight has
+    changed.
     """
     hidden, loss_and_norm = forward_backward(model, words, targets, hidden)
-    loss, norm = loss_and_norm.tolist()  # the one time in a step that the CPU waits for a GPU
+    loss, norm = loss_and_norm.tolist()  # the only time in a step that the CPU waits for a GPU
     if not (math.isfinite(loss) and math.isfinite(norm)):
         raise FloatingPointError(f"the loss is {loss} and the norm of the gradient {norm}")
     if clip:
@@ -57,9 +58,12 @@ def train_step(model, optimizer, forward_backward, words, targets, hidden, lr_sc
 def forward_backward(model, words, targets, hidden, alpha=0, beta=0, precision="fp32", keep_grads=False):
     """Run forward and backward on one batch `words`, `targets` (T, B): gradients of loss + AR + TAR.
 
-    AR is `alpha` times the mean square of the dropped output, TAR `beta` times that of the raw output's change over
-    time. Gradients are new tensors, or with `keep_grads` zeroed where they lie. Returns the new hidden state, and in
-    one tensor (2,) the cross entropy, nats per token, and the norm of the gradient. 1708.02182, section 4.6.
+    - AR is `alpha` times the mean square of the dropped output.
+    - TAR is `beta` times that of the raw output's change over time.
+
+    Gradients are new tensors. With `keep_grads` they are zeroed where they lie instead. Returns the new hidden state
+    and one tensor (2,): the cross entropy, nats per token, and the norm of the gradient. Paper: 1708.02182, section
+    4.6.
     """
     device = words.device
     model.zero_grad(set_to_none=not keep_grads)
@@ -77,10 +81,10 @@ def forward_backward(model, words, targets, hidden, alpha=0, beta=0, precision="
 
 
 def choose_pass(model, precision, alpha, beta, cuda_graphs=False, backend=None):
-    """Choose how `model` runs forward and backward: `forward_backward` with these settings, by CUDA graphs if asked.
+    """Choose how `model` runs forward and backward, by CUDA graphs if asked.
 
-    Where the device has no instructions for `precision` it is fp32, with a line that says so. `backend` is that of
-    `GraphedPass`.
+    Returns `forward_backward` bound to these settings. If the device has no instructions for `precision`, the precision
+    is fp32, and a line says so. `backend` is that of `GraphedPass`.
     """
     device = next(model.parameters()).device
     if not computes_in(precision, device):
@@ -96,7 +100,10 @@ def choose_pass(model, precision, alpha, beta, cuda_graphs=False, backend=None):
 
 @torch.no_grad()
 def evaluate(model, source, bptt):
-    """Compute the cross entropy over `source` (N, B), nats per predicted token, the hidden state carried along."""
+    """Compute the cross entropy over `source` (N, B), in nats per predicted token.
+
+    The hidden state is carried along.
+    """
     model.eval()
     hidden = model.init_hidden(source.size(1))
     total = 0.0

@@ -1,7 +1,13 @@
-"""The loop that `main.py` and `finetune.py` share: epochs, validation, the best model, states to resume from, the test.
+"""Run the loop that `main.py` and `finetune.py` share.
 
-Papers: "Regularizing and Optimizing LSTM Language Models" (arXiv 1708.02182), sections 3 (NT-ASGD) and 5
-(fine-tuning); learning-rate drops (`--when`) from 1803.08240. Shapes are in the alphabet of `model.py`.
+It has epochs, validation, the best model, states to resume from, and the test.
+
+Papers:
+
+- "Regularizing and Optimizing LSTM Language Models" (arXiv 1708.02182), sections 3 (NT-ASGD) and 5 (fine-tuning).
+- Learning-rate drops (`--when`): 1803.08240.
+
+Shapes are in the alphabet of `model.py`.
 """
 
 import math
@@ -33,7 +39,10 @@ Batches = namedtuple("Batches", "train valid test")  # the splits, each (N, B)
 
 @dataclass
 class Progress:
-    """What the loop changes besides weights, optimizer and random generators; saved and restored as a whole."""
+    """Hold what the loop changes besides weights, optimizer and random generators.
+
+    It is saved and restored as a whole.
+    """
     epoch: int = 0                                  # epochs completed
     row: int = 0                                    # where in the text the next batch of the epoch starts
     batch: int = 0                                  # batches done in the epoch
@@ -53,7 +62,7 @@ class Progress:
 
 @dataclass
 class Run:
-    """A run of training, new or resumed."""
+    """Hold a run of training, new or resumed."""
     stage: str                                      # "train" or "finetune"
     args: Namespace                                 # the flags
     vocabulary: list                                # V tokens, in the order of their ids
@@ -63,14 +72,15 @@ class Run:
     progress: Progress = field(default_factory=Progress)
     metrics: Metrics | None = None                  # from `begin` on
     forward_backward: Callable | None = None        # a pass of training; from `begin` on
-    saved_at: float = 0.0                           # when its state was last written, by the monotonic clock
+    saved_at: float = 0.0                           # when the state was last written, by the monotonic clock
 
 
 def open_batches(args, device):
-    """Read the corpus that the flags say and lay it out; returns its dictionary and Batches.
+    """Read the corpus that the flags say and lay it out.
 
-    The columns are --batch_size for training, 10 for validation, 1 for the test. Sets `args.level` to what the corpus
-    has, so that it travels with the model. Raises BadInput when a split is missing, malformed or too short.
+    Returns its dictionary and Batches. The columns are --batch_size for training, 10 for validation, 1 for the test.
+    Sets `args.level` to what the corpus has. So the level travels with the model. Raises BadInput when a split is
+    missing, malformed or too short.
     """
     corpus = Corpus(args.data, args.level, args.shares, cache=not args.dry_run)
     args.level = corpus.level
@@ -85,9 +95,9 @@ def open_batches(args, device):
 # --- the loop --------------------------------------------------------------------------------------------------------
 
 def train(run):
-    """Train until --epochs, a plateau of fine-tuning, or a signal; then test the best model. Returns the exit status.
+    """Train until --epochs, a plateau of fine-tuning, or a signal; then test the best model.
 
-    The best model is kept at --save, the state to resume from and the metrics beside it.
+    Returns the exit status. The best model is kept at --save. The state to resume from and the metrics lie beside it.
     """
     if run.args.dry_run:
         return dry_run(run)
@@ -110,12 +120,12 @@ def is_finished(run):
 
 
 def begin(run):
-    """Open the record of a run and say what it is."""
+    """Open the record of a run and describe the run in the log."""
     args, progress, model = run.args, run.progress, run.model
     owned = {id(p) for group in run.optimizer.param_groups for p in group["params"]}
     assert owned == {id(p) for p in model.parameters() if p.requires_grad}, "the optimizer has to own what can learn"
     for path in checkpoint.files_of_run(args.save):
-        Path(f"{path}{PARTIAL}").unlink(missing_ok=True)  # of a run that was killed
+        Path(f"{path}{PARTIAL}").unlink(missing_ok=True)  # left by a run that was killed
     resumed = progress.metrics_bytes > 0
     run.metrics = Metrics(checkpoint.metrics_path(args.save), keep=progress.metrics_bytes if resumed else None)
     description = describe_run(vars(args), model.parameter_count(), run.batches.train.device)
@@ -129,7 +139,10 @@ def begin(run):
 
 
 def train_epoch(run, signals):
-    """Train to the end of the epoch, or to a signal; log lines and states to resume from on the way."""
+    """Train to the end of the epoch, or to a signal.
+
+    Writes log lines and states to resume from on the way.
+    """
     progress, source = run.progress, run.batches.train
     with progress_bar(len(source), progress.row, "row", f"epoch {progress.epoch + 1}") as bar:
         for rows, loss, seconds in train_batches(run):
@@ -144,10 +157,11 @@ def train_epoch(run, signals):
 
 
 def train_batches(run):
-    """Train batch after batch to the end of the epoch; yields the rows, the loss and the seconds of each.
+    """Train batch after batch to the end of the epoch.
 
-    A longer batch takes a proportionally larger step, so that no part of the text weighs more than another. Raises
-    BadInput when a loss or gradient is not finite, or when memory runs out.
+    Yields the rows, the loss and the seconds of each batch. A longer batch takes a proportionally larger step. So no
+    part of the text weighs more than another. Raises BadInput when a loss or gradient is not finite, or when memory
+    runs out.
     """
     args, progress, source = run.args, run.progress, run.batches.train
     max_bptt = args.bptt + 10 if run.stage == "finetune" and args.max_bptt is None else args.max_bptt
@@ -167,7 +181,10 @@ def train_batches(run):
 
 @contextmanager
 def explained(run, words):
-    """Turn what can go wrong on the batch `words` (T, B) into BadInput that says where, and what may help."""
+    """Turn what can go wrong on the batch `words` (T, B) into BadInput.
+
+    The message says where it happened and what may help.
+    """
     where = f"epoch {run.progress.epoch + 1}, batch {run.progress.batch + 1}"
     try:
         yield
@@ -183,7 +200,10 @@ def explained(run, words):
 
 
 def log_batch(run, rows, loss, seconds):
-    """Count a batch; write a log line and a metrics line after each `--log-interval` of them."""
+    """Count a batch.
+
+    Writes a log line and a metrics line after each `--log-interval` batches.
+    """
     args, progress, source = run.args, run.progress, run.batches.train
     progress.epoch_loss += rows * loss
     progress.epoch_seconds += seconds
@@ -207,7 +227,10 @@ def clear_window(progress):
 
 
 def end_epoch(run):
-    """Validate, keep the model if it is the best so far, and turn to the next epoch."""
+    """Validate, keep the model if it is the best so far, and turn to the next epoch.
+
+    Raises BadInput when the validation loss is not finite.
+    """
     progress, start = run.progress, time.perf_counter()
     train_loss = progress.epoch_loss / (len(run.batches.train) - 1)
     progress.epoch += 1
@@ -232,9 +255,10 @@ def end_epoch(run):
 
 
 def update_optimizer(run):
-    """Follow the schedule between epochs: the NT-ASGD trigger, the copies and learning-rate drops of `--when`.
+    """Follow the schedule between epochs: the NT-ASGD trigger, and what `--when` asks for.
 
-    ASGD starts with the first learning rate; once it runs the schedule is over.
+    `--when` asks for copies of the model and drops of the learning rate. ASGD starts with the first learning rate. Once
+    it runs, the schedule is over.
     """
     args, epoch = run.args, run.progress.epoch
     if is_averaging(run.optimizer):
@@ -257,7 +281,7 @@ def save_model(run, path, loss, **extra):
 
 
 def save_state(run):
-    """Write what is needed besides the model so that training can go on as if it had never stopped."""
+    """Write the state from which training can go on as if it had never stopped."""
     progress = run.progress
     progress.metrics_bytes = run.metrics.size()
     state = {"stage": run.stage, "progress": asdict(progress), "averaging": is_averaging(run.optimizer),
@@ -268,7 +292,10 @@ def save_state(run):
 
 
 def report_test(run, stop):
-    """Test the best model, unless SIGTERM says that nobody waits for it. Returns the exit status of the script."""
+    """Test the best model, unless SIGTERM says that nobody waits for it.
+
+    Returns the exit status of the script.
+    """
     progress, save = run.progress, run.args.save
     if stop:
         log(f"| stopped by {signal.Signals(stop).name} | --resume {save} goes on from epoch {progress.epoch + 1}, "
@@ -288,10 +315,13 @@ def report_test(run, stop):
 
 
 def dry_run(run):
-    """Run one training batch and one validation batch; says what they need and writes nothing."""
+    """Run one training batch and one validation batch.
+
+    Logs what they need and writes nothing. Returns the exit status.
+    """
     args, batches = run.args, run.batches
     run.forward_backward = choose_pass(run.model, args.precision, args.alpha, args.beta, args.cuda_graphs)
-    for _ in range(3 if args.cuda_graphs else 1):  # the third batch of a length is the first that is only replayed
+    for _ in range(3 if args.cuda_graphs else 1):  # the third batch of a length is the first pure replay
         seed_everything(args.seed)
         run.progress = Progress()
         rows, loss, seconds = next(train_batches(run))

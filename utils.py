@@ -1,4 +1,4 @@
-"""Bad input, batches out of a stream of token ids, and hidden states.
+"""Handle bad input, batches out of a stream of token ids, and hidden states.
 
 Shapes are in the alphabet of `model.py`.
 """
@@ -7,21 +7,24 @@ import torch
 
 
 class BadInput(ValueError):
-    """Something that a person handed over cannot be used; the message is one line that says what and why."""
+    """Report that something a person handed over cannot be used.
+
+    The message is one line that says what and why.
+    """
 
 
 # --- batches ---------------------------------------------------------------------------------------------------------
 
 def batchify(ids, batch_size, device="cpu", rows=2):
-    """Lay a stream of token ids out as B parallel texts, read top to bottom; returns (N, B), N = len(ids) // B.
+    """Lay a stream of token ids out as B parallel texts, read top to bottom.
 
         a b c d e f g h i j k l m  with B = 3   ->   a e i
                                                      b f j
                                                      c g k
                                                      d h l     (m, the remainder, is left out)
 
-    Columns are independent for the model, so it cannot learn how e follows d: the price of the parallel batch.
-    Raises BadInput when there are fewer than `rows` rows, too few to predict anything.
+    Returns (N, B), N = len(ids) // B. Columns are independent for the model. So it cannot learn how e follows d: the
+    price of the parallel batch. Raises BadInput when there are fewer than `rows` rows, too few to predict anything.
     """
     length = len(ids) // batch_size
     if length < rows:
@@ -31,13 +34,19 @@ def batchify(ids, batch_size, device="cpu", rows=2):
 
 
 def get_batch(source, row, seq_len):
-    """Take up to `seq_len` rows of `source` (N, B) from `row` on; returns words (T, B) and targets (T, B), one on."""
+    """Take up to `seq_len` rows of `source` (N, B) from `row` on.
+
+    Returns words (T, B) and targets (T, B), which are one row further on.
+    """
     seq_len = min(seq_len, len(source) - 1 - row)
     return source[row:row + seq_len].long(), source[row + 1:row + 1 + seq_len].long()
 
 
 def blocks(steps, size):
-    """Cut `steps` time steps into slices of `size`; the last has what is left."""
+    """Cut `steps` time steps into slices of `size`.
+
+    The last slice has what is left.
+    """
     return [slice(start, min(start + size, steps)) for start in range(0, steps, size)]
 
 
@@ -51,5 +60,8 @@ def map_hidden(function, hidden):
 
 
 def repackage_hidden(hidden):
-    """Cut a hidden state off from its history, which backpropagation does not enter and memory need not keep."""
+    """Cut a hidden state off from its history.
+
+    Backpropagation does not go into the history, and memory need not keep it.
+    """
     return map_hidden(lambda part: part.detach().clone(), hidden)

@@ -1,7 +1,7 @@
-"""Weight drop (DropConnect) on the weights of any module, black-box cuDNN recurrences included.
+"""Drop weights (DropConnect) of any module, black-box cuDNN recurrences included.
 
-An elementwise Bernoulli mask on the hidden-to-hidden matrix, rescaled by 1/(1 - p). It is drawn once per forward pass,
-so it is the same at every time step.
+The mask is elementwise Bernoulli on the hidden-to-hidden matrix, rescaled by 1/(1 - p). It is drawn once per forward
+pass. So it is the same at every time step.
 
 Paper: Merity, Keskar, Socher, "Regularizing and Optimizing LSTM Language Models" (arXiv 1708.02182), section 2.
 """
@@ -12,13 +12,13 @@ from locked_dropout import dropout_mask
 
 
 def weight_drop(module, name, p, *inputs):
-    """Run `module(*inputs)` with its parameter `name` dropped at rate `p`, while the module is in training mode.
+    """Run `module(*inputs)` with its parameter `name` dropped at rate `p`, in training mode only.
 
-    The parameter itself is neither changed nor renamed: the pass sees `parameter * mask`. Autograd carries the gradient
-    through that product, so it reaches the parameter where the mask kept it and nowhere else.
+    The parameter itself is neither changed nor renamed. The pass sees `parameter * mask`. Autograd carries the gradient
+    through that product. So it reaches the parameter only where the mask kept it.
 
-    `functional_call`, instead of an assignment to the module, puts the parameter back even when the pass raises.
-    `torch.nn.LSTM` notices the exchange, there and back, and hands cuDNN the dropped weights in one buffer.
+    `functional_call` puts the parameter back even when the pass raises. An assignment to the module would not.
+    `torch.nn.LSTM` notices the exchange, there and back. It hands cuDNN the dropped weights in one buffer.
     """
     if not module.training or p == 0:
         return module(*inputs)
