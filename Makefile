@@ -20,18 +20,7 @@ help:
 	@sed -n 's/^# //p' Makefile
 
 demo: $(VENV)/.installed
-	mkdir -p $(DEMO)
-	rm -f $(DEMO)/demo.*
-	PYTHON=$(PY) DATA_DIR=$(DEMO) ./getdata.sh sample
-	$(PY) main.py --data $(DEMO)/sample --emsize 128 --nhid 256 --nlayers 2 --batch_size 20 --bptt 35 --lr 20 \
-	    --dropout 0.2 --dropouth 0.1 --dropouti 0.2 --dropoute 0.02 --wdrop 0.2 --epochs 5 --seed 1 --save $(DEMO)/demo.pt
-	$(PY) finetune.py --data $(DEMO)/sample --epochs 2 --save $(DEMO)/demo.pt
-	$(PY) pointer.py --data $(DEMO)/sample --window 500 --theta 1.0 --lambdasm 0.1 --save $(DEMO)/demo.pt
-	$(PY) generate.py --checkpoint $(DEMO)/demo.pt --words 120 --outf $(DEMO)/generated.txt
-	@echo
-	@$(PY) benchmarks/table.py $(DEMO)/demo.metrics.jsonl
-	@echo
-	@cat $(DEMO)/generated.txt
+	$(PY) benchmarks/demo.py $(DEMO)
 
 test: $(VENV)/.installed-test
 	$(PY) -m ruff check .

@@ -196,45 +196,7 @@ get_enwik8() {
 # standard library; lower-case, a paragraph a line, words seen fewer than 3 times as <unk>. Every 20th document is
 # validation text, the one ten later test text.
 get_sample() {
-    "$PYTHON" - "$work" <<'PYTHON'
-import ast
-import collections
-import pathlib
-import re
-import sys
-import sysconfig
-
-import pydoc_data.topics
-
-LEFT_OUT = {"test", "tests", "idlelib", "lib2to3", "site-packages", "dist-packages", "ensurepip", "turtledemo", "tkinter"}
-RULER = re.compile(r"([^\w\s])\1{3,}")
-TOKEN = re.compile(r"[a-z]+(?:'[a-z]+)?|[0-9]+|[^\sa-z0-9]")
-
-
-def docstrings(folder):
-    for path in sorted(folder.rglob("*.py"), key=lambda path: path.as_posix()):
-        if LEFT_OUT.isdisjoint(path.relative_to(folder).parts):
-            try:
-                tree = ast.parse(path.read_text(encoding="utf-8"))
-            except (SyntaxError, UnicodeDecodeError):
-                continue
-            for node in ast.walk(tree):
-                if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
-                    yield ast.get_docstring(node) or ""
-
-
-documents = [text for _, text in sorted(pydoc_data.topics.topics.items())]
-documents += docstrings(pathlib.Path(sysconfig.get_paths()["stdlib"]))
-documents = [[tokens for paragraph in re.split(r"\n\s*\n", RULER.sub(" ", document.lower())) if (tokens := TOKEN.findall(paragraph))]
-             for document in documents]
-documents = [document for document in documents if document]
-seen = collections.Counter(token for document in documents for paragraph in document for token in paragraph)
-files = {split: open(f"{sys.argv[1]}/{split}.txt", "w", encoding="utf-8") for split in ("train", "valid", "test")}
-for number, document in enumerate(documents):
-    file = files[{9: "valid", 19: "test"}.get(number % 20, "train")]
-    for paragraph in document:
-        file.write(" ".join(token if seen[token] >= 3 else "<unk>" for token in paragraph) + "\n")
-PYTHON
+    "$PYTHON" benchmarks/sample.py "$work"
     keep sample
 }
 

@@ -191,7 +191,7 @@ def test_the_smallest_temperature_takes_the_likeliest_word(run):
 @pytest.mark.slow
 @pytest.mark.usefixtures("place")
 def test_a_reader_that_leaves_early_is_no_traceback():
-    command = f"{sys.executable} {generate.__file__} --checkpoint good.pt --words 20000 --outf - | head -1"
+    command = f"'{sys.executable}' '{generate.__file__}' --checkpoint good.pt --words 20000 --outf - | head -1"
     ended = subprocess.run(command, shell=True, capture_output=True, text=True)
     assert ended.stderr == ""
     assert ended.stdout

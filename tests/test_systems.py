@@ -125,15 +125,15 @@ def test_a_process_whose_streams_are_closed_trains(corpus_dir, tmp_path):
 
 @pytest.mark.slow
 def test_a_prompt_and_a_path_beyond_ascii_in_a_locale_of_ascii(tmp_path):
-    folder = tmp_path / "größe"
+    folder = tmp_path / os.fsdecode("größe".encode())  # the locale of the tests may be of ASCII too
     folder.mkdir()
     (folder / "book.txt").write_text("größe über alles\n" * 300, encoding="utf-8")
     trained = call("main.py", *TINY, "--data", folder / "book.txt", "--save", folder / "m.pt", "--epochs", 1, env=PLAIN)
     assert (trained.returncode, trained.stderr) == (0, "")
     resumed = call("main.py", "--resume", folder / "m.pt", "--epochs", 2, env=PLAIN)
     assert (resumed.returncode, resumed.stderr) == (0, "")
-    ended = call("generate.py", "--checkpoint", folder / "m.pt", "--prompt", "größe über", "--words", 2, "--outf",
-                 folder / "text.txt", env=PLAIN)
+    ended = call("generate.py", "--checkpoint", folder / "m.pt", "--prompt", os.fsdecode("größe über".encode()),
+                 "--words", 2, "--outf", folder / "text.txt", env=PLAIN)
     assert (ended.returncode, ended.stderr) == (0, "")
     assert (folder / "text.txt").read_text(encoding="utf-8").startswith("größe über ")
 

@@ -1,0 +1,154 @@
+"""Run the whole demo: a small AWD-LSTM from nothing, on any system.
+
+    python benchmarks/demo.py                (make demo; the files go to the folder demo)
+    python benchmarks/demo.py FOLDER
+
+Makes the sample corpus, trains, fine-tunes, adds the cache and writes text. At the end come the table of the three
+stages and the text. Needs no network.
+"""
+
+import json
+import os
+import shlex
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from statistics import median
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from sample import SPLITS, write_sample
+from table import table
+
+import main as train_script
+from data import Corpus, load_split
+from device import set_up_device
+from files import check_writable
+from flags import Parser
+from metrics import log
+from model import ARCHITECTURE, DROPOUTS, RNNModel
+from optimizers import make_optimizer
+from process import run_script
+from steps import choose_pass, train_step
+from utils import BadInput, get_batch
+
+ROOT = Path(train_script.__file__).parent
+
+# The dropouts, AR and TAR are a fraction of the published ones: in three epochs this model does not overfit.
+EPOCHS, FINETUNE_EPOCHS = 2, 1
+TRAIN = ("--emsize 128 --nhid 256 --nlayers 2 --batch_size 20 --bptt 35 --dropout 0.1 --dropouth 0.05 --dropouti 0.1 "
+         "--dropoute 0.01 --wdrop 0.1 --alpha 0.5 --beta 0.25 --seed 1")
+CACHE = "--window 500 --theta 1.0 --lambdasm 0.1"
+TEXT = "--words 120 --temperature 0.7"
+
+WARM_UP, TIMED = 3, 10  # batches
+EVALUATION = 0.07  # share of the time of training that validation, test and cache take in addition
+STARTS = 10  # seconds that four processes take to start
+GRACE = 10  # seconds that a script gets to end by itself after Ctrl-C
+
+
+def make_sample(folder):
+    """Make the sample corpus in `folder`, unless all of it is there.
+
+    It is written to another folder first, so that an error leaves no part of it.
+    """
+    if all((folder / f"{split}.txt").is_file() for split in SPLITS):
+        return
+    log(f"demo: making the sample corpus in {folder}")
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
+            write_sample(temporary)
+            folder.mkdir(exist_ok=True)
+            for split in SPLITS:
+                os.replace(Path(temporary, f"{split}.txt"), folder / f"{split}.txt")
+    except OSError as error:
+        raise BadInput(f"{folder}: the corpus cannot be written: {error.strerror}") from error
+
+
+def commands(folder):
+    """List the commands of the demo, each a script and its flags."""
+    save = str(folder / "demo.pt")
+    return [
+        ["main.py", "--data", str(folder / "sample"), *TRAIN.split(), "--epochs", str(EPOCHS), "--save", save],
+        ["finetune.py", "--epochs", str(FINETUNE_EPOCHS), "--save", save],
+        ["pointer.py", *CACHE.split(), "--save", save],
+        ["generate.py", "--checkpoint", save, *TEXT.split(), "--outf", str(folder / "generated.txt")],
+    ]
+
+
+def estimate(args):
+    """Estimate from a few timed batches how many seconds the demo takes.
+
+    `args` are the flags of main.py.
+    """
+    place = set_up_device(args.cuda)
+    corpus = Corpus(args.data, args.level, args.shares)
+    source = load_split(corpus, "train", args.batch_size, place, rows=3)
+    shape_and_dropouts = {name: getattr(args, name) for name in ARCHITECTURE + DROPOUTS}
+    model = RNNModel(len(corpus.dictionary), **shape_and_dropouts).to(place)
+    optimizer = make_optimizer("sgd", model, 1.0, args.wdecay)
+    forward_backward = choose_pass(model, args.precision, args.alpha, args.beta)
+    hidden = model.init_hidden(args.batch_size)
+    words, targets = get_batch(source, 0, args.bptt)
+    seconds = []
+    for _ in range(WARM_UP + TIMED):
+        start = time.perf_counter()
+        hidden, _ = train_step(model, optimizer, forward_backward, words, targets, hidden, 1.0, args.clip)
+        seconds.append(time.perf_counter() - start)
+    batches = (EPOCHS + FINETUNE_EPOCHS) * len(source) / len(words)
+    return median(seconds[WARM_UP:]) * batches * (1 + EVALUATION) + STARTS
+
+
+def format_seconds(seconds):
+    """Format a time as roughly as it is known.
+
+    It is in steps of ten seconds, from two minutes on in minutes.
+    """
+    return f"{max(10, round(seconds, -1)):.0f} seconds" if seconds < 115 else f"{seconds / 60:.0f} minutes"
+
+
+def run(script, *flags):
+    """Run a script of the project in a process of its own, on the same terminal.
+
+    Returns its exit status, as shells have it. After Ctrl-C the script gets some time to end by itself.
+    """
+    print("\n+", shlex.join(["python", script, *flags]), flush=True)
+    process = subprocess.Popen([sys.executable, str(ROOT / script), *flags])
+    try:
+        status = process.wait()
+    except KeyboardInterrupt:  # the script has received it too, unless it was sent to this process alone
+        try:
+            process.wait(GRACE)
+        except subprocess.TimeoutExpired:
+            process.terminate()
+            process.wait()
+        raise
+    return status if status >= 0 else 128 - status
+
+
+def main(argv=None):
+    parser = Parser(description="Run the whole demo: corpus, training, fine-tuning, cache, text.")
+    parser.add_argument("folder", nargs="?", type=Path, default="demo", help="where the files go (default: demo)")
+    folder = parser.parse_args(argv).folder
+    make_sample(folder / "sample")
+    check_writable(folder / "demo.pt")
+    for path in folder.glob("demo.*"):
+        path.unlink()
+    steps = commands(folder)
+    seconds = estimate(train_script.parse_flags(steps[0][1:]))
+    log(f"demo: training, fine-tuning, cache and text: about {format_seconds(seconds)} on this machine")
+    for step in steps:
+        status = run(*step)
+        if status:
+            return status
+    lines = (folder / "demo.metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    print("", *table(map(json.loads, lines)), "", sep="\n")
+    print((folder / "generated.txt").read_text(encoding="utf-8"), end="")
+    return 0
+
+
+if __name__ == "__main__":
+    run_script(main)
