@@ -8,6 +8,7 @@ cannot run code. Its keys:
     vocabulary         the V words, in the order of their ids
     model              the state dict; where averaging runs, of the averaged weights in the best model's file
     loss, epoch        validation loss (nats per token) of these weights and the epoch that ended with it
+    stage              "train" or "finetune"; models of before have none
     state              only in the file for resuming: optimizer, progress and random generators (`training.py`)
 
 A run keeps two files:
@@ -16,18 +17,20 @@ A run keeps two files:
 - `last_path(SAVE)` is the state to resume from.
 """
 
+import os
 import pickle
 import sys
 import zipfile
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy
 import torch
 
 from data import BYTES, LEVELS
-from files import replacing
-from model import ARCHITECTURE, DROPOUTS, RNNModel
-from utils import BadInput
+from errors import BadInput
+from files import check_writable, locked, replacing
+from model import ARCHITECTURE, DROPOUTS, RNNModel, parameter_shapes
 
 FORMAT, VERSION = "awd-lstm", 1
 # The flags that a later run on a model or a state cannot change.
@@ -39,41 +42,115 @@ WAYS = ("fused", "foreach", "capturable")  # how a step is computed: depends on 
 CONTENT = {"flags": dict, "vocabulary": list, "model": dict, "loss": float, "epoch": int}
 
 
-def best_path(path):
-    """Return the path of the best model, given it or that of the state to resume from."""
+# --- the files of a run ----------------------------------------------------------------------------------------------
+
+STATES = {"train": "last", "finetune": "finetune.last"}  # by stage
+RESERVED = ("last", "metrics.jsonl", "untuned", "partial", "lock")  # endings that no --save may have
+
+
+def beside(path, what):
+    """Name a file of the run whose best model is at `path`: PTB.pt -> PTB.WHAT.pt, and exp.lr0.1 -> exp.lr0.1.WHAT."""
     path = Path(path)
-    return path.with_name(path.stem.removesuffix(".last") + path.suffix)
+    return path.with_name(f"{path.stem}.{what}.pt" if path.suffix == ".pt" else f"{path.name}.{what}")
 
 
-def last_path(path):
-    """Return the path of the state to resume from.
+def last_path(path, stage="train"):
+    """Return the path of the state to resume from, given that of the best model: PTB.pt -> PTB.last.pt."""
+    return beside(path, STATES[stage])
 
-    `path` is that of the best model: PTB.pt -> PTB.last.pt.
-    """
-    return Path(path).with_name(f"{Path(path).stem}.last{Path(path).suffix}")
+
+def old_last_paths(path):
+    """Return where earlier versions kept the state to resume from, whatever the stage and the suffix."""
+    path = Path(path)
+    return [last_path(path), path.with_name(f"{path.stem}.last{path.suffix}")]
+
+
+def best_path(path):
+    """Return the path of the best model, given it or that of a state to resume from."""
+    path = Path(path)
+    ending = ".pt" if path.suffix == ".pt" else ""
+    name = path.name.removesuffix(ending)
+    for what in sorted(STATES.values(), key=len, reverse=True):
+        if name.endswith(f".{what}"):
+            return path.with_name(name.removesuffix(f".{what}") + ending)
+    return path
+
+
+def untuned_path(path):
+    """Return where the model is kept that fine-tuning in place began with."""
+    return beside(path, "untuned")
+
+
+def finetuned_path(path):
+    """Return where a model fine-tuned in place is kept when training goes on from the untuned one."""
+    return beside(path, "finetuned")
 
 
 def metrics_path(path):
-    """Return the path of the metrics file.
-
-    `path` is that of the best model: PTB.pt -> PTB.metrics.jsonl.
-    """
-    return Path(path).with_suffix(".metrics.jsonl")
+    """Return the path of the metrics file, given that of the best model: PTB.pt -> PTB.metrics.jsonl."""
+    path = Path(path)
+    return path.with_name(f"{path.stem if path.suffix == '.pt' else path.name}.metrics.jsonl")
 
 
-def files_of_run(path):
+def files_of_run(path, stage="train"):
     """Return the paths of the best model, the state and the metrics."""
-    return Path(path), last_path(path), metrics_path(path)
+    return Path(path), last_path(path, stage), metrics_path(path)
 
 
-def save(path, model, flags, vocabulary, loss, epoch, state=None):
+@contextmanager
+def claimed(save, stage="train", dry_run=False):
+    """`with claimed(save)`: this process has the files of a run to itself.
+
+    Raises BadInput when another process has them, or they cannot be written, or are those of another run.
+    """
+    check_name(save)
+    if dry_run:
+        yield
+        return
+    check_writable(*files_of_run(save, stage))
+    with locked(metrics_path(save)):
+        yield
+
+
+def check_free(save):
+    """Raise BadInput when a run or a model lies at `save`."""
+    last = last_path(save)
+    if last.exists():
+        raise BadInput(f"--save {save}: a run lies there already ({last}); --resume {save} goes on with it, "
+                       "--overwrite begins anew in its place")
+    if os.path.lexists(save):
+        raise BadInput(f"--save {save}: a model lies there already; --overwrite trains another in its place")
+
+
+def remove_run(save):
+    """Remove what a run left at `save`."""
+    states = [last_path(save, stage) for stage in STATES]
+    for path in (Path(save), *states, metrics_path(save), untuned_path(save)):
+        path.unlink(missing_ok=True)
+
+
+def check_name(path):
+    """Raise BadInput when the files of a run at `path` would be those of another one."""
+    path = Path(path)
+    name = path.name.removesuffix(".pt")
+    for ending in RESERVED:
+        if name.endswith(f".{ending}"):
+            raise BadInput(f"--save {path}: names with .{ending} are those of other files of a run")
+    twin = path.with_name(name) if path.suffix == ".pt" else path.with_name(f"{path.name}.pt")
+    if os.path.isfile(twin):
+        raise BadInput(f"--save {path}: its record would be that of {twin}, which is there already")
+
+
+# --- reading and writing ---------------------------------------------------------------------------------------------
+
+def save(path, model, flags, vocabulary, loss, epoch, stage="train", state=None):
     """Write a checkpoint to `path`.
 
     At every instant either the old file or the whole new one lies there. Raises BadInput when the disk is full or the
     folder is gone.
     """
     content = {"format": FORMAT, "version": VERSION, "flags": flags, "vocabulary": vocabulary,
-               "model": model.state_dict(), "loss": loss, "epoch": epoch}
+               "model": model.state_dict(), "loss": loss, "epoch": epoch, "stage": stage}
     if state is not None:
         content["state"] = state
     try:
@@ -111,6 +188,8 @@ def load(path, device="cpu"):
             and all(map(is_plain, content["flags"].values()))):
         raise BadInput(f"{path}: damaged checkpoint")
     check_tokens(content, path)
+    if content.setdefault("stage", "train") not in list(STATES):
+        raise BadInput(f"{path}: damaged checkpoint")
     return content
 
 
@@ -132,6 +211,14 @@ def check_tokens(content, path):
         raise BadInput(f"{path}: damaged checkpoint: its vocabulary is not that of a text")
 
 
+def load_model(path, device="cpu"):
+    """Read the checkpoint of a trained model; raises BadInput for one to resume from, whose weights are no averages."""
+    content = load(path, device)
+    if "state" in content:
+        raise BadInput(f"{path}: that is the state to resume from; the model is {best_path(path)}")
+    return content
+
+
 def restore_model(content, path, flags=None, device="cpu"):
     """Build the model of the checkpoint `content` on `device`.
 
@@ -143,10 +230,9 @@ def restore_model(content, path, flags=None, device="cpu"):
         flags = {name: flags[name] for name in ARCHITECTURE + DROPOUTS}
         if not (all(0 <= flags[name] < 1 for name in DROPOUTS) and 0 < flags["nlayers"] <= len(weights)):
             raise ValueError
-        with torch.device("meta"):  # takes no memory, whatever the size
-            shapes = {name: value.shape for name, value in RNNModel(ntoken, **flags).state_dict().items()}
-        if shapes != {name: value.shape for name, value in weights.items()}:
-            raise ValueError
+        architecture = {name: flags[name] for name in ARCHITECTURE}
+        if parameter_shapes(ntoken, **architecture) != {name: tuple(value.shape) for name, value in weights.items()}:
+            raise ValueError  # before memory is taken, whatever size the flags say
         model = RNNModel(ntoken, **flags).to(device)
         model.load_state_dict(weights)
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
@@ -193,7 +279,7 @@ def command_line(name, value):
 
     Returns [] for a value that no command line can give.
     """
-    flag = "--" + (name if name == "batch_size" else name.replace("_", "-"))  # the only name with a _
+    flag = "--" + name.replace("_", "-")
     if isinstance(value, bool):
         return [flag if value else flag.replace("--", "--no-", 1)]
     if isinstance(value, list):
@@ -202,14 +288,24 @@ def command_line(name, value):
     return [f"{flag}={value}"] if isinstance(value, (str, int, float)) else []
 
 
-def check_vocabulary(content, path, dictionary, data):
-    """Raise BadInput unless the corpus numbers its words as the checkpoint does.
+def check_data(content, path, data):
+    """Raise BadInput when the text that the checkpoint names is not here, and no other was given."""
+    if data == content["flags"].get("data") and not os.path.exists(data):
+        raise BadInput(f"{path} was trained on {data}, which is not here; --data says where that text is")
 
-    Otherwise ids would mean other words.
-    """
-    if content["vocabulary"] != dictionary.idx2word:
-        raise BadInput(f"{path}: its vocabulary ({len(content['vocabulary'])} words) is not that of {data} "
-                       f"({len(dictionary)} words): the model was trained on another corpus")
+
+def check_vocabulary(content, path, dictionary, data):
+    """Raise BadInput unless the corpus numbers its words as the checkpoint does; ids would mean other words."""
+    saved, given = content["vocabulary"], dictionary.idx2word
+    if saved == given:
+        return
+    new, gone = set(given).difference(saved), set(saved).difference(given)
+    if new:
+        difference = f"{min(new)!r} is new in it"
+    else:
+        difference = f"it lacks {min(gone)!r}" if gone else "the same words come in another order"
+    raise BadInput(f"{path}: its vocabulary ({len(saved)} words) is not that of {data} ({len(given)} words): "
+                   f"{difference}")
 
 
 def restore_optimizer(optimizer, state):

@@ -3,7 +3,7 @@
 A corpus is a folder with train.txt, valid.txt and test.txt. Or it is a single text file, cut into these splits by
 `shares`. What a token is depends on the `level`:
 
-    word   what stands between white space, and <eos> at the end of each line; UTF-8
+    word   what stands between white space, and <eos> at the end of each line (LF, CR LF or CR); UTF-8
     char   a character, a newline (also as CR or CR LF) being <eos>; UTF-8
     byte   a byte by its decimal number, a newline being <eos>
 
@@ -31,14 +31,22 @@ from pathlib import Path
 import numpy
 import torch
 
+from errors import BadInput
 from files import replacing
-from utils import BadInput, batchify
+from utils import batchify
 
 SPLITS = ("train", "valid", "test")
 LEVELS = ("word", "char", "byte")
 BYTES = {"<eos>", *map(str, range(256))}  # the tokens at byte level
 
-CACHE_FORMAT, CACHE_VERSION = "awd-lstm-corpus", 1
+SIGNATURES = (  # how a file begins, what it then is, and what to do
+    (b"\xff\xfe", "UTF-16", "convert it (iconv -f UTF-16 -t UTF-8)"),
+    (b"\xfe\xff", "UTF-16", "convert it (iconv -f UTF-16 -t UTF-8)"),
+    (b"\x1f\x8b", "a gzip archive", "unpack it (gunzip)"), (b"PK\x03\x04", "a zip archive", "unpack it (unzip)"),
+    (b"BZh", "a bzip2 archive", "unpack it (bunzip2)"), (b"\xfd7zXZ", "an xz archive", "unpack it (unxz)"),
+)
+
+CACHE_FORMAT, CACHE_VERSION = "awd-lstm-corpus", 2
 CACHE_TOKENS = 2**22      # a text of this length is read in a second or two
 BLOCK = 2**22             # bytes read at a time
 LONGEST_WORD = 2**20      # bytes; a longer one is not a word
@@ -78,7 +86,7 @@ class Corpus:
                            "'./getdata.sh --list' names into data/NAME")
         self.level = level or default_level(path)
         cached = (path / f".{self.level}.cache") if is_folder else path.with_name(f".{path.name}.{self.level}.cache")
-        key = checksum_of_files(paths)
+        key = self.checksum = checksum_of_files(paths)
         self.cache_error = None
         loaded = load_cache(cached, key)
         if loaded is None:
@@ -110,7 +118,8 @@ def load_split(corpus, split, batch_size, device, rows=2):
     try:
         return batchify(getattr(corpus, split), batch_size, device, rows)
     except BadInput as error:
-        raise BadInput(f"{corpus.path}, {split}: {error}") from error
+        spaces = "; text without spaces between its words needs --level char" if corpus.level == "word" else ""
+        raise BadInput(f"{corpus.path}, {split}: {error}{spaces}") from error
 
 
 def default_level(path):
@@ -158,10 +167,11 @@ def read_words(path):
         while block := file.read(BLOCK):
             last = block[-1:]
             block = rest + block
-            end = max(map(block.rfind, (b"\n", b" ", b"\t", b"\r"))) + 1  # cut between two words
+            end = max(map(block.rfind, (b"\n", b" ", b"\t"))) + 1  # cut between two words
+            end = max(end, block.rfind(b"\r", 0, -1) + 1)  # but not between CR and LF
             if len(block) - end > LONGEST_WORD:
                 end = cut_long_rest(block, end, path, number)
-            *lines, part = decode(block[:end], path, number).split("\n")
+            *lines, part = split_lines(decode(block[:end], path, number))
             for line in lines:
                 words = line.split()
                 check_words(words, line, path, number)
@@ -177,6 +187,13 @@ def read_words(path):
     yield words
     if last not in (b"", b"\n"):
         yield ["<eos>"]
+
+
+def split_lines(text):
+    """Split text at its line ends: LF, CR LF, and CR as on old Macs."""
+    if "\r" in text:
+        text = text.replace("\r\n", "\n").replace("\r", "\n")
+    return text.split("\n")
 
 
 def cut_long_rest(block, start, path, number):
@@ -204,7 +221,17 @@ def decode(block, path, number):
         return block.decode("utf-8")
     except UnicodeDecodeError as error:
         number += block[:error.start].count(b"\n")
-        raise BadInput(f"{path}: line {number} is not UTF-8 text (--level byte takes any bytes)") from error
+        raise not_text(path, f"line {number} ") from error
+
+
+def not_text(path, where=""):
+    """Make the BadInput for a file that is not UTF-8; it names what the file looks like."""
+    with open(path, "rb") as file:
+        head = file.read(8)
+    for start, what, remedy in SIGNATURES:
+        if head.startswith(start):
+            return BadInput(f"{path}: is {what}, not UTF-8 text: {remedy}")
+    return BadInput(f"{path}: {where}is not UTF-8 text (--level byte takes any bytes)")
 
 
 def read_symbols(path, level, numbering):
@@ -226,7 +253,7 @@ def read_symbols(path, level, numbering):
                     known[code] = numbering["<eos>" if code == ord("\n") else spell(code)]
                 yield known[codes]
         except UnicodeDecodeError as error:
-            raise BadInput(f"{path}: is not UTF-8 text (--level byte takes any bytes)") from error
+            raise not_text(path) from error
 
 
 # --- the cache -------------------------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ from functools import cache
 
 import torch
 
-from utils import BadInput
+from errors import BadInput
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 LARGEST_KEPT = 32 * 2**20  # bytes of a block, the most that glibc takes for that threshold

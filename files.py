@@ -6,7 +6,14 @@ import stat
 import tempfile
 from contextlib import contextmanager, suppress
 
-from utils import BadInput
+from errors import BadInput
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+    with suppress(ImportError):
+        import msvcrt
 
 PARTIAL = ".partial"  # ends the name of a file that is being written
 
@@ -54,3 +61,67 @@ def check_writable(*paths):
                 os.lstat(real + PARTIAL)  # fails when the name is too long
         except OSError as error:
             raise BadInput(f"{path}: cannot be written: {error.strerror}") from error
+
+
+# --- locks -----------------------------------------------------------------------------------------------------------
+
+FAR = 2**30  # a byte beyond what a lock file holds, so that others can read who has it
+
+
+@contextmanager
+def locked(path, required=True):
+    """`with locked(path)`: this process has `path` to itself; raises BadInput when another one has it.
+
+    The lock is on a hidden file beside it that names the process. The system lifts it when the process ends, however
+    that happens. Where no file can be written there is no lock, which is BadInput if it is `required`.
+    """
+    real = os.path.realpath(path)
+    name = os.path.join(os.path.dirname(real), f".{os.path.basename(real)}.lock")
+    while True:
+        try:
+            file = open(name, "a+", encoding="utf-8")  # noqa: SIM115  kept open for as long as the lock holds
+        except OSError as error:
+            if not required:
+                yield
+                return
+            raise BadInput(f"{path}: cannot be written: {error.strerror}") from error
+        if not take(file):
+            file.seek(0)
+            owner = file.read().strip()
+            file.close()
+            raise BadInput(f"{path}: in use by process {owner or 'unknown'}")
+        if is_at(file, name):  # else the process that had it has just removed it
+            break
+        file.close()
+    try:
+        file.truncate(0)
+        file.write(str(os.getpid()))
+        file.flush()
+        yield
+    finally:
+        with suppress(OSError):
+            os.unlink(name)
+        file.close()
+
+
+def take(file):
+    """Lock an open file, if no other process has; on a file system without locks nobody has."""
+    try:
+        if fcntl:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        else:
+            file.seek(FAR)
+            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return fcntl is not None  # Windows says so in this way
+    return True
+
+
+def is_at(file, name):
+    """Return whether an open file is the one that lies at `name`."""
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), os.stat(name))
+    except OSError:
+        return False

@@ -8,18 +8,24 @@ Training goes on until it stops getting better.
 All flags of main.py may be repeated, except those of its schedule. Paper: arXiv 1708.02182, section 5.
 """
 
+if __name__ == "__main__":  # before torch, whose import takes seconds
+    import process
+
+    process.begin()
+
+
 import checkpoint
 from device import set_up_device
-from files import check_writable, copy_file, same_file
+from errors import BadInput
+from files import copy_file, same_file
 from flags import Parser, add_training_flags
 from metrics import format_loss, log
 from model import ARCHITECTURE, DROPOUTS
 from optimizers import make_optimizer
 from process import run_script
-from resume import resume
+from resume import is_unfinished, resume
 from steps import evaluate, seed_everything
 from training import Run, open_batches, train
-from utils import BadInput
 
 LR = 30.0
 
@@ -46,28 +52,47 @@ def parse_flags(argv):
 def main(argv=None):
     args = parse_flags(argv)
     device = set_up_device(args.cuda, args.cuda_graphs)
-    if args.resume:
-        run = resume(parse_flags, argv, "finetune", device)
-        return train(run)
     load = args.load or args.save
-    if not load:
+    if not (load or args.resume):
         raise BadInput("which model? --save FILE fine-tunes it in place, --load FILE --save OTHER keeps it as it is")
-    content = checkpoint.load(load, device)
+    save = args.save or (checkpoint.best_path(args.resume) if args.resume else load)
+    with checkpoint.claimed(save, "finetune", args.dry_run):
+        run = resume(parse_flags, argv, "finetune", device) if args.resume else start(argv, load, save, device)
+        return train(run)
+
+
+def start(argv, load, save, device):
+    """Begin to fine-tune the model at `load`, whose flags are those of the run unless `argv` gives others.
+
+    Raises BadInput where another model lies at `save`, or a fine-tuning that was stopped.
+    """
+    content = checkpoint.load_model(load, device)
     args, _ = checkpoint.merge_flags(parse_flags, argv, content, load, INHERITED)
-    args.load, args.save, args.lr = load, args.save or load, args.lr or LR
-    check_writable(*checkpoint.files_of_run(args.save))
-    dictionary, batches = open_batches(args, device)
-    checkpoint.check_vocabulary(content, args.load, dictionary, args.data)
+    args.load, args.save, args.lr = load, save, args.lr or LR
+    in_place = same_file(load, save)
+    if not (args.overwrite or args.dry_run):
+        if is_unfinished(save, "finetune"):
+            raise BadInput(f"--save {save}: a fine-tuning was stopped there; --resume {save} goes on with it, "
+                           "--overwrite begins anew")
+        if not in_place:
+            checkpoint.check_free(save)
+    checkpoint.check_data(content, load, args.data)
+    corpus, batches = open_batches(args, device)
+    checkpoint.check_vocabulary(content, load, corpus.dictionary, args.data)
     seed_everything(args.seed)
-    model = checkpoint.restore_model(content, args.load, vars(args), device)
+    model = checkpoint.restore_model(content, load, vars(args), device)
     optimizer = make_optimizer("asgd", model, args.lr, args.wdecay)
-    run = Run("finetune", args, dictionary.idx2word, batches, model, optimizer)
+    run = Run("finetune", args, corpus.dictionary.idx2word, batches, model, optimizer, checksum=corpus.checksum)
     if not args.dry_run:
         run.progress.best_loss = evaluate(model, batches.valid, args.bptt)
         log(f"| {args.load} as loaded | {format_loss('valid', run.progress.best_loss)}")
-        if not same_file(args.load, args.save):
-            copy_file(args.load, args.save)  # the best so far, until an epoch is better
-    return train(run)
+        if in_place and content["stage"] == "train":
+            copy_file(load, checkpoint.untuned_path(save))  # training may go on from it
+        if not in_place:
+            if args.overwrite:
+                checkpoint.remove_run(save)
+            copy_file(load, save)  # the best so far, until an epoch is better
+    return run
 
 
 if __name__ == "__main__":

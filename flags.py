@@ -2,10 +2,11 @@
 
 import argparse
 import math
+import sys
 
 import torch
 
-from utils import BadInput
+from errors import BadInput
 
 
 class Parser(argparse.ArgumentParser):
@@ -13,6 +14,16 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message):
         raise BadInput(message)
+
+    def parse_known_args(self, args=None, namespace=None):
+        args = sys.argv[1:] if args is None else args
+        return super().parse_known_args(list(map(with_dashes, args)), namespace)
+
+
+def with_dashes(argument):
+    """Spell a flag with - between its words: --batch_size=20 is --batch-size=20. A value stays as it is."""
+    name, equals, value = argument.partition("=")
+    return name.replace("_", "-") + equals + value if name.startswith("--") else argument
 
 
 # --- types -----------------------------------------------------------------------------------------------------------
@@ -114,10 +125,11 @@ def add_optimisation_flags(group, max_bptt, plateau):
                        help="largest norm of the gradient (0: no clipping; default: %(default)s)")
     group.add_argument("--epochs", type=non_negative_int, default=8000, metavar="N",
                        help="upper limit of epochs (default: %(default)s)")
-    group.add_argument("--batch_size", type=positive_int, default=80, metavar="B",
+    group.add_argument("--batch-size", type=positive_int, default=80, metavar="B",
                        help="columns of a batch (default: %(default)s)")
     group.add_argument("--bptt", type=positive_int, default=70, metavar="T",
-                       help="mean length of a training batch, time steps (default: %(default)s)")
+                       help="mean length of a training batch, time steps; each has 5 or more, and the learning rate is "
+                            "scaled by its length / bptt (default: %(default)s)")
     group.add_argument("--max-bptt", type=non_negative_int, metavar="T",
                        help=f"longest training batch, time steps (0: no limit; default: {max_bptt})")
     group.add_argument("--nonmono", type=non_negative_int, default=5, metavar="N",
@@ -138,6 +150,8 @@ def add_run_flags(group, save):
                        help="batches between log lines (default: %(default)s)")
     group.add_argument("--save", metavar="FILE", help=f"where the best model goes (default: {save})")
     group.add_argument("--resume", metavar="FILE", help="the --save of an earlier run, to go on where it stopped")
+    group.add_argument("--overwrite", action="store_true",
+                       help="begin anew where a run or a model lies at --save; what lies there is lost")
     group.add_argument("--save-interval", type=non_negative_float, default=30, metavar="MINUTES",
                        help="time between states written to resume from, besides those at the end of each epoch "
                             "(0: only those; default: %(default)s)")

@@ -8,6 +8,12 @@
 Needs no corpus: the vocabulary is in the checkpoint. Shapes are in the alphabet of `model.py`.
 """
 
+if __name__ == "__main__":  # before torch, whose import takes seconds
+    import process
+
+    process.begin()
+
+
 import os
 import sys
 from codecs import getincrementaldecoder
@@ -16,13 +22,15 @@ from itertools import chain
 import torch
 
 import checkpoint
-from data import Dictionary
+from data import Dictionary, split_lines
 from device import set_up_device
+from errors import BadInput
 from files import check_writable, replacing, same_file
-from flags import Parser, add_device_flags, non_negative_int, number, positive_float, positive_int, seed
+from flags import Parser, add_device_flags, non_negative_float, non_negative_int, number, positive_int, seed
+from metrics import log
+from model import LAYERS
 from process import run_script
 from products import packs_bf16
-from utils import BadInput
 
 
 def parse_flags(argv):
@@ -36,10 +44,11 @@ def parse_flags(argv):
     parser.add_argument("--batch", type=number(int, 1, 10_001), default=1, metavar="B",
                         help="texts of so many words to sample at once, from one prompt, written with an empty line "
                              "between them (default: %(default)s)")
-    parser.add_argument("--prompt", default="", metavar="TEXT",
-                        help="words to go on from (default: none, the start of a line)")
-    parser.add_argument("--temperature", type=positive_float, default=1.0, metavar="X",
-                        help="above 1 more varied, below 1 likelier words (1: the model's own; default: %(default)s)")
+    parser.add_argument("--prompt", metavar="TEXT", help="text to go on from (default: none, the start of a line)")
+    parser.add_argument("--prompt-file", metavar="FILE", help="the same from a file (-: from standard input)")
+    parser.add_argument("--temperature", type=non_negative_float, default=1.0, metavar="X",
+                        help="above 1 more varied, below 1 likelier words (1: the model's own; 0: the likeliest word "
+                             "each time; default: %(default)s)")
     parser.add_argument("--top-k", type=non_negative_int, default=0, metavar="K",
                         help="sample among the K likeliest words (0: all; default: %(default)s)")
     parser.add_argument("--seed", type=seed, default=1111, metavar="N",
@@ -49,6 +58,8 @@ def parse_flags(argv):
     parser.add_argument("--precision", choices=["fp32", "bf16"], default="fp32",
                         help="of the products with the weights; bf16 is faster, on x86 CPUs with instructions for it "
                              "(default: %(default)s)")
+    parser.add_argument("--model", choices=list(LAYERS), help="recurrent layer; has to be that of the trained model")
+    parser.add_argument("--data", metavar="PATH", help="not needed: the vocabulary is in the checkpoint")
     add_device_flags(parser)
     return parser.parse_args(argv)
 
@@ -72,7 +83,8 @@ def sample(model, context, length, temperature=1.0, top_k=0, batch_size=1):
         if 0 < top_k < scores.size(-1):
             scores, candidates = scores.topk(top_k)
         scores -= scores.amax(-1, keepdim=True)  # the likeliest stays at 0, however small the temperature
-        chosen = sample_rows(scores.div_(temperature).exp_())
+        weights = scores.div_(temperature).exp_() if temperature else (scores == 0).double()
+        chosen = sample_rows(weights)
         tokens = chosen.t() if candidates is None else candidates.gather(1, chosen).t()
         yield tokens[0].tolist()
 
@@ -104,17 +116,35 @@ def decode_prompt(text):
     except UnicodeEncodeError:  # the locale has no such character, so the text did not come from its command line
         return text
     except UnicodeDecodeError as error:
-        raise BadInput("--prompt: is not UTF-8 text (--level byte takes any bytes)") from error
+        raise BadInput("the prompt is not UTF-8 text (a model at byte level takes any bytes)") from error
+
+
+def read_prompt(args):
+    """Return the prompt that the flags give, a str in which bytes that are no text stay what they are."""
+    if args.prompt is not None and args.prompt_file is not None:
+        raise BadInput("--prompt and --prompt-file: one of them")
+    if args.prompt_file is None:
+        return args.prompt or ""
+    try:
+        if args.prompt_file == "-":
+            return os.fsdecode(sys.stdin.buffer.read())
+        with open(args.prompt_file, "rb") as file:
+            return os.fsdecode(file.read())
+    except (OSError, AttributeError) as error:  # there may be no standard input
+        raise BadInput(f"--prompt-file {args.prompt_file}: cannot be read: "
+                       f"{getattr(error, 'strerror', None) or error}") from error
 
 
 def tokenize(text, level):
-    """Split a prompt into tokens, at the level of the model."""
+    """Split a prompt into tokens, at the level of the model; a new line is an <eos>."""
     if level == "byte":
         return ["<eos>" if byte == ord("\n") else str(byte) for byte in os.fsencode(text)]
-    text = decode_prompt(text)
-    if level == "word":
-        return text.split()
-    return ["<eos>" if character == "\n" else character for character in text.replace("\r\n", "\n")]
+    tokens = []
+    *ended, last = split_lines(decode_prompt(text))
+    for line in ended:
+        line = line.split() if level == "word" else list(line)
+        tokens += line if line[-1:] == ["<eos>"] else [*line, "<eos>"]  # our own text spells it out
+    return tokens + (last.split() if level == "word" else list(last))
 
 
 def encode(tokens, dictionary):
@@ -160,7 +190,7 @@ def logged(steps, total, interval):
     for done, tokens in enumerate(steps, 1):
         yield tokens
         if done % interval == 0:
-            print(f"| generated {done:6d}/{total:6d} words", flush=True)
+            log(f"| generated {done:6d}/{total:6d} words")
 
 
 def write_texts(file, prompt, steps, batch_size, dictionary, level):
@@ -190,24 +220,33 @@ def main(argv=None):
     args = parse_flags(argv)
     device = set_up_device(args.cuda)
     check_output(args.outf, args.checkpoint)
-    content = checkpoint.load(args.checkpoint, device)
+    content = checkpoint.load_model(args.checkpoint, device)
     model = checkpoint.restore_model(content, args.checkpoint, device=device)
     if args.precision == "bf16":
         if not args.cuda and packs_bf16():
             model.pack()
         else:
             print("--precision bf16: for x86 CPUs with instructions for it; writing in fp32", file=sys.stderr)
+    if args.model and args.model != content["flags"]["model"]:
+        raise BadInput(f"--model {args.model} contradicts {args.checkpoint}, which is of model "
+                       f"{content['flags']['model']}")
     level, dictionary = content["flags"].get("level", "word"), Dictionary(content["vocabulary"])
-    prompt = tokenize(args.prompt, level)
+    prompt = tokenize(read_prompt(args), level)
     context = torch.tensor(encode(prompt, dictionary), device=device)
     torch.manual_seed(args.seed)
     steps = sample(model, context, args.words, args.temperature, args.top_k, args.batch)
-    if args.outf == "-":
-        write_texts(sys.stdout, prompt, steps, args.batch, dictionary, level)
-    else:
-        steps = logged(steps, args.words, args.log_interval)
-        with replacing(args.outf, "w", encoding="utf-8") as file:
-            write_texts(file, prompt, steps, args.batch, dictionary, level)
+    try:
+        if args.outf == "-":
+            write_texts(sys.stdout, prompt, steps, args.batch, dictionary, level)
+        else:
+            steps = logged(steps, args.words, args.log_interval)
+            with replacing(args.outf, "w", encoding="utf-8") as file:
+                write_texts(file, prompt, steps, args.batch, dictionary, level)
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise BadInput(f"--outf {args.outf}: could not be written: {error.strerror}") from error
+    log.check()
 
 
 if __name__ == "__main__":

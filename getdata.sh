@@ -79,10 +79,15 @@ complete() {
     done
 }
 
+# source_of URL: where a file is fetched from, its home or the mirror that was named.
+source_of() {
+    if [ -n "${GETDATA_URL:-}" ]; then echo "${GETDATA_URL%/}/${1##*/}"; else echo "$1"; fi
+}
+
 # download URL FILE: false, with a line that says why, when it cannot be had.
 download() {
-    local url=$1
-    [ -z "${GETDATA_URL:-}" ] || url="${GETDATA_URL%/}/${url##*/}"
+    local url
+    url=$(source_of "$1")
     say "fetching $url"
     if command -v curl >/dev/null; then
         curl --fail --location --silent --show-error --retry 2 --connect-timeout 20 \
@@ -115,7 +120,7 @@ archive() {
     for url in "$@"; do
         if download "$url" "$work/$file"; then
             verified "$work/$file" "$file" && return
-            say "$url gave something else (wrong checksum)"
+            say "$(source_of "$url") gave something else (wrong checksum)"
         fi
     done
     return 1

@@ -7,11 +7,17 @@ SGD turns into averaged SGD when the validation loss stops falling (NT-ASGD). Th
 learning rate. Papers: arXiv 1708.02182 and 1803.08240.
 """
 
+if __name__ == "__main__":  # before torch, whose import takes seconds
+    import process
+
+    process.begin()
+
+
 import time
 
 import checkpoint
 from device import set_up_device
-from files import check_writable
+from errors import BadInput
 from flags import Parser, add_training_flags, positive_int
 from model import ARCHITECTURE, DROPOUTS, RNNModel
 from optimizers import make_optimizer
@@ -19,9 +25,14 @@ from process import run_script
 from resume import resume
 from steps import seed_everything
 from training import Run, open_batches, train
-from utils import BadInput
 
+NEVER = -1  # of --when
 DEFAULT_LR = {"sgd": 30.0, "adam": 1e-3}
+
+
+def epoch_or_never(text):
+    """Read a value of --when: an epoch, from 1, or -1 for none."""
+    return NEVER if text == str(NEVER) else positive_int(text)
 
 
 def parse_flags(argv):
@@ -30,9 +41,9 @@ def parse_flags(argv):
     group = parser.add_argument_group("schedule")
     group.add_argument("--optimizer", choices=list(DEFAULT_LR), default="sgd",
                        help="sgd, which turns into ASGD at a plateau, or adam (default: %(default)s)")
-    group.add_argument("--when", type=positive_int, nargs="+", default=[], metavar="E",
+    group.add_argument("--when", type=epoch_or_never, nargs="+", default=[], metavar="E",
                        help="epochs after which a copy of the model is kept as SAVE.eE and the rate is divided "
-                            "by 10 (default: none; no longer once ASGD runs)")
+                            "by 10 (default and -1: none; no longer once ASGD runs)")
     return parser.parse_args(argv)
 
 
@@ -40,20 +51,31 @@ def main(argv=None):
     args = parse_flags(argv)
     device = set_up_device(args.cuda, args.cuda_graphs)
     if args.resume:
-        run = resume(parse_flags, argv, "train", device)
+        save = args.save or checkpoint.best_path(args.resume)
+    else:
+        save = args.save = args.save or f"{time.time_ns() // 10**6}.pt"
+    with checkpoint.claimed(save, dry_run=args.dry_run):
+        run = resume(parse_flags, argv, "train", device) if args.resume else start(args, device)
         return train(run)
+
+
+def start(args, device):
+    """Begin a run: text, model and optimizer as the flags say. Raises BadInput where a run lies at --save."""
+    if not (args.overwrite or args.dry_run):
+        checkpoint.check_free(args.save)
     args.lr = args.lr or DEFAULT_LR[args.optimizer]
-    args.save = args.save or f"{time.time_ns() // 10**6}.pt"
-    check_writable(*checkpoint.files_of_run(args.save))
-    dictionary, batches = open_batches(args, device)
+    args.when = [epoch for epoch in args.when if epoch != NEVER]
+    corpus, batches = open_batches(args, device)
     seed_everything(args.seed)
     flags = {name: getattr(args, name) for name in ARCHITECTURE + DROPOUTS}
     try:
-        model = RNNModel(len(dictionary), **flags).to(device)
+        model = RNNModel(len(corpus.dictionary), **flags).to(device)
     except RuntimeError as error:  # what PyTorch raises when it gets no memory
         raise BadInput(f"no model of this size: {str(error).splitlines()[0]}") from error
     optimizer = make_optimizer(args.optimizer, model, args.lr, args.wdecay)
-    return train(Run("train", args, dictionary.idx2word, batches, model, optimizer))
+    if args.overwrite and not args.dry_run:
+        checkpoint.remove_run(args.save)
+    return Run("train", args, corpus.dictionary.idx2word, batches, model, optimizer, checksum=corpus.checksum)
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ import numpy
 import torch
 from tqdm import tqdm
 
-from utils import BadInput
+from errors import BadInput
 
 
 def loss_metrics(loss):
@@ -40,11 +40,35 @@ def format_loss(name, loss):
     return f"{label}loss {loss:5.2f} | {label}ppl {ppl} | {label}bpc {values['bpc']:8.3f}"
 
 
-def log(line):
-    """Print a line, above the progress bar where there is one."""
-    if sys.stdout is not None:
-        tqdm.write(line)
-        sys.stdout.flush()
+class Log:
+    """What prints the lines of a run, above the progress bar where there is one.
+
+    A line that cannot be written (a full disk, a reader that has gone) interrupts nothing: `error` says so, training
+    stops at the next batch with its state written, and `check` raises in the end.
+    """
+
+    def __init__(self):
+        self.error = None
+
+    def __call__(self, line):
+        if sys.stdout is None or self.error:
+            return
+        try:
+            tqdm.write(line)
+            sys.stdout.flush()
+        except OSError as error:
+            self.error = error
+
+    def check(self):
+        """Raise what kept a line from being written, as BadInput unless a reader has gone; then begin anew."""
+        error, self.error = self.error, None
+        if isinstance(error, BrokenPipeError):
+            raise error
+        if error:
+            raise BadInput(f"standard output: could not be written: {error.strerror}") from error
+
+
+log = Log()
 
 
 def progress_bar(total, done, unit, description):
@@ -57,16 +81,30 @@ def progress_bar(total, done, unit, description):
 
 
 class Metrics:
-    """Write the metrics file at `path`.
+    """The metrics file at `path`: lines are added, on a line of their own whatever an editor or a crash left there.
 
-    Lines are added at the end. With `keep`, all beyond that many bytes is dropped first.
+    Given `keep`, what a run that is resumed at `stage` wrote beyond so many bytes is dropped first, if nothing else
+    stands there and the cut is at the end of a line.
     """
 
-    def __init__(self, path, keep=None):
+    OF_A_RUN = ("batch", "epoch", "switch", "decay", "test")  # kinds that are written again when a run goes on
+
+    def __init__(self, path, keep=None, stage=None):
         self.path = Path(path)
-        with open(self.path, "ab") as file:
-            if keep is not None and keep < file.tell():
+        with open(self.path, "ab+") as file:
+            if keep is not None and self.is_own(file, keep, stage):
                 file.truncate(keep)
+            size = file.seek(0, 2)
+            if size and read_at(file, size - 1, 1) != b"\n":
+                file.write(b"\n")
+
+    def is_own(self, file, keep, stage):
+        """Return whether the lines from byte `keep` on are of the run at `stage` that goes on, and of no other."""
+        if not 0 < keep < file.seek(0, 2) or read_at(file, keep - 1, 1) != b"\n":
+            return False
+        lines, _ = parse_lines(read_at(file, keep, -1).split(b"\n"))
+        return all(line["kind"] in self.OF_A_RUN or (line["kind"], line.get("stage")) == ("resume", stage)
+                   for line in lines)
 
     def write(self, kind, **values):
         """Add a line of kind `kind`.
@@ -82,6 +120,40 @@ class Metrics:
 
     def size(self):
         return self.path.stat().st_size
+
+
+def read_at(file, place, count):
+    file.seek(place)
+    return file.read(count)
+
+
+def parse_lines(lines):
+    """Parse the lines of a metrics file, bytes; returns the records, and the numbers of lines that are none, from 1."""
+    records, bad = [], []
+    for number, line in enumerate(lines, 1):
+        try:
+            record = json.loads(line) if line.strip() else None
+            if record is not None:
+                record["kind"].strip()
+                records.append(record)
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+            bad.append(number)
+    return records, bad
+
+
+def read_metrics(path):
+    """Read the records of a metrics file; lines that are none are skipped and named on stderr.
+
+    Raises BadInput when there is no such file.
+    """
+    try:
+        content = Path(path).read_bytes()
+    except OSError as error:
+        raise BadInput(f"{path}: cannot be read: {error.strerror}") from error
+    records, bad = parse_lines(content.split(b"\n"))
+    if bad:
+        print(f"{path}: skipped, no record: line {', '.join(map(str, bad))}", file=sys.stderr)
+    return records
 
 
 def describe_run(flags, parameters, device):

@@ -41,6 +41,30 @@ def make_layer(model, input_size, hidden_size, first):
     return {"LSTM": LSTM, "GRU": GRU}[model](input_size, hidden_size)
 
 
+def layer_sizes(emsize, nhid, nlayers, tied):
+    """Return the sizes of the layers' inputs and of the last one's output: E, H, ..., H, and E when tied or H."""
+    return [emsize] + [nhid] * (nlayers - 1) + [emsize if tied else nhid]
+
+
+def parameter_shapes(ntoken, model, emsize, nhid, nlayers, tied):
+    """Return the shapes of the state dict of an RNNModel with these flags, by name, without building it."""
+    sizes = layer_sizes(emsize, nhid, nlayers, tied)
+    shapes = {"encoder.weight": (ntoken, emsize)}
+    for layer, (size, hidden) in enumerate(zip(sizes, sizes[1:])):
+        if model == "QRNN":
+            rows, inputs = 3 * hidden, size * (2 if layer == 0 else 1)
+            parts = {"linear.weight": (rows, inputs), "linear.bias": (rows,)}
+        else:
+            rows = {"LSTM": 4, "GRU": 3}[model] * hidden
+            parts = {"weight_ih_l0": (rows, size), "weight_hh_l0": (rows, hidden), "bias_ih_l0": (rows,),
+                     "bias_hh_l0": (rows,)}
+        shapes |= {f"rnns.{layer}.{name}": shape for name, shape in parts.items()}
+    shapes |= {"decoder.weight": (ntoken, sizes[-1]), "decoder.bias": (ntoken,)}
+    if tails := len([split for split in splits_for(ntoken) if split < ntoken]):
+        shapes |= {"softmax.tail_vectors": (tails, sizes[-1]), "softmax.tail_bias": (tails,)}
+    return shapes
+
+
 class RNNModel(nn.Module):
     """Model a language of V = `ntoken` words with recurrent layers.
 
@@ -64,7 +88,7 @@ class RNNModel(nn.Module):
         self.dropout, self.dropouth, self.dropouti = dropout, dropouth, dropouti
         self.dropoute, self.wdrop = dropoute, wdrop
         self.dropped_weight = LAYERS[model]
-        sizes = [emsize] + [nhid] * (nlayers - 1) + [emsize if tied else nhid]
+        sizes = layer_sizes(emsize, nhid, nlayers, tied)
         self.encoder = nn.Embedding(ntoken, emsize)
         self.rnns = nn.ModuleList(make_layer(model, n, m, first=layer == 0)
                                   for layer, (n, m) in enumerate(zip(sizes, sizes[1:])))

@@ -11,6 +11,12 @@ The model is not trained further. Papers:
 Shapes are in the alphabet of `model.py`.
 """
 
+if __name__ == "__main__":  # before torch, whose import takes seconds
+    import process
+
+    process.begin()
+
+
 import math
 import time
 from itertools import product
@@ -20,11 +26,13 @@ import torch
 import checkpoint
 from data import Corpus, load_split
 from device import set_up_device
+from errors import BadInput
+from files import locked
 from flags import Parser, add_data_flags, add_device_flags, non_negative_float, positive_int, probability
 from metrics import Metrics, format_loss, log, loss_metrics
 from model import LAYERS
 from process import run_script
-from utils import BadInput, get_batch
+from utils import get_batch
 
 QUERY_ROWS = 256  # predictions scored at once; QUERY_ROWS x (window + QUERY_ROWS) similarities are in memory
 
@@ -159,8 +167,15 @@ def record(save, lines):
 def main(argv=None):
     args = parse_flags(argv)
     device = set_up_device(args.cuda)
-    content = checkpoint.load(args.save, device)
+    with locked(checkpoint.metrics_path(args.save), required=False):
+        score(args, argv, device)
+
+
+def score(args, argv, device):
+    """Score validation and test, print and record what comes out."""
+    content = checkpoint.load_model(args.save, device)
     args, _ = checkpoint.merge_flags(parse_flags, argv, content, args.save, ["model", "data", "level", "shares"])
+    checkpoint.check_data(content, args.save, args.data)
     corpus = Corpus(args.data, args.level, args.shares)
     log(corpus.describe())
     checkpoint.check_vocabulary(content, args.save, corpus.dictionary, args.data)
@@ -182,6 +197,7 @@ def main(argv=None):
     _, loss = scores[0]
     lines.append(report("pointer", "test", best, loss, seconds))
     record(args.save, lines)
+    log.check()
 
 
 if __name__ == "__main__":

@@ -1,29 +1,46 @@
-"""Run and end a script: its streams, its signals, its exit status."""
+"""How a script begins and ends: streams, signals, exit status. Needs no torch, so that it can come first."""
 
 import os
 import signal
 import sys
 import threading
 
-from utils import BadInput
+from errors import BadInput
 
 INTERRUPTED = 130  # exit status after Ctrl-C, 128 + SIGINT, as shells have it
 BROKEN_PIPE = 141  # 128 + SIGPIPE
-STOP, SAVE = ("SIGINT", "SIGTERM"), ("SIGUSR1",)  # not every system has all of them
+STOP, SAVE = ("SIGINT", "SIGTERM", "SIGHUP"), ("SIGUSR1",)  # not every system has all of them
+
+
+def begin():
+    """Prepare a script before torch is imported, which takes seconds: Ctrl-C is one line, SIGUSR1 ends nothing."""
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, leave)
+    for name in SAVE:
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
+
+
+def leave(*_):
+    """End the process at once, whatever is being imported."""
+    print(f"{sys.argv[0]}: interrupted", file=sys.stderr, flush=True)
+    os._exit(INTERRUPTED)
 
 
 def run_script(main):
     """Run a script's `main` and exit.
 
-    Bad input is one line on stderr and exit status 2. A bug keeps its traceback.
+    Bad input is one line on stderr and exit status 2, and so is an output that cannot be written. A bug keeps its
+    traceback.
     """
+    if signal.getsignal(signal.SIGINT) is leave:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     for stream in (sys.stdout, sys.stderr):  # a notebook's cannot be reconfigured; without a terminal there are none
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")  # what a terminal cannot show must not stop the run
     try:
         status = main()
-        if sys.stdout is not None:
-            sys.stdout.flush()
+        flush(sys.stdout)
     except BadInput as error:
         print(f"{sys.argv[0]}: error: {' '.join(str(error).splitlines())}", file=sys.stderr)
         status = 2
@@ -31,19 +48,37 @@ def run_script(main):
         print(f"{sys.argv[0]}: interrupted", file=sys.stderr)
         status = INTERRUPTED
     except BrokenPipeError:  # whoever read the output has gone
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         status = BROKEN_PIPE
+    if status in (2, BROKEN_PIPE):
+        abandon(sys.stdout)
     sys.exit(status)
+
+
+def flush(stream):
+    """Flush a stream, if there is one; raises BadInput when it cannot be written to."""
+    try:
+        if stream is not None:
+            stream.flush()
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise BadInput(f"standard output: could not be written: {error.strerror}") from error
+
+
+def abandon(stream):
+    """Send what a stream still holds nowhere, if it cannot be written, so that the end of the process does not fail."""
+    try:
+        flush(stream)
+    except (BadInput, BrokenPipeError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 class StopSignals:
     """Let the code go on to where it can stop or save, inside `with StopSignals() as signals`.
 
-    - SIGINT and SIGTERM set `signals.stop` to their number.
-    - SIGUSR1 sets `signals.save`.
-    - A second signal to stop ends the process at once.
-
-    Outside of the main thread nothing changes. The same holds for signals that the system lacks.
+    SIGINT, SIGTERM and SIGHUP set `signals.stop` to their number, SIGUSR1 sets `signals.save`. A second signal to stop
+    ends the process at once. A signal to stop that is ignored stays so (nohup). Outside of the main thread, and for
+    signals that the system lacks, nothing changes.
     """
 
     def __init__(self):
@@ -52,8 +87,8 @@ class StopSignals:
     def __enter__(self):
         if threading.current_thread() is threading.main_thread():  # only there can they be received
             for name in (*STOP, *SAVE):
-                if hasattr(signal, name):
-                    number = getattr(signal, name)
+                number = getattr(signal, name, None)
+                if number and (name in SAVE or signal.getsignal(number) is not signal.SIG_IGN):
                     self.previous[number] = signal.signal(number, self.receive)
         return self
 

@@ -4,13 +4,15 @@ import math
 from dataclasses import fields
 
 import checkpoint
-from files import check_writable, copy_file, same_file
+from errors import BadInput
+from files import copy_file, same_file
 from metrics import log
-from optimizers import make_optimizer
+from optimizers import at_plateau, make_optimizer
 from training import Progress, Run, open_batches
-from utils import BadInput, map_hidden
+from utils import map_hidden
 
-NOT_RESUMED = {"save", "resume", "cuda", "cuda_graphs", "dry_run"}  # they belong to the command, not to the run
+# They belong to the command, not to the run.
+NOT_RESUMED = {"save", "resume", "cuda", "cuda_graphs", "dry_run", "overwrite"}
 
 
 def resume(parse, argv, stage, device):
@@ -21,17 +23,15 @@ def resume(parse, argv, stage, device):
     """
     args = parse(argv)
     best = checkpoint.best_path(args.resume)
-    path = checkpoint.last_path(best)
-    content = checkpoint.load(path, device)
-    state = content.get("state")
-    if not isinstance(state, dict) or state.get("stage") != stage:
-        raise BadInput(f"{path}: not the state of a run of this script (its stage is not {stage!r})")
+    path, content = find_state(best, stage, device)
+    state = content["state"]
     names = [name for name in vars(args) if name not in NOT_RESUMED]
     args, changed = checkpoint.merge_flags(parse, argv, content, path, names)
     args.save = args.save or str(best)
-    check_writable(*checkpoint.files_of_run(args.save))
-    dictionary, batches = open_batches(args, device)
-    checkpoint.check_vocabulary(content, path, dictionary, args.data)
+    checkpoint.check_data(content, path, args.data)
+    corpus, batches = open_batches(args, device)
+    check_corpus(state, path, corpus, args.data, content["flags"].get("data"))
+    checkpoint.check_vocabulary(content, path, corpus.dictionary, args.data)
     model = checkpoint.restore_model(content, path, vars(args), device)
     try:
         columns, _ = changed.get("batch_size", (args.batch_size, None))
@@ -41,32 +41,99 @@ def resume(parse, argv, stage, device):
         checkpoint.restore_generators(state["generators"])
     except (AttributeError, LookupError, TypeError, ValueError, RuntimeError) as error:
         raise BadInput(f"{path}: damaged checkpoint: its state cannot be restored") from error
-    if progress.best_loss < math.inf:
-        checkpoint.load(best)  # raises BadInput now: the best model is needed at the end
     if progress.row and "batch_size" in changed:
         raise BadInput(f"--batch_size cannot change in the middle of an epoch, which is where {path} stopped")
     for group in optimizer.param_groups:
         group["weight_decay"] = args.wdecay
         if "lr" in changed:
             group["lr"] = args.lr
-    if not same_file(args.save, best) and not args.dry_run:  # goes on under another name, with all files so far
-        for old, new in zip(checkpoint.files_of_run(best), checkpoint.files_of_run(args.save)):
-            if old.exists():
-                copy_file(old, new)
+    if progress.best_loss < math.inf:
+        best_stage = checkpoint.load(best)["stage"]  # it will be needed in the end
+        if not args.dry_run:
+            carry_on(best, args.save, stage, best_stage)
     differences = [f"{name} {saved} -> {given}" for name, (saved, given) in changed.items()]
     log("; ".join([f"resuming {path} in epoch {progress.epoch + 1}, batch {progress.batch + 1}", *differences]))
-    return Run(stage, args, dictionary.idx2word, batches, model, optimizer, progress)
+    return Run(stage, args, corpus.dictionary.idx2word, batches, model, optimizer, progress, checksum=corpus.checksum)
+
+
+def find_state(best, stage, device="cpu"):
+    """Find the state of the run at `stage` whose best model is at `best`; returns its path and content.
+
+    Fine-tuning once kept its state where training does. Raises BadInput when there is none.
+    """
+    path = checkpoint.last_path(best, stage)
+    if not path.exists():
+        path = next((old for old in checkpoint.old_last_paths(best) if old.exists()), path)
+    content = checkpoint.load(path, device)
+    state = content.get("state")
+    if not isinstance(state, dict) or state.get("stage") != stage:
+        raise BadInput(f"{path}: not the state of a run of this script (its stage is not {stage!r})")
+    return path, content
+
+
+def is_unfinished(best, stage):
+    """Return whether a run at `stage` whose best model is at `best` was stopped before its end."""
+    if not checkpoint.last_path(best, stage).exists():
+        return False
+    _, content = find_state(best, stage)
+    try:
+        flags, progress = content["flags"], content["state"]["progress"]
+        plateau = stage == "finetune" and at_plateau(progress["history"], flags["nonmono"])
+        return progress["epoch"] < flags["epochs"] and not plateau
+    except (LookupError, TypeError) as error:
+        raise BadInput(f"{checkpoint.last_path(best, stage)}: damaged checkpoint") from error
+
+
+def check_corpus(state, path, corpus, given, saved):
+    """Raise BadInput unless the text is the one of the state; states of before do not say which it was."""
+    checksum = state.get("corpus")
+    if checksum and checksum != corpus.checksum:
+        raise BadInput(f"{given} is not the text of {path}, which was {saved}: its checksum is {corpus.checksum[:12]}, "
+                       f"not {str(checksum)[:12]}; a run goes on with the text it began with")
+
+
+def carry_on(best, save, stage, best_stage):
+    """Put the model that the run had at `best` where it goes on, at `save`.
+
+    Training that goes on after fine-tuning in place takes the untuned model back. The tuned one is kept.
+    """
+    untuned = checkpoint.untuned_path(best)
+    source = untuned if stage == "train" and best_stage == "finetune" else best
+    if source == untuned:
+        checkpoint.load(untuned)
+        if same_file(best, save):
+            keep_tuned(best)
+    if not same_file(source, save):
+        copy_file(source, save)
+    if not same_file(best, save):  # it goes on under another name, with all it has so far
+        for old, new in ((checkpoint.last_path(best, stage), checkpoint.last_path(save, stage)),
+                         (checkpoint.metrics_path(best), checkpoint.metrics_path(save))):
+            if old.exists():
+                copy_file(old, new)
+
+
+def keep_tuned(best):
+    """Keep a model that was fine-tuned in place, and the state of its fine-tuning, under a name of their own."""
+    tuned = checkpoint.finetuned_path(best)
+    if tuned.exists():
+        raise BadInput(f"{best} has been fine-tuned, and {tuned} is there already: --save goes on under another name")
+    copy_file(best, tuned)
+    state = checkpoint.last_path(best, "finetune")
+    if state.exists():
+        copy_file(state, checkpoint.last_path(tuned, "finetune"))
+        state.unlink()
+    log(f"{best} has been fine-tuned: that model is kept as {tuned}; training goes on from the untuned one")
 
 
 def restore_progress(values, hidden):
     """Make Progress of its saved values.
 
-    Its hidden state has to have the form of `hidden`. Raises TypeError or ValueError for values that Progress cannot
-    hold.
+    Raises TypeError or ValueError unless they are what a Progress holds. Its hidden state must have the form of
+    `hidden`.
     """
     progress = Progress(**values)
     for entry in fields(Progress):
-        value = values[entry.name]
+        value = getattr(progress, entry.name)
         if not isinstance(value, entry.type) or (isinstance(value, int) and value < 0):
             raise ValueError
     if progress.hidden is not None and form(progress.hidden) != form(hidden):

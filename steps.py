@@ -17,6 +17,8 @@ from graphs import GraphedPass
 from metrics import log
 from utils import get_batch, repackage_hidden
 
+MIN_SEQ_LEN = 5  # time steps
+
 
 def seed_everything(seed):
     numpy.random.seed(seed)
@@ -30,7 +32,7 @@ def sample_seq_len(bptt, max_bptt=None):
     (0 or None: no limit). Paper: 1708.02182, section 4.1.
     """
     base = bptt if numpy.random.random() < 0.95 else bptt / 2
-    seq_len = max(5, int(numpy.random.normal(base, 5)))
+    seq_len = max(MIN_SEQ_LEN, int(numpy.random.normal(base, 5)))
     return min(seq_len, max_bptt) if max_bptt else seq_len
 
 

@@ -25,16 +25,18 @@ import torch
 import checkpoint
 from data import Corpus, load_split
 from device import peak_memory
+from errors import BadInput
 from files import PARTIAL
 from metrics import Metrics, describe_run, format_loss, log, loss_metrics, progress_bar
 from model import RNNModel
 from optimizers import at_plateau, averaged_weights, is_averaging, make_optimizer
 from process import StopSignals
 from splitcross import splits_for
-from steps import choose_pass, evaluate, sample_seq_len, seed_everything, train_step
-from utils import BadInput, get_batch
+from steps import MIN_SEQ_LEN, choose_pass, evaluate, sample_seq_len, seed_everything, train_step
+from utils import get_batch
 
 Batches = namedtuple("Batches", "train valid test")  # the splits, each (N, B)
+SHORT = 8  # a --bptt below which most batches are longer than it says
 
 
 @dataclass
@@ -53,6 +55,7 @@ class Progress:
     window_rows: int = 0                            # rows of these
     window_loss: float = 0.0                        # sum of their losses over batches
     window_seconds: float = 0.0                     # time they took
+    window_scale: float = 0.0                       # sum of the factors of their learning rates
     history: list = field(default_factory=list)     # validation loss after each completed epoch
     best_loss: float = math.inf                     # validation loss of the model at --save, nats per token
     best_epoch: int = 0                             # 0: the model that training started from
@@ -72,11 +75,12 @@ class Run:
     progress: Progress = field(default_factory=Progress)
     metrics: Metrics | None = None                  # from `begin` on
     forward_backward: Callable | None = None        # a pass of training; from `begin` on
-    saved_at: float = 0.0                           # when the state was last written, by the monotonic clock
+    saved_at: float = 0.0                           # when its state was last written, by the monotonic clock
+    checksum: str = ""                              # of the text
 
 
 def open_batches(args, device):
-    """Read the corpus that the flags say and lay it out.
+    """Read the corpus that the flags say and lay it out; returns the Corpus and its Batches.
 
     Returns its dictionary and Batches. The columns are --batch_size for training, 10 for validation, 1 for the test.
     Sets `args.level` to what the corpus has. So the level travels with the model. Raises BadInput when a split is
@@ -89,7 +93,7 @@ def open_batches(args, device):
         raise BadInput(f"--cuda-graphs: not with a split softmax, which {len(corpus.dictionary):,} words have")
     train = load_split(corpus, "train", args.batch_size, device, rows=3)
     valid, test = load_split(corpus, "valid", 10, device), load_split(corpus, "test", 1, device)
-    return corpus.dictionary, Batches(train, valid, test)
+    return corpus, Batches(train, valid, test)
 
 
 # --- the loop --------------------------------------------------------------------------------------------------------
@@ -103,12 +107,13 @@ def train(run):
         return dry_run(run)
     begin(run)
     with StopSignals() as signals:
-        while not (signals.stop or is_finished(run)):
+        while not (signals.stop or log.error or is_finished(run)):
             train_epoch(run, signals)
-            if not signals.stop:
+            if not (signals.stop or log.error):
                 end_epoch(run)           # validate, keep the best model
                 update_optimizer(run)    # NT-ASGD, --when
                 save_state(run)
+    log.check()
     return report_test(run, signals.stop)
 
 
@@ -124,16 +129,20 @@ def begin(run):
     args, progress, model = run.args, run.progress, run.model
     owned = {id(p) for group in run.optimizer.param_groups for p in group["params"]}
     assert owned == {id(p) for p in model.parameters() if p.requires_grad}, "the optimizer has to own what can learn"
-    for path in checkpoint.files_of_run(args.save):
-        Path(f"{path}{PARTIAL}").unlink(missing_ok=True)  # left by a run that was killed
+    for path in checkpoint.files_of_run(args.save, run.stage):
+        Path(f"{path}{PARTIAL}").unlink(missing_ok=True)  # of a run that was killed
     resumed = progress.metrics_bytes > 0
-    run.metrics = Metrics(checkpoint.metrics_path(args.save), keep=progress.metrics_bytes if resumed else None)
+    run.metrics = Metrics(checkpoint.metrics_path(args.save), progress.metrics_bytes if resumed else None, run.stage)
     description = describe_run(vars(args), model.parameter_count(), run.batches.train.device)
-    run.metrics.write("resume" if resumed else "run", stage=run.stage, **description)
+    run.metrics.write("resume" if resumed else "run", stage=run.stage, epoch=progress.epoch + 1, batch=progress.batch,
+                      corpus=run.checksum, **description)
     if run.stage == "finetune" and not resumed:
         run.metrics.write("loaded", **loss_metrics(progress.best_loss))
     log(f"{run.stage}: {' '.join(f'{name}={value}' for name, value in vars(args).items())}")
     log(f"model: {args.model}, {model.parameter_count():,} parameters, on {description['device']}")
+    if args.bptt < SHORT:
+        log(f"--bptt {args.bptt}: as in the original a batch has {MIN_SEQ_LEN} time steps or more, and the learning "
+            f"rate is scaled by steps / bptt: up to {(args.bptt + 20) / args.bptt:.0f} times")
     run.forward_backward = choose_pass(run.model, args.precision, args.alpha, args.beta, args.cuda_graphs)
     run.saved_at = time.monotonic()
 
@@ -145,19 +154,20 @@ def train_epoch(run, signals):
     """
     progress, source = run.progress, run.batches.train
     with progress_bar(len(source), progress.row, "row", f"epoch {progress.epoch + 1}") as bar:
-        for rows, loss, seconds in train_batches(run):
+        for rows, loss, seconds, scale in train_batches(run):
             bar.update(rows)
-            log_batch(run, rows, loss, seconds)
+            log_batch(run, rows, loss, seconds, scale)
             due = run.args.save_interval and time.monotonic() > run.saved_at + 60 * run.args.save_interval
-            if due or signals.stop or signals.save:
+            stop = signals.stop or log.error
+            if due or stop or signals.save:
                 save_state(run)
                 signals.save = False
-            if signals.stop:
+            if stop:
                 break
 
 
 def train_batches(run):
-    """Train batch after batch to the end of the epoch.
+    """Train batch after batch to the end of the epoch; yields rows, loss, seconds and factor of the learning rate.
 
     Yields the rows, the loss and the seconds of each batch. A longer batch takes a proportionally larger step. So no
     part of the text weighs more than another. Raises BadInput when a loss or gradient is not finite, or when memory
@@ -171,12 +181,13 @@ def train_batches(run):
         start = time.perf_counter()
         seq_len = sample_seq_len(args.bptt, max_bptt)
         words, targets = get_batch(source, progress.row, seq_len)
+        scale = seq_len / args.bptt
         with explained(run, words):
             progress.hidden, loss = train_step(run.model, run.optimizer, run.forward_backward, words, targets,
-                                               progress.hidden, lr_scale=seq_len / args.bptt, clip=args.clip)
+                                               progress.hidden, lr_scale=scale, clip=args.clip)
         progress.row += seq_len
         progress.batch += 1
-        yield len(words), loss, time.perf_counter() - start
+        yield len(words), loss, time.perf_counter() - start, scale
 
 
 @contextmanager
@@ -199,10 +210,10 @@ def explained(run, words):
                        "--max-bptt caps the steps, which vary around --bptt") from error
 
 
-def log_batch(run, rows, loss, seconds):
-    """Count a batch.
+def log_batch(run, rows, loss, seconds, scale):
+    """Count a batch; write a log line and a metrics line after each `--log-interval` of them.
 
-    Writes a log line and a metrics line after each `--log-interval` batches.
+    The log line shows the mean of the learning rates that were used, the metrics line also the one that was set.
     """
     args, progress, source = run.args, run.progress, run.batches.train
     progress.epoch_loss += rows * loss
@@ -211,19 +222,23 @@ def log_batch(run, rows, loss, seconds):
     progress.window_rows += rows
     progress.window_loss += loss
     progress.window_seconds += seconds
+    progress.window_scale += scale
     if progress.window_batches < args.log_interval:
         return
     mean, lr = progress.window_loss / progress.window_batches, run.optimizer.param_groups[0]["lr"]
     ms = progress.window_seconds * 1000 / progress.window_batches
+    used = lr * progress.window_scale / progress.window_batches
     run.metrics.write("batch", epoch=progress.epoch + 1, batch=progress.batch,
-                      tokens=progress.window_rows * source.size(1), lr=lr, ms_per_batch=ms, **loss_metrics(mean))
-    log(f"| epoch {progress.epoch + 1:3d} | {progress.batch:5d}/{len(source) // args.bptt:5d} batches | lr {lr:8.5f} | "
-        f"ms/batch {ms:8.2f} | {format_loss('', mean)}")
+                      tokens=progress.window_rows * source.size(1), lr=lr, mean_lr=used, ms_per_batch=ms,
+                      **loss_metrics(mean))
+    log(f"| epoch {progress.epoch + 1:3d} | {progress.batch:5d}/{len(source) // args.bptt:5d} batches | "
+        f"lr {used:8.5f} | ms/batch {ms:8.2f} | {format_loss('', mean)}")
     clear_window(progress)
 
 
 def clear_window(progress):
-    progress.window_batches, progress.window_rows, progress.window_loss, progress.window_seconds = 0, 0, 0.0, 0.0
+    progress.window_batches = progress.window_rows = 0
+    progress.window_loss = progress.window_seconds = progress.window_scale = 0.0
 
 
 def end_epoch(run):
@@ -277,7 +292,7 @@ def update_optimizer(run):
 
 
 def save_model(run, path, loss, **extra):
-    checkpoint.save(path, run.model, vars(run.args), run.vocabulary, loss, run.progress.epoch, **extra)
+    checkpoint.save(path, run.model, vars(run.args), run.vocabulary, loss, run.progress.epoch, run.stage, **extra)
 
 
 def save_state(run):
@@ -285,22 +300,20 @@ def save_state(run):
     progress = run.progress
     progress.metrics_bytes = run.metrics.size()
     state = {"stage": run.stage, "progress": asdict(progress), "averaging": is_averaging(run.optimizer),
-             "optimizer": run.optimizer.state_dict(), "generators": checkpoint.generator_states()}
+             "optimizer": run.optimizer.state_dict(), "generators": checkpoint.generator_states(),
+             "corpus": run.checksum}
     loss = progress.history[-1] if progress.history else math.inf
-    save_model(run, checkpoint.last_path(run.args.save), loss, state=state)
+    save_model(run, checkpoint.last_path(run.args.save, run.stage), loss, state=state)
     run.saved_at = time.monotonic()
 
 
 def report_test(run, stop):
-    """Test the best model, unless SIGTERM says that nobody waits for it.
-
-    Returns the exit status of the script.
-    """
+    """Test the best model, unless SIGTERM or SIGHUP says that nobody waits for it. Returns the exit status."""
     progress, save = run.progress, run.args.save
     if stop:
         log(f"| stopped by {signal.Signals(stop).name} | --resume {save} goes on from epoch {progress.epoch + 1}, "
             f"batch {progress.batch + 1}")
-    if stop == signal.SIGTERM:
+    if stop and stop != signal.SIGINT:
         return 128 + stop
     if progress.best_loss == math.inf:
         log("no epoch was completed: there is no model to test")
@@ -324,7 +337,7 @@ def dry_run(run):
     for _ in range(3 if args.cuda_graphs else 1):  # the third batch of a length is the first pure replay
         seed_everything(args.seed)
         run.progress = Progress()
-        rows, loss, seconds = next(train_batches(run))
+        rows, loss, seconds, _ = next(train_batches(run))
     log(f"| dry run | {rows * args.batch_size / seconds:,.0f} tokens/s in the first batch | "
         f"{format_loss('train', loss)}")
     with averaged_weights(run.optimizer):

@@ -1,17 +1,11 @@
-"""Handle bad input, batches out of a stream of token ids, and hidden states.
+"""Batches out of a stream of token ids, and hidden states.
 
 Shapes are in the alphabet of `model.py`.
 """
 
 import torch
 
-
-class BadInput(ValueError):
-    """Report that something a person handed over cannot be used.
-
-    The message is one line that says what and why.
-    """
-
+from errors import BadInput
 
 # --- batches ---------------------------------------------------------------------------------------------------------
 

@@ -7,7 +7,6 @@ Makes the sample corpus, trains, fine-tunes, adds the cache and writes text. At 
 stages and the text. Needs no network.
 """
 
-import json
 import os
 import shlex
 import subprocess
@@ -25,14 +24,15 @@ from table import table
 import main as train_script
 from data import Corpus, load_split
 from device import set_up_device
+from errors import BadInput
 from files import check_writable
 from flags import Parser
-from metrics import log
+from metrics import log, read_metrics
 from model import ARCHITECTURE, DROPOUTS, RNNModel
 from optimizers import make_optimizer
 from process import run_script
 from steps import choose_pass, train_step
-from utils import BadInput, get_batch
+from utils import get_batch
 
 ROOT = Path(train_script.__file__).parent
 
@@ -144,8 +144,7 @@ def main(argv=None):
         status = run(*step)
         if status:
             return status
-    lines = (folder / "demo.metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    print("", *table(map(json.loads, lines)), "", sep="\n")
+    print("", *table(read_metrics(folder / "demo.metrics.jsonl")), "", sep="\n")
     print((folder / "generated.txt").read_text(encoding="utf-8"), end="")
     return 0
 

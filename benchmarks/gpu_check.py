@@ -39,6 +39,7 @@ from speed import (
 from torch.profiler import ProfilerActivity, profile
 
 from device import allow_tf32, tf32
+from errors import BadInput
 from files import check_writable
 from model import RNNModel
 from optimizers import make_optimizer
@@ -46,7 +47,7 @@ from process import run_script
 from splitcross import splits_for
 from steps import choose_pass, seed_everything
 from training import Batches, Progress, Run, train_batches
-from utils import BadInput, batchify
+from utils import batchify
 
 TESTS = Path(__file__).parent.parent / "tests"
 TEST_FILES = ("test_regularisers.py", "test_qrnn.py", "test_reference.py", "test_cuda.py")  # those of graphs come last

@@ -8,7 +8,6 @@ in `runs/ROW`; the row is made from the metrics there and from nothing else.
 """
 
 import argparse
-import json
 import math
 import shlex
 import signal
@@ -19,18 +18,22 @@ from pathlib import Path
 
 from recipes import GRID, RECIPES
 
+sys.path.insert(0, str(Path(__file__).parent.parent))
+from checkpoint import last_path, metrics_path  # noqa: E402  the scripts of the project are no package
+from metrics import read_metrics  # noqa: E402
+
 ROOT = Path(__file__).parent.parent
 MARGIN = 20  # seconds, at most a quarter of the time, that a stage gets to finish its batch and write its state
 
-def metrics(save):
-    """The lines of the metrics file beside the checkpoint `save`."""
-    path = ROOT / save.with_suffix(".metrics.jsonl")
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+def records(save):
+    """Read the record of the run whose best model is at `save`; empty before there is one."""
+    path = ROOT / metrics_path(save)
+    return read_metrics(path) if path.exists() else []
 
 
 def is_done(stage, folder):
     """Whether a stage has come to its end."""
-    lines = metrics(folder / f"{'finetune' if stage in ('cache', 'grid') else stage}.pt")
+    lines = records(folder / f"{'finetune' if stage in ('cache', 'grid') else stage}.pt")
     if stage in ("train", "finetune"):
         return any(line["kind"] == "test" and line["finished"] for line in lines)
     return any(line["kind"] == ("grid" if stage == "grid" else "pointer") for line in lines)  # written in the end
@@ -43,7 +46,7 @@ def command(stage, recipe, folder, extra):
         flags = recipe["cache"] if stage == "cache" else GRID
         return ["pointer.py", "--save", str(folder / "finetune.pt"), *shlex.split(flags)]
     script = {"train": "main.py", "finetune": "finetune.py"}[stage]
-    if (ROOT / save.with_name(f"{stage}.last.pt")).exists():
+    if (ROOT / last_path(save, stage)).exists():
         return [script, "--resume", str(save)]
     load = ["--load", str(folder / "train.pt")] if stage == "finetune" else []
     return [script, *shlex.split(recipe[stage]), *extra, *load, "--save", str(save)]
@@ -66,7 +69,7 @@ def run(arguments, deadline):
 def row(name, folder):
     """The row for a table of results: figures of each stage beside the published ones."""
     recipe, cells = RECIPES[name], []
-    lines, tuned = metrics(folder / "train.pt"), metrics(folder / "finetune.pt")
+    lines, tuned = records(folder / "train.pt"), records(folder / "finetune.pt")
     for stage in (lines, tuned):
         for line in stage:
             if line["kind"] == "test" and line["finished"]:

@@ -3,9 +3,13 @@
     python benchmarks/table.py PTB.metrics.jsonl
 """
 
-import json
 import math
 import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+from metrics import read_metrics  # noqa: E402  the scripts of the project are no package
+from process import run_script  # noqa: E402
 
 
 def rows(lines):
@@ -30,7 +34,10 @@ def table(lines):
         yield f"| {stage:8} | {epochs:>6} | {valid:9.2f} | {test:8.2f} | {minutes:7.1f} |"
 
 
-if __name__ == "__main__":
+def main():
     for path in sys.argv[1:]:
-        with open(path, encoding="utf-8") as file:
-            print("\n".join(table(map(json.loads, file))))
+        print("\n".join(table(read_metrics(path))))
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,10 +1,11 @@
 """What several test files share."""
 
-import json
 import math
 
 import torch
 
+from checkpoint import metrics_path
+from metrics import parse_lines
 from utils import map_hidden
 
 TINY = ["--no-cuda", "--emsize", "5", "--nhid", "6", "--nlayers", "2", "--batch_size", "4", "--bptt", "7", "--lr", "1"]
@@ -12,7 +13,7 @@ TINY = ["--no-cuda", "--emsize", "5", "--nhid", "6", "--nlayers", "2", "--batch_
 
 def read_metrics(save):
     """The lines of the metrics file beside the checkpoint `save`, by their kind."""
-    lines = [json.loads(line) for line in save.with_suffix(".metrics.jsonl").read_text().splitlines()]
+    lines, _ = parse_lines(metrics_path(save).read_bytes().split(b"\n"))
     return {kind: [line for line in lines if line["kind"] == kind] for kind in sorted({line["kind"] for line in lines})}
 
 

@@ -64,11 +64,11 @@ def refused(run, folder, script, *arguments):
     ("main", "--log-interval 0"), ("main", "--alpha -2"), ("main", "--wdecay inf"), ("main", "--max-bptt -1"),
     ("finetune", "--dropouth 1.2"), ("finetune", "--epochs -1"), ("finetune", ""),
     ("pointer", "--window 0"), ("pointer", "--theta -1"), ("pointer", "--lambdasm 1"), ("pointer", "--bptt 0"),
-    ("generate", "--temperature 0"), ("generate", "--words 0"), ("generate", "--top-k -1"),
+    ("generate", "--temperature -1"), ("generate", "--words 0"), ("generate", "--top-k -1"),
     ("generate", "--precision tf32"),
 ])
 def test_flags_out_of_range(run, tmp_path, script, flags):
-    flag = flags.split(" ")[0]
+    flag = flags.split(" ")[0].replace("_", "-")
     assert flag in refused(run, tmp_path, script, *flags.split())
 
 
@@ -84,14 +84,15 @@ def test_missing_corpus_names_the_command_that_gets_it(run, place):
 @pytest.mark.parametrize("script", ["main", "finetune", "pointer"])
 @pytest.mark.parametrize("split", ["train", "valid", "test"])
 @pytest.mark.parametrize("content, message", [
-    (None, "No such file"), (b"", "is empty"), (b"\xff\xfe\n", "line 1 is not UTF-8"),
+    (None, "No such file"), (b"", "is empty"), (b"a\n\xff\n", "line 2 is not UTF-8"),
 ])
 def test_broken_split(run, place, script, split, content, message):
     path = place / "corpus" / f"{split}.txt"
     path.unlink()
     if content is not None:
         path.write_bytes(content)
-    err = refused(run, place, script, "--no-cuda", "--data", "corpus", "--save", "good.pt")
+    save = "new.pt" if script == "main" else "good.pt"
+    err = refused(run, place, script, "--no-cuda", "--data", "corpus", "--save", save)
     assert f"{split}.txt" in err
     assert message in err
 

@@ -8,8 +8,8 @@ import torch
 import checkpoint
 import main
 import resume
+from errors import BadInput
 from model import RNNModel
-from utils import BadInput
 
 FLAGS = {"model": "LSTM", "emsize": 5, "nhid": 6, "nlayers": 2, "tied": True,
          "dropout": 0.1, "dropouth": 0.1, "dropouti": 0.1, "dropoute": 0.1, "wdrop": 0.5}

@@ -10,7 +10,8 @@ import torch
 
 import data
 from data import Corpus
-from utils import BadInput, batchify, get_batch, repackage_hidden
+from errors import BadInput
+from utils import batchify, get_batch, repackage_hidden
 
 
 def write(folder, train="a b\nb c\n", valid="a\n", test="d\n"):

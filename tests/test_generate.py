@@ -5,9 +5,10 @@ import torch
 
 import generate
 from data import Dictionary
+from errors import BadInput
 from model import RNNModel
 from products import packs_bf16
-from utils import BadInput, map_hidden
+from utils import map_hidden
 
 
 @pytest.fixture
@@ -175,7 +176,7 @@ def test_unknown_prompt_words():
 
 
 @pytest.mark.parametrize("level, text, tokens", [
-    ("word", "a größe <eos>\nb\n", ["a", "größe", "<eos>", "b"]),
+    ("word", "a größe <eos>\nb <eos>\n", ["a", "größe", "<eos>", "b", "<eos>"]),
     ("char", "a ö\nb", ["a", " ", "ö", "<eos>", "b"]),
     ("byte", "a ö\n", ["97", "32", "195", "182", "<eos>"]),
 ])

@@ -9,7 +9,7 @@ import torch
 from helpers import Recorder
 
 import steps
-from utils import BadInput
+from errors import BadInput
 
 CASES = """
 import pytest

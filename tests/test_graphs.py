@@ -12,9 +12,9 @@ import optimizers
 import rnn
 import steps
 import training
+from errors import BadInput
 from graphs import GraphedPass
 from model import RNNModel
-from utils import BadInput
 
 SIMPLE = partial(steps.forward_backward, alpha=2, beta=1)
 KEEPING = partial(SIMPLE, keep_grads=True)
