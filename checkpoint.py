@@ -11,137 +11,35 @@ cannot run code. Its keys:
     stage              "train" or "finetune"; models of before have none
     state              only in the file for resuming: optimizer, progress and random generators (`training.py`)
 
-A run keeps two files:
-
-- `SAVE` is the best model, for evaluation.
-- `last_path(SAVE)` is the state to resume from.
+`run_files.py` names the files of a run.
 """
 
 import os
 import pickle
 import sys
 import zipfile
-from contextlib import contextmanager
-from pathlib import Path
 
 import numpy
 import torch
 
-from data import BYTES, LEVELS
 from errors import BadInput
-from files import check_writable, locked, replacing
+from files import replacing
 from model import ARCHITECTURE, DROPOUTS, RNNModel, parameter_shapes
+from run_files import STATES, best_path
+from splitcross import splits_for
+from text import BYTES, LEVELS
+from vocabulary import carry_rows
 
 FORMAT, VERSION = "awd-lstm", 1
 # The flags that a later run on a model or a state cannot change.
-FIXED = (*ARCHITECTURE, "level", "shares", "optimizer", "seed", "load")
+FIXED = (*ARCHITECTURE, "level", "shares", "vocab", "min_count", "max_vocab", "vocab_order", "optimizer", "seed",
+         "load")
 # What an optimizer keeps for each parameter, once it has made a step.
 OPTIMIZER_STATE = {torch.optim.SGD: set(), torch.optim.ASGD: {"step", "eta", "mu", "ax"},
                    torch.optim.Adam: {"step", "exp_avg", "exp_avg_sq"}}
 WAYS = ("fused", "foreach", "capturable")  # how a step is computed: depends on the device, not on the state
 CONTENT = {"flags": dict, "vocabulary": list, "model": dict, "loss": float, "epoch": int}
 
-
-# --- the files of a run ----------------------------------------------------------------------------------------------
-
-STATES = {"train": "last", "finetune": "finetune.last"}  # by stage
-RESERVED = ("last", "metrics.jsonl", "untuned", "partial", "lock")  # endings that no --save may have
-
-
-def beside(path, what):
-    """Name a file of the run whose best model is at `path`: PTB.pt -> PTB.WHAT.pt, and exp.lr0.1 -> exp.lr0.1.WHAT."""
-    path = Path(path)
-    return path.with_name(f"{path.stem}.{what}.pt" if path.suffix == ".pt" else f"{path.name}.{what}")
-
-
-def last_path(path, stage="train"):
-    """Return the path of the state to resume from, given that of the best model: PTB.pt -> PTB.last.pt."""
-    return beside(path, STATES[stage])
-
-
-def old_last_paths(path):
-    """Return where earlier versions kept the state to resume from, whatever the stage and the suffix."""
-    path = Path(path)
-    return [last_path(path), path.with_name(f"{path.stem}.last{path.suffix}")]
-
-
-def best_path(path):
-    """Return the path of the best model, given it or that of a state to resume from."""
-    path = Path(path)
-    ending = ".pt" if path.suffix == ".pt" else ""
-    name = path.name.removesuffix(ending)
-    for what in sorted(STATES.values(), key=len, reverse=True):
-        if name.endswith(f".{what}"):
-            return path.with_name(name.removesuffix(f".{what}") + ending)
-    return path
-
-
-def untuned_path(path):
-    """Return where the model is kept that fine-tuning in place began with."""
-    return beside(path, "untuned")
-
-
-def finetuned_path(path):
-    """Return where a model fine-tuned in place is kept when training goes on from the untuned one."""
-    return beside(path, "finetuned")
-
-
-def metrics_path(path):
-    """Return the path of the metrics file, given that of the best model: PTB.pt -> PTB.metrics.jsonl."""
-    path = Path(path)
-    return path.with_name(f"{path.stem if path.suffix == '.pt' else path.name}.metrics.jsonl")
-
-
-def files_of_run(path, stage="train"):
-    """Return the paths of the best model, the state and the metrics."""
-    return Path(path), last_path(path, stage), metrics_path(path)
-
-
-@contextmanager
-def claimed(save, stage="train", dry_run=False):
-    """`with claimed(save)`: this process has the files of a run to itself.
-
-    Raises BadInput when another process has them, or they cannot be written, or are those of another run.
-    """
-    check_name(save)
-    if dry_run:
-        yield
-        return
-    check_writable(*files_of_run(save, stage))
-    with locked(metrics_path(save)):
-        yield
-
-
-def check_free(save):
-    """Raise BadInput when a run or a model lies at `save`."""
-    last = last_path(save)
-    if last.exists():
-        raise BadInput(f"--save {save}: a run lies there already ({last}); --resume {save} goes on with it, "
-                       "--overwrite begins anew in its place")
-    if os.path.lexists(save):
-        raise BadInput(f"--save {save}: a model lies there already; --overwrite trains another in its place")
-
-
-def remove_run(save):
-    """Remove what a run left at `save`."""
-    states = [last_path(save, stage) for stage in STATES]
-    for path in (Path(save), *states, metrics_path(save), untuned_path(save)):
-        path.unlink(missing_ok=True)
-
-
-def check_name(path):
-    """Raise BadInput when the files of a run at `path` would be those of another one."""
-    path = Path(path)
-    name = path.name.removesuffix(".pt")
-    for ending in RESERVED:
-        if name.endswith(f".{ending}"):
-            raise BadInput(f"--save {path}: names with .{ending} are those of other files of a run")
-    twin = path.with_name(name) if path.suffix == ".pt" else path.with_name(f"{path.name}.pt")
-    if os.path.isfile(twin):
-        raise BadInput(f"--save {path}: its record would be that of {twin}, which is there already")
-
-
-# --- reading and writing ---------------------------------------------------------------------------------------------
 
 def save(path, model, flags, vocabulary, loss, epoch, stage="train", state=None):
     """Write a checkpoint to `path`.
@@ -219,28 +117,54 @@ def load_model(path, device="cpu"):
     return content
 
 
-def restore_model(content, path, flags=None, device="cpu"):
-    """Build the model of the checkpoint `content` on `device`.
+def check_weights(content, path, flags):
+    """Raise BadInput unless the model of the checkpoint `content` is the one that `flags` describe.
 
-    `flags` default to those that trained it. Raises BadInput when flags and weights do not match.
+    It takes no memory, whatever size the flags say.
     """
-    flags = content["flags"] if flags is None else flags
     ntoken, weights = len(content["vocabulary"]), content["model"]
     try:
-        flags = {name: flags[name] for name in ARCHITECTURE + DROPOUTS}
         if not (all(0 <= flags[name] < 1 for name in DROPOUTS) and 0 < flags["nlayers"] <= len(weights)):
             raise ValueError
         architecture = {name: flags[name] for name in ARCHITECTURE}
         if parameter_shapes(ntoken, **architecture) != {name: tuple(value.shape) for name, value in weights.items()}:
-            raise ValueError  # before memory is taken, whatever size the flags say
-        model = RNNModel(ntoken, **flags).to(device)
-        model.load_state_dict(weights)
-    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+            raise ValueError
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise BadInput(f"{path}: damaged checkpoint: its flags do not describe its weights") from error
+
+
+def restore_model(content, path, flags=None, device="cpu"):
+    """Build the model of the checkpoint `content` on `device`, from `flags` (default: those that trained it).
+
+    Raises BadInput when the flags do not describe the weights.
+    """
+    flags = content["flags"] if flags is None else flags
+    check_weights(content, path, flags)
+    try:
+        model = RNNModel(len(content["vocabulary"]), **{name: flags[name] for name in ARCHITECTURE + DROPOUTS})
+        model = model.to(device)
+        model.load_state_dict(content["model"])
+    except (TypeError, ValueError, AttributeError, RuntimeError) as error:
         raise BadInput(f"{path}: damaged checkpoint: its flags do not describe its weights") from error
     return model
 
 
-def merge_flags(parse, argv, content, path, names):
+def carry_vocabulary(content, path, words):
+    """Return the checkpoint `content` with its model carried to the vocabulary `words`.
+
+    The tombstones of a split softmax stay where it is cut at the same places; else they begin anew.
+    """
+    flags = content["flags"]
+    check_weights(content, path, flags)
+    weights = carry_rows(content["model"], content["vocabulary"], words)
+    carried, same_splits = {}, splits_for(len(words)) == splits_for(len(content["vocabulary"]))
+    for name, shape in parameter_shapes(len(words), **{name: flags[name] for name in ARCHITECTURE}).items():
+        kept = same_splits or not name.startswith("softmax.")
+        carried[name] = weights[name] if kept else weights["decoder.bias"].new_zeros(shape)
+    return {**content, "vocabulary": words, "model": carried}
+
+
+def merge_flags(parse, argv, content, path, names, fixed=FIXED):
     """Merge the command line with the flags saved in the checkpoint `content`; the command line wins.
 
     `parse` reads `argv` (None: sys.argv). Flags in `names` that are not given come from the checkpoint. A flag that is
@@ -267,7 +191,7 @@ def merge_flags(parse, argv, content, path, names):
     args = parse(saved_argv + (sys.argv[1:] if argv is None else list(argv)))
     changed = {name: (saved[name], given) for name, given in vars(args).items()
                if name in names and given != saved[name]}
-    for name in FIXED:
+    for name in fixed:
         if name in changed:
             raise BadInput(f"--{name} {changed[name][1]} contradicts {path}, which was trained with {name} "
                            f"{changed[name][0]}")
@@ -292,20 +216,6 @@ def check_data(content, path, data):
     """Raise BadInput when the text that the checkpoint names is not here, and no other was given."""
     if data == content["flags"].get("data") and not os.path.exists(data):
         raise BadInput(f"{path} was trained on {data}, which is not here; --data says where that text is")
-
-
-def check_vocabulary(content, path, dictionary, data):
-    """Raise BadInput unless the corpus numbers its words as the checkpoint does; ids would mean other words."""
-    saved, given = content["vocabulary"], dictionary.idx2word
-    if saved == given:
-        return
-    new, gone = set(given).difference(saved), set(saved).difference(given)
-    if new:
-        difference = f"{min(new)!r} is new in it"
-    else:
-        difference = f"it lacks {min(gone)!r}" if gone else "the same words come in another order"
-    raise BadInput(f"{path}: its vocabulary ({len(saved)} words) is not that of {data} ({len(given)} words): "
-                   f"{difference}")
 
 
 def restore_optimizer(optimizer, state):

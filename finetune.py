@@ -4,6 +4,7 @@ Training goes on until it stops getting better.
 
     python finetune.py --data data/penn --save PTB.pt                    (fine-tunes PTB.pt in place)
     python finetune.py --data data/penn --load PTB.pt --save PTB.tuned.pt --epochs 300 --seed 404
+    python finetune.py --data book.txt --vocab corpus --load WT103.pt --save book.pt       (another text, its own words)
 
 All flags of main.py may be repeated, except those of its schedule. Paper: arXiv 1708.02182, section 5.
 """
@@ -15,6 +16,7 @@ if __name__ == "__main__":  # before torch, whose import takes seconds
 
 
 import checkpoint
+import run_files
 from device import set_up_device
 from errors import BadInput
 from files import copy_file, same_file
@@ -24,14 +26,18 @@ from model import ARCHITECTURE, DROPOUTS
 from optimizers import make_optimizer
 from process import run_script
 from resume import is_unfinished, resume
+from run import Run, open_batches
 from steps import evaluate, seed_everything
-from training import Run, open_batches, train
+from training import save_model, train
 
 LR = 30.0
 
 # Flags that come from the model unless given.
 INHERITED = (*ARCHITECTURE, *DROPOUTS, "data", "level", "shares", "alpha", "beta", "wdecay", "clip", "batch_size",
              "bptt")
+
+
+FIXED = (*ARCHITECTURE, "level")  # the rest may change with the text
 
 
 class ModelsOwn:
@@ -44,6 +50,9 @@ class ModelsOwn:
 def parse_flags(argv):
     parser = Parser(description="Fine-tune a trained AWD-LSTM language model with averaged SGD.")
     add_training_flags(parser, max_bptt="bptt + 10", plateau="training ends", save="that of --load")
+    parser.add_argument("--vocab", choices=["model", "corpus"], default="model",
+                        help="whose words the tuned model knows: those of the model, others being <unk>, or those of "
+                             "the corpus, new ones beginning with the mean of the old (default: %(default)s)")
     parser.add_argument("--load", metavar="FILE", help="the model to fine-tune (default: that of --save)")
     parser.set_defaults(**dict.fromkeys(INHERITED, ModelsOwn()))
     return parser.parse_args(argv)
@@ -55,8 +64,8 @@ def main(argv=None):
     load = args.load or args.save
     if not (load or args.resume):
         raise BadInput("which model? --save FILE fine-tunes it in place, --load FILE --save OTHER keeps it as it is")
-    save = args.save or (checkpoint.best_path(args.resume) if args.resume else load)
-    with checkpoint.claimed(save, "finetune", args.dry_run):
+    save = args.save or (run_files.best_path(args.resume) if args.resume else load)
+    with run_files.claimed(save, "finetune", args.dry_run):
         run = resume(parse_flags, argv, "finetune", device) if args.resume else start(argv, load, save, device)
         return train(run)
 
@@ -67,7 +76,9 @@ def start(argv, load, save, device):
     Raises BadInput where another model lies at `save`, or a fine-tuning that was stopped.
     """
     content = checkpoint.load_model(load, device)
-    args, _ = checkpoint.merge_flags(parse_flags, argv, content, load, INHERITED)
+    args, _ = checkpoint.merge_flags(parse_flags, argv, content, load, INHERITED, fixed=FIXED)
+    if args.vocab == "model" and (args.min_count or args.max_vocab or args.vocab_order != "appearance"):
+        raise BadInput("--min-count, --max-vocab and --vocab-order choose a vocabulary: with --vocab corpus")
     args.load, args.save, args.lr = load, save, args.lr or LR
     in_place = same_file(load, save)
     if not (args.overwrite or args.dry_run):
@@ -75,10 +86,11 @@ def start(argv, load, save, device):
             raise BadInput(f"--save {save}: a fine-tuning was stopped there; --resume {save} goes on with it, "
                            "--overwrite begins anew")
         if not in_place:
-            checkpoint.check_free(save)
+            run_files.check_free(save)
     checkpoint.check_data(content, load, args.data)
-    corpus, batches = open_batches(args, device)
-    checkpoint.check_vocabulary(content, load, corpus.dictionary, args.data)
+    corpus, batches = open_batches(args, device, content["vocabulary"] if args.vocab == "model" else None)
+    if args.vocab == "corpus":
+        content = checkpoint.carry_vocabulary(content, load, corpus.dictionary.idx2word)
     seed_everything(args.seed)
     model = checkpoint.restore_model(content, load, vars(args), device)
     optimizer = make_optimizer("asgd", model, args.lr, args.wdecay)
@@ -87,11 +99,11 @@ def start(argv, load, save, device):
         run.progress.best_loss = evaluate(model, batches.valid, args.bptt)
         log(f"| {args.load} as loaded | {format_loss('valid', run.progress.best_loss)}")
         if in_place and content["stage"] == "train":
-            copy_file(load, checkpoint.untuned_path(save))  # training may go on from it
-        if not in_place:
-            if args.overwrite:
-                checkpoint.remove_run(save)
-            copy_file(load, save)  # the best so far, until an epoch is better
+            copy_file(load, run_files.untuned_path(save))  # training may go on from it
+        if not in_place and args.overwrite:
+            run_files.remove_run(save)
+        if not in_place or args.vocab == "corpus":
+            save_model(run, save, run.progress.best_loss)  # the best so far, until an epoch is better
     return run
 
 

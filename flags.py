@@ -74,12 +74,27 @@ def add_data_flags(parser):
                         help="the parts of one text file that the splits get (default: 90 5 5)")
 
 
+def add_vocabulary_flags(group):
+    """Add the flags that choose the vocabulary of a corpus."""
+    group.add_argument("--min-count", type=positive_int, metavar="N",
+                       help="least times that the training text has a word of the vocabulary; others become <unk> "
+                            "(default: all words of the three splits)")
+    group.add_argument("--max-vocab", type=number(int, 2, LARGEST_INT), metavar="N",
+                       help="most words of the vocabulary, <unk> and <eos> among them: the most frequent ones "
+                            "(default: no limit)")
+    group.add_argument("--vocab-order", choices=["appearance", "frequency"], default="appearance",
+                       help="how words are numbered; a split softmax wants the frequent ones first "
+                            "(default: %(default)s)")
+
+
 def add_training_flags(parser, max_bptt, plateau, save):
     """Add the flags of training.
 
     They are the same for main.py and finetune.py, except for three words of help.
     """
-    add_data_flags(parser.add_argument_group("data"))
+    group = parser.add_argument_group("data")
+    add_data_flags(group)
+    add_vocabulary_flags(group)
     add_model_flags(parser.add_argument_group("model"))
     add_dropout_flags(parser.add_argument_group("dropout", "probabilities of dropping, from 0 (off) to below 1"))
     add_regularisation_flags(parser.add_argument_group("regularisation"))

@@ -14,15 +14,14 @@ if __name__ == "__main__":  # before torch, whose import takes seconds
     process.begin()
 
 
+import math
 import os
 import sys
-from codecs import getincrementaldecoder
 from itertools import chain
 
 import torch
 
 import checkpoint
-from data import Dictionary, split_lines
 from device import set_up_device
 from errors import BadInput
 from files import check_writable, replacing, same_file
@@ -31,6 +30,13 @@ from metrics import log
 from model import LAYERS
 from process import run_script
 from products import packs_bf16
+from text import detokenize, tokenize
+from vocabulary import END, UNKNOWN, Dictionary
+
+
+def share(text):
+    """Read a value of --top-p: a number above 0, at most 1."""
+    return 1.0 if text in ("1", "1.0") else number(float, 0, 1, exclusive=True)(text)
 
 
 def parse_flags(argv):
@@ -51,6 +57,11 @@ def parse_flags(argv):
                              "each time; default: %(default)s)")
     parser.add_argument("--top-k", type=non_negative_int, default=0, metavar="K",
                         help="sample among the K likeliest words (0: all; default: %(default)s)")
+    parser.add_argument("--top-p", type=share, default=1.0, metavar="P",
+                        help="sample among the likeliest words that together have this probability (1: all; "
+                             "default: %(default)s)")
+    parser.add_argument("--no-unk", action="store_true", help="never write <unk>")
+    parser.add_argument("--stop-at-eos", action="store_true", help="end each text at its first <eos>")
     parser.add_argument("--seed", type=seed, default=1111, metavar="N",
                         help="random seed (default: %(default)s)")
     parser.add_argument("--log-interval", type=positive_int, default=100, metavar="N",
@@ -67,11 +78,13 @@ def parse_flags(argv):
 # --- sampling --------------------------------------------------------------------------------------------------------
 
 @torch.no_grad()
-def sample(model, context, length, temperature=1.0, top_k=0, batch_size=1):
-    """Sample continuations of `context` (t,), t > 0.
+def sample(model, context, length, temperature=1.0, top_k=0, batch_size=1, top_p=1.0, never=()):
+    """Sample continuations of `context` (t,), t > 0. Yields `length` lists of B = `batch_size` token ids.
 
-    Yields `length` lists of B = `batch_size` token ids. Each id is drawn from p(w)^(1 / temperature), normalised. Only
-    the `top_k` likeliest words are drawn (0: all). Raises BadInput when the model's probabilities are not finite.
+    Each is drawn from p(w)^(1 / temperature), normalised; temperature 0 takes the likeliest. It is drawn among the
+    `top_k` likeliest words (0: all), and of these among the likeliest that together have the probability `top_p`
+    (Holtzman et al., arXiv 1904.09751, section 3.1). The ids in `never` are not drawn. Leaves the model in evaluation
+    mode. Raises BadInput when the probabilities are not finite.
     """
     model.eval()
     hidden = model.init_hidden(batch_size)
@@ -80,13 +93,22 @@ def sample(model, context, length, temperature=1.0, top_k=0, batch_size=1):
         output, hidden, _ = model(tokens, hidden)
         scores = model.logprob(output[-1]).double()
         candidates = None
+        scores[:, list(never)] = -math.inf
         if 0 < top_k < scores.size(-1):
             scores, candidates = scores.topk(top_k)
         scores -= scores.amax(-1, keepdim=True)  # the likeliest stays at 0, however small the temperature
         weights = scores.div_(temperature).exp_() if temperature else (scores == 0).double()
-        chosen = sample_rows(weights)
+        chosen = sample_rows(nucleus(weights, top_p) if top_p < 1 else weights)
         tokens = chosen.t() if candidates is None else candidates.gather(1, chosen).t()
         yield tokens[0].tolist()
+
+
+def nucleus(weights, top_p):
+    """Set to 0 the columns of each row of `weights` (B, V) but the largest that have a share of `top_p` together."""
+    ordered, places = weights.sort(-1, descending=True)
+    before = ordered.cumsum(-1) - ordered  # the weight of all that are larger
+    ordered[before >= top_p * ordered.sum(-1, keepdim=True)] = 0
+    return torch.zeros_like(weights).scatter_(-1, places, ordered)
 
 
 def sample_rows(weights):
@@ -104,20 +126,7 @@ def sample_rows(weights):
     return torch.searchsorted(cumulative, below, right=True).clamp_(max=weights.size(-1) - 1)
 
 
-# --- text to tokens and back -----------------------------------------------------------------------------------------
-
-def decode_prompt(text):
-    """Decode a prompt of the command line as UTF-8, whatever the locale is.
-
-    Raises BadInput when it is not UTF-8.
-    """
-    try:
-        return os.fsencode(text).decode("utf-8")
-    except UnicodeEncodeError:  # the locale has no such character, so the text did not come from its command line
-        return text
-    except UnicodeDecodeError as error:
-        raise BadInput("the prompt is not UTF-8 text (a model at byte level takes any bytes)") from error
-
+# --- prompts -----------------------------------------------------------------------------------------------------
 
 def read_prompt(args):
     """Return the prompt that the flags give, a str in which bytes that are no text stay what they are."""
@@ -135,18 +144,6 @@ def read_prompt(args):
                        f"{getattr(error, 'strerror', None) or error}") from error
 
 
-def tokenize(text, level):
-    """Split a prompt into tokens, at the level of the model; a new line is an <eos>."""
-    if level == "byte":
-        return ["<eos>" if byte == ord("\n") else str(byte) for byte in os.fsencode(text)]
-    tokens = []
-    *ended, last = split_lines(decode_prompt(text))
-    for line in ended:
-        line = line.split() if level == "word" else list(line)
-        tokens += line if line[-1:] == ["<eos>"] else [*line, "<eos>"]  # our own text spells it out
-    return tokens + (last.split() if level == "word" else list(last))
-
-
 def encode(tokens, dictionary):
     """Look up the ids of a prompt's tokens.
 
@@ -162,27 +159,6 @@ def encode(tokens, dictionary):
     return [known.get(token, known.get("<unk>")) for token in tokens]
 
 
-def detokenize(tokens, level):
-    """Yield the text of tokens, piece by piece.
-
-    - Words have spaces between them, a new line after each <eos>, and one at the end.
-    - Characters have a new line in place of each <eos>.
-    - Bytes have the same. They are decoded as UTF-8, with U+FFFD where they are not valid.
-    """
-    if level == "word":
-        separator = ""
-        for word in tokens:
-            yield separator + word
-            separator = "\n" if word == "<eos>" else " "
-        yield "\n"
-    elif level == "char":
-        yield from ("\n" if character == "<eos>" else character for character in tokens)
-    else:
-        decoder = getincrementaldecoder("utf-8")(errors="replace")
-        yield from (decoder.decode(b"\n" if byte == "<eos>" else bytes([int(byte)])) for byte in tokens)
-        yield decoder.decode(b"", final=True)
-
-
 # --- the script ------------------------------------------------------------------------------------------------------
 
 def logged(steps, total, interval):
@@ -191,6 +167,16 @@ def logged(steps, total, interval):
         yield tokens
         if done % interval == 0:
             log(f"| generated {done:6d}/{total:6d} words")
+
+
+def until(steps, end, batch_size):
+    """Yield the steps until each of `batch_size` texts has had the id `end`; None stands for what comes after it."""
+    over = [False] * batch_size
+    for tokens in steps:
+        yield [None if done else token for done, token in zip(over, tokens)]
+        over = [done or token == end for done, token in zip(over, tokens)]
+        if all(over):
+            return
 
 
 def write_texts(file, prompt, steps, batch_size, dictionary, level):
@@ -202,7 +188,8 @@ def write_texts(file, prompt, steps, batch_size, dictionary, level):
     for place, text in enumerate(texts):
         if place:
             file.write("\n" if level == "word" else "\n\n")  # only words already end in a new line
-        file.writelines(detokenize(chain(prompt, (dictionary.idx2word[token] for token in text)), level))
+        file.writelines(detokenize(chain(prompt, (dictionary.idx2word[token] for token in text if token is not None)),
+                                   level))
 
 
 def check_output(path, model):
@@ -234,7 +221,10 @@ def main(argv=None):
     prompt = tokenize(read_prompt(args), level)
     context = torch.tensor(encode(prompt, dictionary), device=device)
     torch.manual_seed(args.seed)
-    steps = sample(model, context, args.words, args.temperature, args.top_k, args.batch)
+    never = [dictionary.word2idx[UNKNOWN]] if args.no_unk and UNKNOWN in dictionary.word2idx else []
+    steps = sample(model, context, args.words, args.temperature, args.top_k, args.batch, args.top_p, never)
+    if args.stop_at_eos:
+        steps = until(steps, dictionary.word2idx.get(END), args.batch)
     try:
         if args.outf == "-":
             write_texts(sys.stdout, prompt, steps, args.batch, dictionary, level)

@@ -15,7 +15,7 @@ if __name__ == "__main__":  # before torch, whose import takes seconds
 
 import time
 
-import checkpoint
+import run_files
 from device import set_up_device
 from errors import BadInput
 from flags import Parser, add_training_flags, positive_int
@@ -23,8 +23,9 @@ from model import ARCHITECTURE, DROPOUTS, RNNModel
 from optimizers import make_optimizer
 from process import run_script
 from resume import resume
+from run import Run, open_batches
 from steps import seed_everything
-from training import Run, open_batches, train
+from training import train
 
 NEVER = -1  # of --when
 DEFAULT_LR = {"sgd": 30.0, "adam": 1e-3}
@@ -51,10 +52,10 @@ def main(argv=None):
     args = parse_flags(argv)
     device = set_up_device(args.cuda, args.cuda_graphs)
     if args.resume:
-        save = args.save or checkpoint.best_path(args.resume)
+        save = args.save or run_files.best_path(args.resume)
     else:
         save = args.save = args.save or f"{time.time_ns() // 10**6}.pt"
-    with checkpoint.claimed(save, dry_run=args.dry_run):
+    with run_files.claimed(save, dry_run=args.dry_run):
         run = resume(parse_flags, argv, "train", device) if args.resume else start(args, device)
         return train(run)
 
@@ -62,7 +63,7 @@ def main(argv=None):
 def start(args, device):
     """Begin a run: text, model and optimizer as the flags say. Raises BadInput where a run lies at --save."""
     if not (args.overwrite or args.dry_run):
-        checkpoint.check_free(args.save)
+        run_files.check_free(args.save)
     args.lr = args.lr or DEFAULT_LR[args.optimizer]
     args.when = [epoch for epoch in args.when if epoch != NEVER]
     corpus, batches = open_batches(args, device)
@@ -74,7 +75,7 @@ def start(args, device):
         raise BadInput(f"no model of this size: {str(error).splitlines()[0]}") from error
     optimizer = make_optimizer(args.optimizer, model, args.lr, args.wdecay)
     if args.overwrite and not args.dry_run:
-        checkpoint.remove_run(args.save)
+        run_files.remove_run(args.save)
     return Run("train", args, corpus.dictionary.idx2word, batches, model, optimizer, checksum=corpus.checksum)
 
 

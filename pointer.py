@@ -24,6 +24,7 @@ from itertools import product
 import torch
 
 import checkpoint
+import run_files
 from data import Corpus, load_split
 from device import set_up_device
 from errors import BadInput
@@ -157,7 +158,7 @@ def record(save, lines):
     A read-only folder is not an error: its model can still be scored.
     """
     try:
-        metrics = Metrics(checkpoint.metrics_path(save))
+        metrics = Metrics(run_files.metrics_path(save))
         for kind, values in lines:
             metrics.write(kind, **values)
     except (OSError, BadInput) as error:
@@ -167,18 +168,18 @@ def record(save, lines):
 def main(argv=None):
     args = parse_flags(argv)
     device = set_up_device(args.cuda)
-    with locked(checkpoint.metrics_path(args.save), required=False):
+    with locked(run_files.metrics_path(args.save), required=False):
         score(args, argv, device)
 
 
 def score(args, argv, device):
     """Score validation and test, print and record what comes out."""
     content = checkpoint.load_model(args.save, device)
-    args, _ = checkpoint.merge_flags(parse_flags, argv, content, args.save, ["model", "data", "level", "shares"])
+    args, _ = checkpoint.merge_flags(parse_flags, argv, content, args.save, ["model", "data", "level", "shares"],
+                                     fixed=["model", "level"])
     checkpoint.check_data(content, args.save, args.data)
-    corpus = Corpus(args.data, args.level, args.shares)
+    corpus = Corpus(args.data, args.level, args.shares, words=content["vocabulary"])
     log(corpus.describe())
-    checkpoint.check_vocabulary(content, args.save, corpus.dictionary, args.data)
     model = checkpoint.restore_model(content, args.save, device=device)
     settings = args.window, args.theta, args.lambdasm
     valid, test = load_split(corpus, "valid", 1, device), load_split(corpus, "test", 1, device)

@@ -4,11 +4,12 @@ import math
 from dataclasses import fields
 
 import checkpoint
+import run_files
 from errors import BadInput
 from files import copy_file, same_file
 from metrics import log
 from optimizers import at_plateau, make_optimizer
-from training import Progress, Run, open_batches
+from run import Progress, Run, open_batches
 from utils import map_hidden
 
 # They belong to the command, not to the run.
@@ -22,16 +23,15 @@ def resume(parse, argv, stage, device):
     Raises it too when a flag or the corpus contradicts the state.
     """
     args = parse(argv)
-    best = checkpoint.best_path(args.resume)
+    best = run_files.best_path(args.resume)
     path, content = find_state(best, stage, device)
     state = content["state"]
     names = [name for name in vars(args) if name not in NOT_RESUMED]
     args, changed = checkpoint.merge_flags(parse, argv, content, path, names)
     args.save = args.save or str(best)
     checkpoint.check_data(content, path, args.data)
-    corpus, batches = open_batches(args, device)
+    corpus, batches = open_batches(args, device, content["vocabulary"])
     check_corpus(state, path, corpus, args.data, content["flags"].get("data"))
-    checkpoint.check_vocabulary(content, path, corpus.dictionary, args.data)
     model = checkpoint.restore_model(content, path, vars(args), device)
     try:
         columns, _ = changed.get("batch_size", (args.batch_size, None))
@@ -61,9 +61,9 @@ def find_state(best, stage, device="cpu"):
 
     Fine-tuning once kept its state where training does. Raises BadInput when there is none.
     """
-    path = checkpoint.last_path(best, stage)
+    path = run_files.last_path(best, stage)
     if not path.exists():
-        path = next((old for old in checkpoint.old_last_paths(best) if old.exists()), path)
+        path = next((old for old in run_files.old_last_paths(best) if old.exists()), path)
     content = checkpoint.load(path, device)
     state = content.get("state")
     if not isinstance(state, dict) or state.get("stage") != stage:
@@ -73,7 +73,7 @@ def find_state(best, stage, device="cpu"):
 
 def is_unfinished(best, stage):
     """Return whether a run at `stage` whose best model is at `best` was stopped before its end."""
-    if not checkpoint.last_path(best, stage).exists():
+    if not run_files.last_path(best, stage).exists():
         return False
     _, content = find_state(best, stage)
     try:
@@ -81,7 +81,7 @@ def is_unfinished(best, stage):
         plateau = stage == "finetune" and at_plateau(progress["history"], flags["nonmono"])
         return progress["epoch"] < flags["epochs"] and not plateau
     except (LookupError, TypeError) as error:
-        raise BadInput(f"{checkpoint.last_path(best, stage)}: damaged checkpoint") from error
+        raise BadInput(f"{run_files.last_path(best, stage)}: damaged checkpoint") from error
 
 
 def check_corpus(state, path, corpus, given, saved):
@@ -97,7 +97,7 @@ def carry_on(best, save, stage, best_stage):
 
     Training that goes on after fine-tuning in place takes the untuned model back. The tuned one is kept.
     """
-    untuned = checkpoint.untuned_path(best)
+    untuned = run_files.untuned_path(best)
     source = untuned if stage == "train" and best_stage == "finetune" else best
     if source == untuned:
         checkpoint.load(untuned)
@@ -106,21 +106,21 @@ def carry_on(best, save, stage, best_stage):
     if not same_file(source, save):
         copy_file(source, save)
     if not same_file(best, save):  # it goes on under another name, with all it has so far
-        for old, new in ((checkpoint.last_path(best, stage), checkpoint.last_path(save, stage)),
-                         (checkpoint.metrics_path(best), checkpoint.metrics_path(save))):
+        for old, new in ((run_files.last_path(best, stage), run_files.last_path(save, stage)),
+                         (run_files.metrics_path(best), run_files.metrics_path(save))):
             if old.exists():
                 copy_file(old, new)
 
 
 def keep_tuned(best):
     """Keep a model that was fine-tuned in place, and the state of its fine-tuning, under a name of their own."""
-    tuned = checkpoint.finetuned_path(best)
+    tuned = run_files.finetuned_path(best)
     if tuned.exists():
         raise BadInput(f"{best} has been fine-tuned, and {tuned} is there already: --save goes on under another name")
     copy_file(best, tuned)
-    state = checkpoint.last_path(best, "finetune")
+    state = run_files.last_path(best, "finetune")
     if state.exists():
-        copy_file(state, checkpoint.last_path(tuned, "finetune"))
+        copy_file(state, run_files.last_path(tuned, "finetune"))
         state.unlink()
     log(f"{best} has been fine-tuned: that model is kept as {tuned}; training goes on from the untuned one")
 
@@ -132,6 +132,7 @@ def restore_progress(values, hidden):
     `hidden`.
     """
     progress = Progress(**values)
+    progress.epoch_rows = progress.epoch_rows or progress.row  # states of earlier versions do not count them
     for entry in fields(Progress):
         value = getattr(progress, entry.name)
         if not isinstance(value, entry.type) or (isinstance(value, int) and value < 0):

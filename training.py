@@ -13,90 +13,24 @@ Shapes are in the alphabet of `model.py`.
 import math
 import signal
 import time
-from argparse import Namespace
-from collections import namedtuple
-from collections.abc import Callable
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 
-import torch
-
 import checkpoint
-from data import Corpus, load_split
+import run_files
 from device import peak_memory
 from errors import BadInput
 from files import PARTIAL
 from metrics import Metrics, describe_run, format_loss, log, loss_metrics, progress_bar
-from model import RNNModel
 from optimizers import at_plateau, averaged_weights, is_averaging, make_optimizer
 from process import StopSignals
-from splitcross import splits_for
+from run import Progress
 from steps import MIN_SEQ_LEN, choose_pass, evaluate, sample_seq_len, seed_everything, train_step
 from utils import get_batch
 
-Batches = namedtuple("Batches", "train valid test")  # the splits, each (N, B)
 SHORT = 8  # a --bptt below which most batches are longer than it says
 
-
-@dataclass
-class Progress:
-    """Hold what the loop changes besides weights, optimizer and random generators.
-
-    It is saved and restored as a whole.
-    """
-    epoch: int = 0                                  # epochs completed
-    row: int = 0                                    # where in the text the next batch of the epoch starts
-    batch: int = 0                                  # batches done in the epoch
-    hidden: list | None = None                      # the state that they ended with
-    epoch_loss: float = 0.0                         # sum of their losses over rows
-    epoch_seconds: float = 0.0                      # time they took
-    window_batches: int = 0                         # batches since the last log line
-    window_rows: int = 0                            # rows of these
-    window_loss: float = 0.0                        # sum of their losses over batches
-    window_seconds: float = 0.0                     # time they took
-    window_scale: float = 0.0                       # sum of the factors of their learning rates
-    history: list = field(default_factory=list)     # validation loss after each completed epoch
-    best_loss: float = math.inf                     # validation loss of the model at --save, nats per token
-    best_epoch: int = 0                             # 0: the model that training started from
-    seconds: float = 0.0                            # spent in completed epochs, validation included
-    metrics_bytes: int = 0                          # length of the metrics file that belongs to this progress
-
-
-@dataclass
-class Run:
-    """Hold a run of training, new or resumed."""
-    stage: str                                      # "train" or "finetune"
-    args: Namespace                                 # the flags
-    vocabulary: list                                # V tokens, in the order of their ids
-    batches: Batches
-    model: RNNModel
-    optimizer: torch.optim.Optimizer
-    progress: Progress = field(default_factory=Progress)
-    metrics: Metrics | None = None                  # from `begin` on
-    forward_backward: Callable | None = None        # a pass of training; from `begin` on
-    saved_at: float = 0.0                           # when its state was last written, by the monotonic clock
-    checksum: str = ""                              # of the text
-
-
-def open_batches(args, device):
-    """Read the corpus that the flags say and lay it out; returns the Corpus and its Batches.
-
-    Returns its dictionary and Batches. The columns are --batch_size for training, 10 for validation, 1 for the test.
-    Sets `args.level` to what the corpus has. So the level travels with the model. Raises BadInput when a split is
-    missing, malformed or too short.
-    """
-    corpus = Corpus(args.data, args.level, args.shares, cache=not args.dry_run)
-    args.level = corpus.level
-    log(corpus.describe())
-    if args.cuda_graphs and splits_for(len(corpus.dictionary)):
-        raise BadInput(f"--cuda-graphs: not with a split softmax, which {len(corpus.dictionary):,} words have")
-    train = load_split(corpus, "train", args.batch_size, device, rows=3)
-    valid, test = load_split(corpus, "valid", 10, device), load_split(corpus, "test", 1, device)
-    return corpus, Batches(train, valid, test)
-
-
-# --- the loop --------------------------------------------------------------------------------------------------------
 
 def train(run):
     """Train until --epochs, a plateau of fine-tuning, or a signal; then test the best model.
@@ -129,10 +63,10 @@ def begin(run):
     args, progress, model = run.args, run.progress, run.model
     owned = {id(p) for group in run.optimizer.param_groups for p in group["params"]}
     assert owned == {id(p) for p in model.parameters() if p.requires_grad}, "the optimizer has to own what can learn"
-    for path in checkpoint.files_of_run(args.save, run.stage):
+    for path in run_files.files_of_run(args.save, run.stage):
         Path(f"{path}{PARTIAL}").unlink(missing_ok=True)  # of a run that was killed
     resumed = progress.metrics_bytes > 0
-    run.metrics = Metrics(checkpoint.metrics_path(args.save), progress.metrics_bytes if resumed else None, run.stage)
+    run.metrics = Metrics(run_files.metrics_path(args.save), progress.metrics_bytes if resumed else None, run.stage)
     description = describe_run(vars(args), model.parameter_count(), run.batches.train.device)
     run.metrics.write("resume" if resumed else "run", stage=run.stage, epoch=progress.epoch + 1, batch=progress.batch,
                       corpus=run.checksum, **description)
@@ -167,11 +101,11 @@ def train_epoch(run, signals):
 
 
 def train_batches(run):
-    """Train batch after batch to the end of the epoch; yields rows, loss, seconds and factor of the learning rate.
+    """Train batch after batch to the end of the epoch.
 
-    Yields the rows, the loss and the seconds of each batch. A longer batch takes a proportionally larger step. So no
-    part of the text weighs more than another. Raises BadInput when a loss or gradient is not finite, or when memory
-    runs out.
+    Yields (rows, loss, seconds, factor of the learning rate) for each. A longer batch takes a proportionally larger
+    step, so that no part of the text weighs more than another. Raises BadInput when a loss or gradient is not finite,
+    or when memory runs out.
     """
     args, progress, source = run.args, run.progress, run.batches.train
     max_bptt = args.bptt + 10 if run.stage == "finetune" and args.max_bptt is None else args.max_bptt
@@ -217,6 +151,7 @@ def log_batch(run, rows, loss, seconds, scale):
     """
     args, progress, source = run.args, run.progress, run.batches.train
     progress.epoch_loss += rows * loss
+    progress.epoch_rows += rows
     progress.epoch_seconds += seconds
     progress.window_batches += 1
     progress.window_rows += rows
@@ -247,7 +182,7 @@ def end_epoch(run):
     Raises BadInput when the validation loss is not finite.
     """
     progress, start = run.progress, time.perf_counter()
-    train_loss = progress.epoch_loss / (len(run.batches.train) - 1)
+    train_loss = progress.epoch_loss / max(1, progress.epoch_rows)
     progress.epoch += 1
     with averaged_weights(run.optimizer):
         loss = evaluate(run.model, run.batches.valid, run.args.bptt)
@@ -265,7 +200,7 @@ def end_epoch(run):
     progress.history.append(loss)
     progress.seconds += progress.epoch_seconds + time.perf_counter() - start
     progress.row, progress.batch, progress.hidden = 0, 0, None
-    progress.epoch_loss, progress.epoch_seconds = 0.0, 0.0
+    progress.epoch_rows, progress.epoch_loss, progress.epoch_seconds = 0, 0.0, 0.0
     clear_window(progress)
 
 
@@ -303,7 +238,7 @@ def save_state(run):
              "optimizer": run.optimizer.state_dict(), "generators": checkpoint.generator_states(),
              "corpus": run.checksum}
     loss = progress.history[-1] if progress.history else math.inf
-    save_model(run, checkpoint.last_path(run.args.save, run.stage), loss, state=state)
+    save_model(run, run_files.last_path(run.args.save, run.stage), loss, state=state)
     run.saved_at = time.monotonic()
 
 

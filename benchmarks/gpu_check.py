@@ -44,9 +44,10 @@ from files import check_writable
 from model import RNNModel
 from optimizers import make_optimizer
 from process import run_script
+from run import Batches, Progress, Run
 from splitcross import splits_for
 from steps import choose_pass, seed_everything
-from training import Batches, Progress, Run, train_batches
+from training import train_batches
 from utils import batchify
 
 TESTS = Path(__file__).parent.parent / "tests"

@@ -19,8 +19,8 @@ from pathlib import Path
 from recipes import GRID, RECIPES
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from checkpoint import last_path, metrics_path  # noqa: E402  the scripts of the project are no package
 from metrics import read_metrics  # noqa: E402
+from run_files import last_path, metrics_path  # noqa: E402  the scripts of the project are no package
 
 ROOT = Path(__file__).parent.parent
 MARGIN = 20  # seconds, at most a quarter of the time, that a stage gets to finish its batch and write its state

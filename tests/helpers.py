@@ -4,8 +4,8 @@ import math
 
 import torch
 
-from checkpoint import metrics_path
 from metrics import parse_lines
+from run_files import metrics_path
 from utils import map_hidden
 
 TINY = ["--no-cuda", "--emsize", "5", "--nhid", "6", "--nlayers", "2", "--batch_size", "4", "--bptt", "7", "--lr", "1"]

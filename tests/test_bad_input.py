@@ -125,12 +125,6 @@ def test_files_that_are_no_checkpoint(run, place, script, flag):
         assert name in refused(run, place, script, flag, f"{name}.pt", *(["--data", "corpus"] * (script != "generate")))
 
 
-@pytest.mark.parametrize("script, flag", [("main", "--resume"), ("finetune", "--save"), ("pointer", "--save")])
-def test_a_vocabulary_that_is_not_that_of_the_data(run, place, script, flag):
-    (place / "corpus" / "train.txt").write_text("some other words\n" * 100)
-    assert "vocabulary" in refused(run, place, script, flag, "good.pt", "--data", "corpus")
-
-
 @pytest.mark.parametrize("given, named", [
     (["--nhid", "7"], "--nhid 7 contradicts good.pt, which was trained with nhid 6"),
     (["--model", "GRU"], "--model GRU contradicts good.pt, which was trained with model LSTM"),

@@ -8,6 +8,7 @@ import torch
 import checkpoint
 import main
 import resume
+import run_files
 from errors import BadInput
 from model import RNNModel
 
@@ -101,8 +102,8 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
 
 
 def test_names_of_the_files_of_a_run():
-    assert str(checkpoint.last_path("runs/PTB.pt")) == "runs/PTB.last.pt"
-    assert str(checkpoint.metrics_path("runs/WT103.12hr.QRNN.pt")) == "runs/WT103.12hr.QRNN.metrics.jsonl"
+    assert str(run_files.last_path("runs/PTB.pt")) == "runs/PTB.last.pt"
+    assert str(run_files.metrics_path("runs/WT103.12hr.QRNN.pt")) == "runs/WT103.12hr.QRNN.metrics.jsonl"
 
 
 @pytest.mark.parametrize("flag, value", [

@@ -124,7 +124,7 @@ def test_blocks_make_no_difference(tmp_path, monkeypatch):
     whole = {level: read(Corpus(write(tmp_path, train=text), level), "train") for level in ("word", "char", "byte")}
     assert whole["word"] == [word for line in text.split("\n") for word in [*line.split(), "<eos>"]]
     for block in (1, 2, 3, 7, 64):
-        monkeypatch.setattr(data, "BLOCK", block)
+        monkeypatch.setattr("text.BLOCK", block)
         for level, tokens in whole.items():
             assert read(Corpus(tmp_path, level), "train") == tokens
 

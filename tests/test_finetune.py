@@ -6,6 +6,7 @@ from helpers import read_metrics
 
 import checkpoint
 import finetune
+import run_files
 
 
 @pytest.fixture
@@ -63,7 +64,7 @@ def test_a_resumed_fine_tuning_is_the_one_that_never_stopped(trained, corpus_dir
     tune(corpus_dir, "--load", trained, "--save", whole, "--epochs", 4)
     tune(corpus_dir, "--load", trained, "--save", parts, "--epochs", 2)
     tune(corpus_dir, "--resume", parts, "--epochs", 4)
-    one, other = (checkpoint.load(checkpoint.last_path(path, "finetune"))["model"] for path in (whole, parts))
+    one, other = (checkpoint.load(run_files.last_path(path, "finetune"))["model"] for path in (whole, parts))
     assert all(torch.equal(one[name], other[name]) for name in one)
     losses = [[line["loss"] for line in read_metrics(path)["epoch"]] for path in (whole, parts)]
     assert len(losses[0]) == 4

@@ -13,11 +13,11 @@ import sys
 import pytest
 import torch
 
-import checkpoint
 import finetune
 import generate
 import main
 import pointer
+import run_files
 from process import run_script
 
 INPUTS, FIRST = int(os.environ.get("FUZZ", 200)), int(os.environ.get("FUZZ_FIRST", 0))
@@ -114,7 +114,7 @@ def edit(chance, content):
 
 def a_checkpoint(chance, folder):
     command = chance.choice(USES)
-    path = folder / (checkpoint.last_path("m.pt") if "--resume" in command and chance.random() < 0.8 else "m.pt")
+    path = folder / (run_files.last_path("m.pt") if "--resume" in command and chance.random() < 0.8 else "m.pt")
     kind = chance.randrange(12)
     if kind > 9:  # written anew with strange values: no checksum tells
         content = torch.load(path, weights_only=True)

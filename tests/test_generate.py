@@ -4,11 +4,12 @@ import pytest
 import torch
 
 import generate
-from data import Dictionary
 from errors import BadInput
 from model import RNNModel
 from products import packs_bf16
+from text import detokenize, tokenize
 from utils import map_hidden
+from vocabulary import Dictionary
 
 
 @pytest.fixture
@@ -181,8 +182,8 @@ def test_unknown_prompt_words():
     ("byte", "a ö\n", ["97", "32", "195", "182", "<eos>"]),
 ])
 def test_tokens_and_text_are_inverse(level, text, tokens):
-    assert generate.tokenize(text, level) == tokens
-    assert "".join(generate.detokenize(tokens, level)) == text
+    assert tokenize(text, level) == tokens
+    assert "".join(detokenize(tokens, level)) == text
 
 
 @pytest.mark.parametrize("level", ["char", "byte"])
@@ -196,10 +197,10 @@ def test_text_of_characters_and_bytes_goes_on_from_its_prompt(train, tmp_path, c
     assert text.startswith("grö")
     assert set(text) <= set("größe\n\ufffd")
     assert len(text) == 43 or level == "byte"
-    assert "".join(generate.detokenize(["195", "40"], "byte")) == "\ufffd("
+    assert "".join(detokenize(["195", "40"], "byte")) == "\ufffd("
 
 
 def test_a_prompt_that_is_not_text():
-    assert generate.tokenize("\udcff", "byte") == ["255"]
+    assert tokenize("\udcff", "byte") == ["255"]
     with pytest.raises(BadInput, match="not UTF-8"):
-        generate.tokenize("\udcff", "word")
+        tokenize("\udcff", "word")

@@ -15,6 +15,7 @@ from helpers import read_metrics
 
 import checkpoint
 import main
+import run_files
 
 KILLS = int(os.environ.get("KILLS", 10))
 
@@ -37,7 +38,7 @@ def test_killed_and_resumed_training_is_undisturbed_training(corpus_dir, tmp_pat
                "--nlayers", "2", "--batch_size", "4", "--bptt", "7", "--lr", "20", "--nonmono", "2",
                "--log-interval", "5", "--epochs", str(25 + 5 * KILLS), "--save-interval", "0.0002"]
     whole, parts = tmp_path / "whole.pt", tmp_path / "parts.pt"
-    last = checkpoint.last_path(parts)
+    last = run_files.last_path(parts)
     assert session([*command, "--save", whole]) == 0
     instants = random.Random(0)
     for kill_after in [instants.uniform(0, 0.3) for _ in range(KILLS)] + [None]:
@@ -47,7 +48,7 @@ def test_killed_and_resumed_training_is_undisturbed_training(corpus_dir, tmp_pat
             assert not path.exists() or checkpoint.load(path), "readable at every instant"
         assert status == (0 if kill_after is None else -9)
 
-    for path in (whole, parts), map(checkpoint.last_path, (whole, parts)):
+    for path in (whole, parts), map(run_files.last_path, (whole, parts)):
         one, other = (checkpoint.load(save)["model"] for save in path)
         assert all(torch.equal(one[name], other[name]) for name in one)
     records = [read_metrics(save) for save in (whole, parts)]

@@ -17,11 +17,13 @@ import generate
 import main
 import metrics
 import pointer
+import run_files
 from data import Corpus
 from errors import BadInput
 from files import locked
 from model import RNNModel, parameter_shapes
 from process import StopSignals
+from text import read_texts, tokenize
 
 ROOT = Path(main.__file__).parent
 
@@ -48,23 +50,23 @@ NAMES = ["a.pt", "a.pth", "a.b", "exp.lr0.1", "exp.lr0.2", "exp.lr0", "exp.pt", 
 
 @pytest.mark.parametrize("stage", ["train", "finetune"])
 def test_the_files_of_runs_are_their_own(stage):
-    files = [path for name in NAMES for path in checkpoint.files_of_run(name, stage)]
+    files = [path for name in NAMES for path in run_files.files_of_run(name, stage)]
     assert len(set(files)) == len(files)
 
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("stage", ["train", "finetune"])
 def test_a_state_leads_back_to_its_model(name, stage):
-    assert checkpoint.best_path(checkpoint.last_path(name, stage)) == Path(name)
-    assert checkpoint.best_path(name) == Path(name)
+    assert run_files.best_path(run_files.last_path(name, stage)) == Path(name)
+    assert run_files.best_path(name) == Path(name)
 
 
 def test_runs_whose_names_differ_after_the_last_dot_keep_their_records(train, tmp_path):
     for name in ("exp.lr0.1", "exp.lr0.2"):
         train(tmp_path / name, "--epochs", "2", "--log-interval", "5")
-    before = checkpoint.metrics_path(tmp_path / "exp.lr0.2").read_bytes()
+    before = run_files.metrics_path(tmp_path / "exp.lr0.2").read_bytes()
     train(tmp_path / "exp.lr0.1", "--epochs", "3", "--resume", str(tmp_path / "exp.lr0.1"))
-    assert checkpoint.metrics_path(tmp_path / "exp.lr0.2").read_bytes() == before
+    assert run_files.metrics_path(tmp_path / "exp.lr0.2").read_bytes() == before
 
 
 @pytest.mark.parametrize("name", ["d.last.pt", "d.last", "d.finetune.last.pt", "d.untuned.pt", "d.metrics.jsonl"])
@@ -84,8 +86,8 @@ def test_two_names_with_one_record_are_refused(train, tmp_path):
 HOLD = """
 import sys, time
 sys.path.insert(0, sys.argv[1])
-import checkpoint, files
-with files.locked(checkpoint.metrics_path(sys.argv[2])):
+import files, run_files
+with files.locked(run_files.metrics_path(sys.argv[2])):
     print("held", flush=True)
     time.sleep(600)
 """
@@ -114,7 +116,7 @@ def test_every_script_that_writes_a_run_is_refused_while_another_has_it(train, c
     calls = {"resume": lambda: main.main([*data, "--resume", save, "--epochs", "2"]),
              "finetune": lambda: finetune.main([*data, "--save", save]),
              "pointer": lambda: pointer.main([*data, "--save", save])}
-    with locked(checkpoint.metrics_path(save)), pytest.raises(BadInput, match="in use by process"):
+    with locked(run_files.metrics_path(save)), pytest.raises(BadInput, match="in use by process"):
         calls[command]()
 
 
@@ -171,10 +173,9 @@ def test_every_kind_of_line_end_is_one_eos(tmp_path, ends, level):
 
 @pytest.mark.parametrize("size", [1, 2, 3, 5])
 def test_line_ends_at_the_border_of_a_block(tmp_path, monkeypatch, size):
-    import data
-    monkeypatch.setattr(data, "BLOCK", size)
+    monkeypatch.setattr("text.BLOCK", size)
     (tmp_path / "book.txt").write_bytes(b"a\r\nb\rc\n" * 9 + b"d\r")
-    ids, _, words = data.read_texts([tmp_path / "book.txt"], "word")
+    ids, _, words = read_texts([tmp_path / "book.txt"], "word")
     assert [words[i] for i in ids] == ["a", "<eos>", "b", "<eos>", "c", "<eos>"] * 9 + ["d", "<eos>"]
 
 
@@ -193,14 +194,6 @@ def test_text_without_spaces_is_told_of_its_level(train, tmp_path):
     (tmp_path / "book.txt").write_text("起初神創造天地" * 999, encoding="utf-8")
     with pytest.raises(BadInput, match="text without spaces between its words needs --level char"):
         train(tmp_path / "m.pt", "--data", str(tmp_path / "book.txt"))
-
-
-def test_one_new_word_is_named(train, corpus_dir, tmp_path):
-    train(tmp_path / "m.pt", "--epochs", "1")
-    with open(corpus_dir / "test.txt", "a", encoding="utf-8") as file:
-        file.write("zebra\n")
-    with pytest.raises(BadInput, match="'zebra' is new in it"):
-        pointer.main(["--no-cuda", "--save", str(tmp_path / "m.pt")])
 
 
 # --- models and states -----------------------------------------------------------------------------------------------
@@ -256,9 +249,9 @@ def test_training_goes_on_after_fine_tuning_in_place_as_if_there_had_been_none(t
 def test_training_that_goes_on_keeps_the_record_of_the_fine_tuning(train, corpus_dir, tmp_path):
     train(tmp_path / "m.pt", "--epochs", "1")
     tune(corpus_dir, "--save", tmp_path / "m.pt", "--epochs", 2)
-    before = checkpoint.metrics_path(tmp_path / "m.pt").read_bytes()
+    before = run_files.metrics_path(tmp_path / "m.pt").read_bytes()
     train(tmp_path / "m.pt", "--epochs", "2", "--resume", str(tmp_path / "m.pt"))
-    assert checkpoint.metrics_path(tmp_path / "m.pt").read_bytes().startswith(before)
+    assert run_files.metrics_path(tmp_path / "m.pt").read_bytes().startswith(before)
 
 
 def test_the_fine_tuned_model_that_was_kept_can_be_tuned_on(train, corpus_dir, tmp_path):
@@ -321,7 +314,7 @@ def test_scripts_start_without_what_they_do_not_need(train, tmp_path):
 
 def test_a_torn_record_goes_on_with_a_line_of_its_own(train, tmp_path):
     train(tmp_path / "m.pt", "--epochs", "1")
-    path = checkpoint.metrics_path(tmp_path / "m.pt")
+    path = run_files.metrics_path(tmp_path / "m.pt")
     path.write_bytes(path.read_bytes() + b'{"kind": "epo')
     train(tmp_path / "m.pt", "--epochs", "2", "--resume", str(tmp_path / "m.pt"))
     lines = path.read_bytes().split(b"\n")
@@ -336,7 +329,7 @@ def test_a_torn_record_goes_on_with_a_line_of_its_own(train, tmp_path):
 ], ids=["CRLF", "line added", "no last line end", "bytes lost"])
 def test_a_record_that_was_edited_loses_no_line(train, tmp_path, change):
     train(tmp_path / "m.pt", "--epochs", "2")
-    path = checkpoint.metrics_path(tmp_path / "m.pt")
+    path = run_files.metrics_path(tmp_path / "m.pt")
     before, _ = metrics.parse_lines(path.read_bytes().split(b"\n"))
     path.write_bytes(change(path.read_bytes()))
     kept, _ = metrics.parse_lines(path.read_bytes().split(b"\n"))
@@ -374,7 +367,7 @@ def test_a_table_of_a_damaged_record(train, tmp_path):
     ("the\n\ncat", ["the", "<eos>", "<eos>", "cat"]), ("the <eos>\ncat", ["the", "<eos>", "cat"]), ("", []),
 ])
 def test_a_new_line_of_a_prompt_is_an_eos(text, tokens):
-    assert generate.tokenize(text, "word") == tokens
+    assert tokenize(text, "word") == tokens
 
 
 @pytest.fixture

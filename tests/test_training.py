@@ -20,12 +20,14 @@ import data
 import device
 import main
 import optimizers
+import run_files
 import steps
 import training
 import utils
 from errors import BadInput
 from metrics import loss_metrics
 from model import RNNModel
+from run import Batches, Run
 from utils import batchify
 
 OFF = dict.fromkeys(("dropout", "dropouth", "dropouti", "dropoute", "wdrop"), 0)
@@ -40,7 +42,7 @@ def small_run(source, model=None):
     """A run over `source` (N, B) that steps by plain SGD."""
     model = model or small_model()
     args = Namespace(bptt=7, max_bptt=None, clip=0, seed=1)
-    run = training.Run("train", args, [], training.Batches(source, None, None), model,
+    run = Run("train", args, [], Batches(source, None, None), model,
                        optimizers.make_optimizer("sgd", model, 0.1, 0))
     run.forward_backward = steps.forward_backward
     return run
@@ -285,7 +287,7 @@ def assert_same_run(whole, parts, one, other):
             for clock in ("time", "seconds", "ms_per_batch"):
                 line.pop(clock, None)
         assert whole.get(kind) == parts.get(kind)
-    for path in (Path, checkpoint.last_path):
+    for path in (Path, run_files.last_path):
         one_model, other_model = (checkpoint.load(path(save))["model"] for save in (one, other))
         assert all(torch.equal(one_model[key], other_model[key]) for key in one_model)
 
@@ -417,7 +419,7 @@ def test_the_same_seed_gives_the_same_weights(train, tmp_path):
 
 def test_the_batch_size_cannot_change_in_the_middle_of_an_epoch(train, tmp_path):
     train(tmp_path / "m.pt", "--epochs", "1")
-    path = checkpoint.last_path(tmp_path / "m.pt")
+    path = run_files.last_path(tmp_path / "m.pt")
     content = checkpoint.load(path)
     hidden = RNNModel(13, emsize=5, nhid=6, nlayers=2).init_hidden(4)
     content["state"]["progress"].update(row=7, batch=1, hidden=hidden)
@@ -428,7 +430,7 @@ def test_the_batch_size_cannot_change_in_the_middle_of_an_epoch(train, tmp_path)
 
 def test_a_state_from_before_a_flag_existed_goes_on_with_its_default(train, tmp_path):
     train(tmp_path / "m.pt", "--epochs", "1")
-    path = checkpoint.last_path(tmp_path / "m.pt")
+    path = run_files.last_path(tmp_path / "m.pt")
     content = checkpoint.load(path)
     del content["flags"]["precision"]
     for group in content["state"]["optimizer"]["param_groups"]:
@@ -440,7 +442,7 @@ def test_a_state_from_before_a_flag_existed_goes_on_with_its_default(train, tmp_
 def test_how_a_step_is_computed_does_not_travel_with_a_state(train, tmp_path):
     """ASGD's way on a GPU, which refuses tensors of a CPU."""
     train(tmp_path / "m.pt", "--epochs", "4", "--nonmono", "0", "--lr", "20")
-    path = checkpoint.last_path(tmp_path / "m.pt")
+    path = run_files.last_path(tmp_path / "m.pt")
     content = checkpoint.load(path)
     assert content["state"]["averaging"]
     for group in content["state"]["optimizer"]["param_groups"]:

@@ -1,0 +1,80 @@
+"""What a run of training is: its flags, its text, its model, its optimizer, and how far it has come.
+
+Shapes are in the alphabet of `model.py`.
+"""
+
+import math
+from argparse import Namespace
+from collections import namedtuple
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+
+from data import Corpus, load_split
+from errors import BadInput
+from metrics import Metrics, log
+from model import RNNModel
+from splitcross import splits_for
+from vocabulary import Rules
+
+Batches = namedtuple("Batches", "train valid test")  # the splits, each (N, B)
+
+
+@dataclass
+class Progress:
+    """Hold what the loop changes besides weights, optimizer and random generators.
+
+    It is saved and restored as a whole.
+    """
+    epoch: int = 0                                  # epochs completed
+    row: int = 0                                    # where in the text the next batch of the epoch starts
+    batch: int = 0                                  # batches done in the epoch
+    hidden: list | None = None                      # the state that they ended with
+    epoch_rows: int = 0                             # rows that they predicted
+    epoch_loss: float = 0.0                         # sum of their losses over rows
+    epoch_seconds: float = 0.0                      # time they took
+    window_batches: int = 0                         # batches since the last log line
+    window_rows: int = 0                            # rows of these
+    window_loss: float = 0.0                        # sum of their losses over batches
+    window_seconds: float = 0.0                     # time they took
+    window_scale: float = 0.0                       # sum of the factors of their learning rates
+    history: list = field(default_factory=list)     # validation loss after each completed epoch
+    best_loss: float = math.inf                     # validation loss of the model at --save, nats per token
+    best_epoch: int = 0                             # 0: the model that training started from
+    seconds: float = 0.0                            # spent in completed epochs, validation included
+    metrics_bytes: int = 0                          # length of the metrics file that belongs to this progress
+
+
+@dataclass
+class Run:
+    """Hold a run of training, new or resumed."""
+    stage: str                                      # "train" or "finetune"
+    args: Namespace                                 # the flags
+    vocabulary: list                                # V tokens, in the order of their ids
+    batches: Batches
+    model: RNNModel
+    optimizer: torch.optim.Optimizer
+    progress: Progress = field(default_factory=Progress)
+    metrics: Metrics | None = None                  # from `begin` on
+    forward_backward: Callable | None = None        # a pass of training; from `begin` on
+    saved_at: float = 0.0                           # when its state was last written, by the monotonic clock
+    checksum: str = ""                              # of the text
+
+
+def open_batches(args, device, words=None):
+    """Read the corpus that the flags say and lay it out; returns the Corpus and its Batches.
+
+    `words` is the vocabulary of a model, to take as it is. The columns are --batch_size for training, 10 for
+    validation, 1 for the test. Sets `args.level` to what the corpus has, so that it travels with the model. Raises
+    BadInput when a split is missing, malformed or too short.
+    """
+    rules = Rules(args.min_count, args.max_vocab, args.vocab_order)
+    corpus = Corpus(args.data, args.level, args.shares, not args.dry_run, rules, words)
+    args.level = corpus.level
+    log(corpus.describe())
+    if args.cuda_graphs and splits_for(len(corpus.dictionary)):
+        raise BadInput(f"--cuda-graphs: not with a split softmax, which {len(corpus.dictionary):,} words have")
+    train = load_split(corpus, "train", args.batch_size, device, rows=3)
+    valid, test = load_split(corpus, "valid", 10, device), load_split(corpus, "test", 1, device)
+    return corpus, Batches(train, valid, test)

@@ -1,0 +1,107 @@
+"""Name the files of a run, and keep runs from each other's files.
+
+A run keeps the best model at `--save`, the state to resume from beside it, one for each stage, and the metrics.
+"""
+
+import os
+from contextlib import contextmanager
+from pathlib import Path
+
+from errors import BadInput
+from files import check_writable, locked
+
+STATES = {"train": "last", "finetune": "finetune.last"}  # by stage
+RESERVED = ("last", "metrics.jsonl", "untuned", "partial", "lock")  # endings that no --save may have
+
+
+def beside(path, what):
+    """Name a file of the run whose best model is at `path`: PTB.pt -> PTB.WHAT.pt, and exp.lr0.1 -> exp.lr0.1.WHAT."""
+    path = Path(path)
+    return path.with_name(f"{path.stem}.{what}.pt" if path.suffix == ".pt" else f"{path.name}.{what}")
+
+
+def last_path(path, stage="train"):
+    """Return the path of the state to resume from, given that of the best model: PTB.pt -> PTB.last.pt."""
+    return beside(path, STATES[stage])
+
+
+def old_last_paths(path):
+    """Return where earlier versions kept the state to resume from, whatever the stage and the suffix."""
+    path = Path(path)
+    return [last_path(path), path.with_name(f"{path.stem}.last{path.suffix}")]
+
+
+def best_path(path):
+    """Return the path of the best model, given it or that of a state to resume from."""
+    path = Path(path)
+    ending = ".pt" if path.suffix == ".pt" else ""
+    name = path.name.removesuffix(ending)
+    for what in sorted(STATES.values(), key=len, reverse=True):
+        if name.endswith(f".{what}"):
+            return path.with_name(name.removesuffix(f".{what}") + ending)
+    return path
+
+
+def untuned_path(path):
+    """Return where the model is kept that fine-tuning in place began with."""
+    return beside(path, "untuned")
+
+
+def finetuned_path(path):
+    """Return where a model fine-tuned in place is kept when training goes on from the untuned one."""
+    return beside(path, "finetuned")
+
+
+def metrics_path(path):
+    """Return the path of the metrics file, given that of the best model: PTB.pt -> PTB.metrics.jsonl."""
+    path = Path(path)
+    return path.with_name(f"{path.stem if path.suffix == '.pt' else path.name}.metrics.jsonl")
+
+
+def files_of_run(path, stage="train"):
+    """Return the paths of the best model, the state and the metrics."""
+    return Path(path), last_path(path, stage), metrics_path(path)
+
+
+@contextmanager
+def claimed(save, stage="train", dry_run=False):
+    """`with claimed(save)`: this process has the files of a run to itself.
+
+    Raises BadInput when another process has them, or they cannot be written, or are those of another run.
+    """
+    check_name(save)
+    if dry_run:
+        yield
+        return
+    check_writable(*files_of_run(save, stage))
+    with locked(metrics_path(save)):
+        yield
+
+
+def check_free(save):
+    """Raise BadInput when a run or a model lies at `save`."""
+    last = last_path(save)
+    if last.exists():
+        raise BadInput(f"--save {save}: a run lies there already ({last}); --resume {save} goes on with it, "
+                       "--overwrite begins anew in its place")
+    if os.path.lexists(save):
+        raise BadInput(f"--save {save}: a model lies there already; --overwrite trains another in its place")
+
+
+def remove_run(save):
+    """Remove what a run left at `save`."""
+    states = [last_path(save, stage) for stage in STATES]
+    for path in (Path(save), *states, metrics_path(save), untuned_path(save)):
+        path.unlink(missing_ok=True)
+
+
+def check_name(path):
+    """Raise BadInput when the files of a run at `path` would be those of another one."""
+    path = Path(path)
+    name = path.name.removesuffix(".pt")
+    for ending in RESERVED:
+        if name.endswith(f".{ending}"):
+            raise BadInput(f"--save {path}: names with .{ending} are those of other files of a run")
+    twin = path.with_name(name) if path.suffix == ".pt" else path.with_name(f"{path.name}.pt")
+    if os.path.isfile(twin):
+        raise BadInput(f"--save {path}: its record would be that of {twin}, which is there already")

@@ -1,0 +1,264 @@
+"""Score lines of text: their log-probabilities under a trained model.
+
+    python score.py --checkpoint PTB.pt lines.txt
+    echo "the company said" | python score.py --checkpoint PTB.pt --per-word
+    python score.py --checkpoint PTB.pt --carry data/penn/test.txt                  (the lines are one text)
+
+Writes for each line, separated by tabs: log-probability (nats), tokens, unknown tokens, perplexity. The totals come
+last, on stderr. Shapes are in the alphabet of `model.py`.
+"""
+
+if __name__ == "__main__":  # before torch, whose import takes seconds
+    import process
+
+    process.begin()
+
+
+import json
+import math
+import queue
+import sys
+import threading
+from collections import namedtuple
+from dataclasses import dataclass
+
+import torch
+
+import checkpoint
+from device import set_up_device
+from errors import BadInput
+from flags import Parser, add_device_flags, positive_int
+from process import run_script
+from text import split_line
+from vocabulary import END, UNKNOWN, Dictionary
+
+WAIT = 0.05  # seconds that a batch waits for another line, where they come slowly
+LOGITS = 2**24  # most values of a softmax at a time
+BOM = b"\xef\xbb\xbf"
+
+Line = namedtuple("Line", "number tokens ids unknown")  # unknown: where its tokens are not the model's
+
+
+def parse_flags(argv):
+    parser = Parser(description="Score lines of text under a trained model.")
+    parser.add_argument("file", nargs="?", default="-", metavar="FILE", help="lines of text (default and -: stdin)")
+    parser.add_argument("--checkpoint", default="model.pt", metavar="FILE",
+                        help="the trained model (default: %(default)s)")
+    parser.add_argument("--carry", action="store_true",
+                        help="the lines are one text: the hidden state goes on from line to line, and the first token "
+                             "is not predicted (default: each line follows an <eos>)")
+    parser.add_argument("--no-eos", action="store_true", help="do not score the <eos> that ends a line")
+    parser.add_argument("--per-word", action="store_true",
+                        help="also write each token and its log-probability, an empty line after each line")
+    parser.add_argument("--json", action="store_true", help="write a JSON object a line")
+    parser.add_argument("--batch-size", type=positive_int, default=64, metavar="B",
+                        help="lines scored at once; 1 with --carry (default: %(default)s)")
+    add_device_flags(parser)
+    return parser.parse_args(argv)
+
+
+# --- reading ---------------------------------------------------------------------------------------------------------
+
+def read_lines(file, dictionary, level, no_eos):
+    """Yield the lines of a binary file as Lines. Raises BadInput for one that the model cannot read."""
+    known, unknown_id = dictionary.word2idx, dictionary.word2idx.get(UNKNOWN)
+    for number, line in enumerate(file, 1):
+        line = line.removeprefix(BOM) if number == 1 else line
+        try:
+            tokens = split_line(line.removesuffix(b"\n").removesuffix(b"\r"), level)
+        except UnicodeDecodeError as error:
+            raise BadInput(f"line {number} is not UTF-8 text") from error
+        tokens += [] if no_eos else [END]
+        unknown = [token not in known for token in tokens]
+        if unknown_id is None and any(unknown):
+            raise BadInput(f"line {number}: the model's vocabulary of {len(dictionary)} does not include "
+                           f"{tokens[unknown.index(True)]!r}, and has no {UNKNOWN} for it")
+        yield Line(number, tokens, [known.get(token, unknown_id) for token in tokens], unknown)
+
+
+def batches(lines, size):
+    """Yield lists of up to `size` lines as they come: a list does not wait for more than WAIT seconds.
+
+    A thread reads ahead. What it raises is raised here, after the lines before it.
+    """
+    arrived, end = queue.Queue(maxsize=4 * size), object()
+
+    def read():
+        try:
+            for line in lines:
+                arrived.put(line)
+            arrived.put(end)
+        except BaseException as error:  # any one: the caller's thread is the one to end the script
+            arrived.put(error)
+
+    threading.Thread(target=read, daemon=True).start()
+    batch, last = [], None
+    while last is None:
+        try:
+            item = arrived.get(timeout=WAIT if batch else None)
+            if item is end or isinstance(item, BaseException):
+                last = item
+            else:
+                batch.append(item)
+        except queue.Empty:
+            item = None
+        if batch and (item is None or last is not None or len(batch) == size):
+            yield batch
+            batch = []
+    if last is not end:
+        raise last
+
+
+# --- scoring ---------------------------------------------------------------------------------------------------------
+
+@torch.no_grad()
+def logprobs(model, columns, hidden, pad):
+    """Compute the log-probabilities, nats, of all but the first of the ids of each column.
+
+    Columns of unlike length are filled up with the id `pad`. Long ones are read in pieces, in memory that does not grow
+    with them. Returns a list of floats for each column, and the last hidden state.
+    """
+    lengths = [len(ids) - 1 for ids in columns]
+    steps = max(1, LOGITS // (len(columns) * len(model.decoder.bias)))
+    device, found = model.decoder.bias.device, [[] for _ in columns]
+    for start in range(0, max(lengths), steps):
+        stop = min(start + steps, max(lengths)) + 1
+        piece = [ids[start:stop] + [pad] * (stop - start - len(ids[start:stop])) for ids in columns]
+        piece = torch.tensor(piece, device=device).t()
+        output, hidden, _ = model(piece[:-1], hidden)
+        scores = model.target_logprob(output, piece[1:]).double().t().tolist()
+        for column, length in enumerate(lengths):
+            found[column] += scores[column][:max(0, length - start)]
+    return found, hidden
+
+
+class Scorer:
+    """Score batches of Lines; with `carry` they are one text, else each follows an <eos>."""
+
+    def __init__(self, model, dictionary, carry):
+        self.model, self.carry = model.eval(), carry
+        self.start = dictionary.word2idx.get(END, 0)
+        self.hidden, self.context = model.init_hidden(1), []  # of the text so far: state, and id not yet read
+
+    def __call__(self, lines):
+        """Return the log-probabilities of the tokens of each line; that of a text's first token is None."""
+        if self.carry:
+            return [self.go_on(line) for line in lines]
+        order = sorted(range(len(lines)), key=lambda i: len(lines[i].ids))
+        found = [[] for _ in lines]
+        for group in groups(order, [len(line.ids) for line in lines]):
+            columns = [[self.start, *lines[i].ids] for i in group]
+            scores, _ = logprobs(self.model, columns, self.model.init_hidden(len(group)), self.start)
+            for i, score in zip(group, scores):
+                found[i] = score
+        return found
+
+    def go_on(self, line):
+        """Score the next line of the text."""
+        ids, scores = self.context + line.ids, []
+        first = [None] if line.ids and not self.context else []
+        if len(ids) > 1:
+            (scores,), self.hidden = logprobs(self.model, [ids], self.hidden, self.start)
+        self.context = ids[-1:]
+        return first + scores
+
+
+def groups(order, lengths):
+    """Cut `order`, line numbers by rising length, where padding would double the work.
+
+    Lines without a token are left out.
+    """
+    group = []
+    for i in order:
+        if group and lengths[i] > 2 * lengths[group[0]] + 8:
+            yield group
+            group = []
+        if lengths[i]:
+            group.append(i)
+    if group:
+        yield group
+
+
+# --- writing ---------------------------------------------------------------------------------------------------------
+
+@dataclass
+class Totals:
+    """Sum log-probabilities and tokens, and those of the tokens that the model knows."""
+    logprob: float = 0.0
+    tokens: int = 0
+    known_logprob: float = 0.0
+    known_tokens: int = 0
+
+    def add(self, scores, unknown):
+        for score, strange in zip(scores, unknown):
+            if score is not None:
+                self.logprob += score
+                self.tokens += 1
+                self.known_logprob += 0.0 if strange else score
+                self.known_tokens += not strange
+
+    @property
+    def ppl(self):
+        return perplexity(self.logprob, self.tokens)
+
+    def describe(self):
+        known = perplexity(self.known_logprob, self.known_tokens)
+        return (f"total: log-probability {self.logprob:.4f}, {self.tokens} tokens, "
+                f"{self.tokens - self.known_tokens} unknown, perplexity {self.ppl:.4f}, without unknown {known:.4f}")
+
+
+def perplexity(logprob, tokens):
+    """Compute e^(-log-probability / tokens); NaN of no token, infinity where it is too large."""
+    if not tokens:
+        return math.nan
+    loss = -logprob / tokens
+    return math.exp(loss) if loss < 700 else math.inf
+
+
+def format_line(line, scores, per_word, as_json):
+    """Format the scores of a line as the flags ask."""
+    totals = Totals()
+    totals.add(scores, line.unknown)
+    words = list(zip(line.tokens, scores)) if per_word else []
+    unknown = sum(line.unknown)
+    if as_json:
+        ppl = totals.ppl if math.isfinite(totals.ppl) else None
+        values = {"logprob": totals.logprob, "tokens": totals.tokens, "unknown": unknown, "ppl": ppl}
+        return json.dumps(values | ({"words": words} if per_word else {}), ensure_ascii=False)
+    row = f"{totals.logprob:.6f}\t{totals.tokens}\t{unknown}\t{totals.ppl:.4f}"
+    rows = [f"{word}\t{'nan' if score is None else f'{score:.6f}'}" for word, score in words]
+    return "\n".join([row, *rows, ""] if per_word else [row])
+
+
+def main(argv=None):
+    args = parse_flags(argv)
+    if args.file == "-" and sys.stdin is None:
+        raise BadInput("there is no standard input; give a file")
+    device = set_up_device(args.cuda)
+    content = checkpoint.load_model(args.checkpoint, device)
+    model = checkpoint.restore_model(content, args.checkpoint, device=device)
+    dictionary, level = Dictionary(content["vocabulary"]), content["flags"].get("level", "word")
+    if not args.no_eos and END not in dictionary.word2idx:
+        raise BadInput(f"{args.checkpoint}: its vocabulary has no {END} to end a line with; --no-eos scores without")
+    try:
+        file = sys.stdin.buffer if args.file == "-" else open(args.file, "rb")  # noqa: SIM115  read by a thread
+    except OSError as error:
+        raise BadInput(f"{args.file}: cannot be read: {error.strerror}") from error
+    scorer, totals = Scorer(model, dictionary, args.carry), Totals()
+    try:
+        for lines in batches(read_lines(file, dictionary, level, args.no_eos), args.batch_size):
+            for line, scores in zip(lines, scorer(lines)):
+                totals.add(scores, line.unknown)
+                print(format_line(line, scores, args.per_word, args.json))
+            if sys.stdout is not None:
+                sys.stdout.flush()
+    except BrokenPipeError:
+        raise
+    except (OSError, BadInput) as error:
+        name = "standard input" if args.file == "-" else args.file
+        raise BadInput(f"{name}: {getattr(error, 'strerror', None) or error}") from error
+    print(totals.describe(), file=sys.stderr)
+
+
+if __name__ == "__main__":
+    run_script(main)

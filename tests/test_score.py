@@ -1,0 +1,183 @@
+"""Lines are scored as the model scores them one at a time, in their order, however they come."""
+
+import io
+import json
+import math
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import read_metrics
+
+import checkpoint
+import score
+from errors import BadInput
+from vocabulary import Dictionary
+
+ROOT = Path(score.__file__).parent
+
+
+@pytest.fixture(params=["LSTM", "QRNN"])
+def trained(request, train, tmp_path):
+    train(tmp_path / "m.pt", "--epochs", "1", "--model", request.param)
+    return tmp_path / "m.pt"
+
+
+@pytest.fixture
+def run(trained, tmp_path, capsys):
+    """Score a text in a file; returns what is written and the totals."""
+    def call(text, *flags):
+        (tmp_path / "lines.txt").write_bytes(text if isinstance(text, bytes) else text.encode())
+        capsys.readouterr()
+        score.main(["--no-cuda", "--checkpoint", str(trained), str(tmp_path / "lines.txt"), *map(str, flags)])
+        printed = capsys.readouterr()
+        return printed.out, printed.err
+    return call
+
+
+def naive(trained, words):
+    """The log-probabilities of words after an <eos>, a step at a time."""
+    content = checkpoint.load(trained)
+    model, known = checkpoint.restore_model(content, trained).eval(), Dictionary(content["vocabulary"]).word2idx
+    hidden, before, found = model.init_hidden(1), "<eos>", []
+    with torch.no_grad():
+        for word in words:
+            output, hidden, _ = model(torch.tensor([[known[before]]]), hidden)
+            found.append(model.logprob(output)[0, 0, known[word]].item())
+            before = word
+    return found
+
+
+LINES = ["the cat sat", "", "a mat and one dog run by", "the", "saw " * 40, "cat the on a"]
+
+
+@pytest.mark.parametrize("size", [1, 2, 64])
+def test_a_batch_scores_as_a_step_at_a_time(run, trained, size):
+    out, _ = run("\n".join(LINES) + "\n", "--batch-size", size)
+    for line, row in zip(LINES, out.splitlines()):
+        expected = naive(trained, [*line.split(), "<eos>"])
+        logprob, tokens, unknown, ppl = row.split("\t")
+        assert float(logprob) == pytest.approx(sum(expected), abs=1e-5 * len(expected))
+        assert (int(tokens), int(unknown)) == (len(expected), 0)
+        assert float(ppl) == pytest.approx(math.exp(-sum(expected) / len(expected)), rel=1e-4)
+
+
+def test_long_lines_are_read_in_pieces(run, trained, monkeypatch):
+    whole, _ = run("\n".join(LINES))
+    monkeypatch.setattr(score, "LOGITS", 100)
+    assert run("\n".join(LINES))[0] == whole
+    assert trained.exists()
+
+
+def test_per_word_and_json_say_the_same(run, trained):
+    out, _ = run("the cat\n", "--per-word")
+    rows = [line.split("\t") for line in out.splitlines()]
+    assert [row[0] for row in rows[1:4]] == ["the", "cat", "<eos>"]
+    assert [float(row[1]) for row in rows[1:4]] == pytest.approx(naive(trained, ["the", "cat", "<eos>"]), abs=1e-5)
+    assert rows[4] == [""]
+    values = json.loads(run("the cat\n", "--per-word", "--json")[0])
+    assert values["logprob"] == pytest.approx(float(rows[0][0]), abs=1e-5)
+    assert values["words"] == [[word, pytest.approx(float(value), abs=1e-5)] for word, value in rows[1:4]]
+
+
+def test_no_eos_leaves_the_end_of_a_line_out(run, trained):
+    out, _ = run("the cat\n\n", "--no-eos")
+    first, second = (line.split("\t") for line in out.splitlines())
+    assert float(first[0]) == pytest.approx(sum(naive(trained, ["the", "cat"])), abs=1e-5)
+    assert second == ["0.000000", "0", "0", "nan"]
+
+
+def test_carried_lines_have_the_test_loss_of_training(run, trained, corpus_dir):
+    out, err = run((corpus_dir / "test.txt").read_bytes(), "--carry")
+    loss = read_metrics(trained)["test"][0]["loss"]
+    rows = [line.split("\t") for line in out.splitlines()]
+    total, tokens = sum(float(row[0]) for row in rows), sum(int(row[1]) for row in rows)
+    assert -total / tokens == pytest.approx(loss, abs=1e-6)
+    assert f"perplexity {math.exp(loss):.3f}" in err
+
+
+def test_unknown_words_are_counted_and_told_apart(train, tmp_path, capsys):
+    (tmp_path / "book.txt").write_text("the cat <unk> sat\n" * 200)
+    train(tmp_path / "m.pt", "--epochs", "1", "--data", str(tmp_path / "book.txt"))
+    (tmp_path / "lines.txt").write_text("the zebra sat\nthe <unk> sat\n")
+    capsys.readouterr()
+    score.main(["--no-cuda", "--checkpoint", str(tmp_path / "m.pt"), str(tmp_path / "lines.txt"), "--per-word"])
+    printed = capsys.readouterr()
+    blocks = [block.splitlines() for block in printed.out.split("\n\n")]
+    assert [block[0].split("\t")[2] for block in blocks[:2]] == ["1", "0"], "a literal <unk> is a word of the model's"
+    assert blocks[0][2].split("\t")[1] == blocks[1][2].split("\t")[1]
+    assert "8 tokens, 1 unknown" in printed.err
+
+
+@pytest.mark.parametrize("text, flags, message", [
+    (b"the cat\n\xff\n", [], "lines.txt: line 2 is not UTF-8"),
+    (b"the zebra\n", [], "line 1: the model's vocabulary of 13 does not include 'zebra', and has no <unk>"),
+])
+def test_lines_that_cannot_be_scored(run, text, flags, message):
+    with pytest.raises(BadInput, match=message):
+        run(text, *flags)
+
+
+@pytest.mark.parametrize("name, message", [("missing", "No such file"), (".", "Is a directory")])
+def test_files_that_cannot_be_read(trained, tmp_path, monkeypatch, name, message):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(BadInput, match=message):
+        score.main(["--no-cuda", "--checkpoint", str(trained), name])
+
+
+def test_lines_before_an_error_are_answered(trained, tmp_path, capsys):
+    (tmp_path / "lines.txt").write_bytes(b"the cat\n\xff\n")
+    capsys.readouterr()
+    with pytest.raises(BadInput):
+        score.main(["--no-cuda", "--checkpoint", str(trained), str(tmp_path / "lines.txt")])
+    assert len(capsys.readouterr().out.splitlines()) == 1
+
+
+def test_levels_of_characters_and_bytes(train, tmp_path, capsys):
+    (tmp_path / "book.txt").write_text("größe\n" * 300)
+    for level, tokens in (("char", 6), ("byte", 8)):
+        save = tmp_path / f"{level}.pt"
+        train(save, "--epochs", "1", "--data", str(tmp_path / "book.txt"), "--level", level)
+        (tmp_path / "lines.txt").write_text("größe\n")
+        capsys.readouterr()
+        score.main(["--no-cuda", "--checkpoint", str(save), str(tmp_path / "lines.txt")])
+        assert capsys.readouterr().out.split("\t")[1] == str(tokens)
+
+
+class Slow(io.RawIOBase):
+    """A stream whose lines come one after the other, each after what came before was asked for."""
+
+    def __init__(self, lines, pause):
+        self.lines, self.pause = iter(lines), pause
+
+    def __iter__(self):
+        for line in self.lines:
+            time.sleep(self.pause)
+            yield line
+
+
+def test_a_batch_waits_for_no_line_that_does_not_come():
+    sizes = [len(batch) for batch in score.batches(Slow([b"a", b"b", b"c"], 4 * score.WAIT), 64)]
+    assert sizes == [1, 1, 1]
+
+
+def test_lines_that_are_there_make_full_batches():
+    sizes = [len(batch) for batch in score.batches(iter(range(130)), 64)]
+    assert sum(sizes) == 130
+    assert max(sizes) <= 64
+
+
+@pytest.mark.slow
+def test_a_pipe_that_stays_open_is_answered_line_by_line(trained):
+    run = subprocess.Popen([sys.executable, ROOT / "score.py", "--no-cuda", "--checkpoint", trained], text=True,
+                           stdin=subprocess.PIPE, stdout=subprocess.PIPE, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    for line in ("the cat", "a mat"):
+        run.stdin.write(line + "\n")
+        run.stdin.flush()
+        assert run.stdout.readline().split("\t")[1] == "3"
+    run.communicate()
+    assert run.returncode == 0

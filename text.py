@@ -1,0 +1,210 @@
+"""Turn text into tokens and back: files of any size, prompts and lines.
+
+What a token is depends on the level:
+
+    word   what stands between white space, and <eos> at the end of each line (LF, CR LF or CR); UTF-8
+    char   a character, a newline (also as CR or CR LF) being <eos>; UTF-8
+    byte   a byte by its decimal number, a newline being <eos>
+"""
+
+import os
+from array import array
+from codecs import BOM_UTF8, getincrementaldecoder
+from collections import defaultdict
+
+import numpy
+
+from errors import BadInput
+
+LEVELS = ("word", "char", "byte")
+BYTES = {"<eos>", *map(str, range(256))}  # the tokens at byte level
+
+BLOCK = 2**22             # bytes read at a time
+LONGEST_WORD = 2**20      # bytes; a longer one is not a word
+ID_TYPES = ("uint8", "int16", "int32")  # the smallest that holds every id is used
+
+SIGNATURES = (  # how a file begins, what it then is, and what to do
+    (b"\xff\xfe", "UTF-16", "convert it (iconv -f UTF-16 -t UTF-8)"),
+    (b"\xfe\xff", "UTF-16", "convert it (iconv -f UTF-16 -t UTF-8)"),
+    (b"\x1f\x8b", "a gzip archive", "unpack it (gunzip)"), (b"PK\x03\x04", "a zip archive", "unpack it (unzip)"),
+    (b"BZh", "a bzip2 archive", "unpack it (bunzip2)"), (b"\xfd7zXZ", "an xz archive", "unpack it (unxz)"),
+)
+
+
+# --- prompts and lines -----------------------------------------------------------------------------------------------
+
+def decode_prompt(text):
+    """Decode a prompt of the command line as UTF-8, whatever the locale is.
+
+    Raises BadInput when it is not UTF-8.
+    """
+    try:
+        return os.fsencode(text).decode("utf-8")
+    except UnicodeEncodeError:  # the locale has no such character, so the text did not come from its command line
+        return text
+    except UnicodeDecodeError as error:
+        raise BadInput("the prompt is not UTF-8 text (a model at byte level takes any bytes)") from error
+
+
+def tokenize(text, level):
+    """Split a prompt into tokens, at the level of the model; a new line is an <eos>."""
+    if level == "byte":
+        return ["<eos>" if byte == ord("\n") else str(byte) for byte in os.fsencode(text)]
+    tokens = []
+    *ended, last = split_lines(decode_prompt(text))
+    for line in ended:
+        line = line.split() if level == "word" else list(line)
+        tokens += line if line[-1:] == ["<eos>"] else [*line, "<eos>"]  # our own text spells it out
+    return tokens + (last.split() if level == "word" else list(last))
+
+
+def split_line(line, level):
+    """Split a line, bytes without its line end, into tokens; raises UnicodeDecodeError when it is not UTF-8."""
+    if level == "byte":
+        return list(map(str, line))
+    line = line.decode("utf-8")
+    return line.split() if level == "word" else list(line)
+
+
+def detokenize(tokens, level):
+    """Yield the text of tokens, piece by piece.
+
+    - Words have spaces between them, a new line after each <eos>, and one at the end.
+    - Characters have a new line in place of each <eos>.
+    - Bytes have the same. They are decoded as UTF-8, with U+FFFD where they are not valid.
+    """
+    if level == "word":
+        separator = ""
+        for word in tokens:
+            yield separator + word
+            separator = "\n" if word == "<eos>" else " "
+        yield "\n"
+    elif level == "char":
+        yield from ("\n" if character == "<eos>" else character for character in tokens)
+    else:
+        decoder = getincrementaldecoder("utf-8")(errors="replace")
+        yield from (decoder.decode(b"\n" if byte == "<eos>" else bytes([int(byte)])) for byte in tokens)
+        yield decoder.decode(b"", final=True)
+
+
+# --- files -----------------------------------------------------------------------------------------------------------
+
+def read_texts(paths, level):
+    """Read text files.
+
+    Returns the ids of all (tokens,), the number of ids of each file, and the tokens by id.
+    """
+    numbering = defaultdict()
+    numbering.default_factory = numbering.__len__  # a new token gets the next number
+    ids, lengths = array("i"), []
+    for path in paths:
+        before = len(ids)
+        if level == "word":
+            for words in read_words(path):
+                ids.extend(map(numbering.__getitem__, words))
+        else:
+            for part in read_symbols(path, level, numbering):
+                ids.frombytes(memoryview(part).cast("B"))
+        if len(ids) == before:
+            raise BadInput(f"{path}: is empty")
+        lengths.append(len(ids) - before)
+    smallest = next(dtype for dtype in ID_TYPES if len(numbering) - 1 <= numpy.iinfo(dtype).max)
+    return numpy.frombuffer(ids, dtype=numpy.int32).astype(smallest, copy=False), lengths, list(numbering)
+
+
+def read_words(path):
+    """Yield lists of the words of a text, with <eos> at the end of each line."""
+    number, rest, last = 1, b"", b""  # of the line; bytes not yet yielded; byte read last
+    with open(path, "rb") as file:
+        if file.read(len(BOM_UTF8)) != BOM_UTF8:
+            file.seek(0)
+        while block := file.read(BLOCK):
+            last = block[-1:]
+            block = rest + block
+            end = max(map(block.rfind, (b"\n", b" ", b"\t"))) + 1  # cut between two words
+            end = max(end, block.rfind(b"\r", 0, -1) + 1)  # but not between CR and LF
+            if len(block) - end > LONGEST_WORD:
+                end = cut_long_rest(block, end, path, number)
+            *lines, part = split_lines(decode(block[:end], path, number))
+            for line in lines:
+                words = line.split()
+                check_words(words, line, path, number)
+                words.append("<eos>")
+                yield words
+                number += 1
+            words = part.split()
+            check_words(words, part, path, number)
+            yield words
+            rest = block[end:]
+    words = decode(rest, path, number).split()
+    check_words(words, rest, path, number)
+    yield words
+    if last not in (b"", b"\n"):
+        yield ["<eos>"]
+
+
+def split_lines(text):
+    """Split text at its line ends: LF, CR LF, and CR as on old Macs."""
+    if "\r" in text:
+        text = text.replace("\r\n", "\n").replace("\r", "\n")
+    return text.split("\n")
+
+
+def cut_long_rest(block, start, path, number):
+    """Find where to cut a block of bytes that ends in a long part without a space.
+
+    The part begins at `start` and has no white space of ASCII's.
+    """
+    rest = block[start:].decode("utf-8", errors="ignore")
+    words = rest.split()
+    check_words(words, rest, path, number + block.count(b"\n"))
+    unfinished = "" if not words or rest[-1].isspace() else words[-1]
+    return start + len(rest[:len(rest) - len(unfinished)].encode())
+
+
+def check_words(words, line, path, number):
+    """Raise BadInput when a line has a word that is too long for a text."""
+    if len(line) > LONGEST_WORD // 4 and max((len(word.encode()) for word in words), default=0) > LONGEST_WORD:
+        raise BadInput(f"{path}: line {number} has a word of more than {LONGEST_WORD:,} bytes, so it is no text at "
+                       "word level (--level char and --level byte have no such limit)")
+
+
+def decode(block, path, number):
+    """Decode bytes that start in line `number`."""
+    try:
+        return block.decode("utf-8")
+    except UnicodeDecodeError as error:
+        number += block[:error.start].count(b"\n")
+        raise not_text(path, f"line {number} ") from error
+
+
+def not_text(path, where=""):
+    """Make the BadInput for a file that is not UTF-8; it names what the file looks like."""
+    with open(path, "rb") as file:
+        head = file.read(8)
+    for start, what, remedy in SIGNATURES:
+        if head.startswith(start):
+            return BadInput(f"{path}: is {what}, not UTF-8 text: {remedy}")
+    return BadInput(f"{path}: {where}is not UTF-8 text (--level byte takes any bytes)")
+
+
+def read_symbols(path, level, numbering):
+    """Yield arrays (n,) of the ids of a text's characters or bytes.
+
+    The mapping `numbering` gives the ids.
+    """
+    if level == "byte":
+        how, dtype, spell = {"mode": "rb"}, numpy.uint8, str
+    else:
+        how, dtype, spell = {"encoding": "utf-8-sig"}, numpy.uint32, chr
+    known = numpy.full(256 if level == "byte" else 0x110000, -1, numpy.int32)  # code to id
+    with open(path, **how) as file:
+        try:
+            while part := file.read(BLOCK):
+                codes = numpy.frombuffer(part if level == "byte" else part.encode("utf-32-le"), dtype)
+                fresh, first = numpy.unique(codes[known[codes] < 0], return_index=True)
+                for code in fresh[first.argsort()].tolist():
+                    known[code] = numbering["<eos>" if code == ord("\n") else spell(code)]
+                yield known[codes]
+        except UnicodeDecodeError as error:
+            raise not_text(path) from error

@@ -1,0 +1,92 @@
+"""Choose a vocabulary, map a text through one, and carry a model from one to another.
+
+Shapes are in the alphabet of `model.py`.
+"""
+
+from dataclasses import dataclass
+
+import numpy
+import torch
+
+from errors import BadInput
+
+UNKNOWN, END = "<unk>", "<eos>"
+ALWAYS = (UNKNOWN, END)  # in every vocabulary that is chosen
+
+
+class Dictionary:
+    """Hold a vocabulary: `word2idx` maps a token to its id, `idx2word` an id to its token."""
+
+    def __init__(self, words=()):
+        self.idx2word = list(words)
+        self.word2idx = {word: index for index, word in enumerate(self.idx2word)}
+
+    def __len__(self):
+        return len(self.idx2word)
+
+
+@dataclass(frozen=True)
+class Rules:
+    """Say which tokens of the training text make the vocabulary, and in which order they are numbered.
+
+    Without `min_count` and `max_vocab` it is all tokens of the three splits.
+    """
+
+    min_count: int | None = None   # the least times that train has a token
+    max_vocab: int | None = None   # the most tokens, <unk> and <eos> among them: the most frequent ones
+    order: str = "appearance"      # or "frequency", in train
+
+    def restrict(self):
+        return self.min_count is not None or self.max_vocab is not None
+
+    def choose(self):
+        return self.restrict() or self.order != "appearance"
+
+
+def choose_vocabulary(tokens, train, level, rules):
+    """Choose a vocabulary among `tokens`, which are numbered by appearance, for the ids `train` (tokens,).
+
+    Tokens that are as frequent stay in the order of their appearance. Raises BadInput at byte level.
+    """
+    if level == "byte":
+        raise BadInput("--min-count, --max-vocab and --vocab-order are for words and characters")
+    counts = numpy.bincount(train, minlength=len(tokens)).tolist()
+    kept = list(range(len(tokens)))
+    if rules.restrict():
+        always = [i for i in kept if tokens[i] in ALWAYS]
+        frequent = [i for i in kept if tokens[i] not in ALWAYS and counts[i] >= (rules.min_count or 1)]
+        frequent.sort(key=lambda i: -counts[i])
+        if rules.max_vocab:
+            frequent = frequent[:rules.max_vocab - len({UNKNOWN, *(tokens[i] for i in always)})]
+        kept = sorted(always + frequent)
+    frequency = {tokens[i]: counts[i] for i in kept}
+    if rules.restrict():
+        frequency[UNKNOWN] = frequency.get(UNKNOWN, 0) + sum(counts) - sum(frequency.values())
+    if rules.order == "frequency":
+        return sorted(frequency, key=lambda token: -frequency[token])  # stable: else by appearance
+    return list(frequency)
+
+
+def renumber(ids, tokens, words):
+    """Renumber `ids` (tokens,) of `tokens` as those of the vocabulary `words`; what is not in it becomes <unk>.
+
+    Where `words` has no <unk> such an id is -1.
+    """
+    known = Dictionary(words).word2idx
+    table = numpy.array([known.get(token, known.get(UNKNOWN, -1)) for token in tokens])
+    return table.astype("int32" if len(words) > 2**15 else "int16")[ids]
+
+
+def carry_rows(weights, words, new_words):
+    """Carry the weights of a model from the vocabulary `words` to `new_words`.
+
+    Rows of embedding, softmax and its bias follow their words. A new word begins with the mean row, as in ULMFiT
+    (Howard and Ruder, arXiv 1801.06146, section 3.1). Returns a state dict.
+    """
+    known = Dictionary(words).word2idx
+    sources = torch.tensor([known.get(word, len(words)) for word in new_words])
+    carried = dict(weights)
+    for name in ("encoder.weight", "decoder.weight", "decoder.bias"):
+        rows = weights[name]
+        carried[name] = torch.cat([rows, rows.mean(0, keepdim=True)])[sources.to(rows.device)]
+    return carried
