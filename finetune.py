@@ -21,7 +21,7 @@ from device import set_up_device
 from errors import BadInput
 from files import copy_file, same_file
 from flags import Parser, add_training_flags
-from metrics import format_loss, log
+from metrics import check_board, format_loss, log
 from model import ARCHITECTURE, DROPOUTS
 from optimizers import make_optimizer
 from process import run_script
@@ -61,6 +61,7 @@ def parse_flags(argv):
 def main(argv=None):
     args = parse_flags(argv)
     device = set_up_device(args.cuda, args.cuda_graphs)
+    check_board(args.tensorboard, args.dry_run)
     load = args.load or args.save
     if not (load or args.resume):
         raise BadInput("which model? --save FILE fine-tunes it in place, --load FILE --save OTHER keeps it as it is")

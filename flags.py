@@ -47,6 +47,7 @@ def number(kind, low, below=math.inf, exclusive=False):
     return convert
 
 
+NO_LIMIT = 8000  # epochs that nobody waits for: the default of --epochs
 LARGEST_INT, LARGEST_FLOAT = 2**31, 1e30  # times the length of a batch still a number, in int64 and in fp32
 positive_int, non_negative_int = number(int, 1, LARGEST_INT), number(int, 0, LARGEST_INT)
 positive_float = number(float, 0, LARGEST_FLOAT, exclusive=True)
@@ -138,7 +139,7 @@ def add_optimisation_flags(group, max_bptt, plateau):
     group.add_argument("--lr", type=positive_float, metavar="LR", help="learning rate (default: 30; 0.001 for Adam)")
     group.add_argument("--clip", type=non_negative_float, default=0.25, metavar="C",
                        help="largest norm of the gradient (0: no clipping; default: %(default)s)")
-    group.add_argument("--epochs", type=non_negative_int, default=8000, metavar="N",
+    group.add_argument("--epochs", type=non_negative_int, default=NO_LIMIT, metavar="N",
                        help="upper limit of epochs (default: %(default)s)")
     group.add_argument("--batch-size", type=positive_int, default=80, metavar="B",
                        help="columns of a batch (default: %(default)s)")
@@ -170,6 +171,9 @@ def add_run_flags(group, save):
     group.add_argument("--save-interval", type=non_negative_float, default=30, metavar="MINUTES",
                        help="time between states written to resume from, besides those at the end of each epoch "
                             "(0: only those; default: %(default)s)")
+    group.add_argument("--tensorboard", metavar="DIR",
+                       help="folder for the figures of the metrics file as TensorBoard reads them; needs pip install "
+                            "tensorboard; like --cuda not remembered by --resume (default: none)")
     group.add_argument("--dry-run", action="store_true",
                        help="one training batch, one validation batch, the number of parameters and the peak memory; "
                             "writes nothing")

@@ -19,6 +19,7 @@ import run_files
 from device import set_up_device
 from errors import BadInput
 from flags import Parser, add_training_flags, positive_int
+from metrics import check_board
 from model import ARCHITECTURE, DROPOUTS, RNNModel
 from optimizers import make_optimizer
 from process import run_script
@@ -51,6 +52,7 @@ def parse_flags(argv):
 def main(argv=None):
     args = parse_flags(argv)
     device = set_up_device(args.cuda, args.cuda_graphs)
+    check_board(args.tensorboard, args.dry_run)
     if args.resume:
         save = args.save or run_files.best_path(args.resume)
     else:

@@ -7,11 +7,13 @@
 - "epoch", "switch" and "decay" come at the end of an epoch.
 - "test" comes at the end.
 
-Losses are in nats per token, `time` in seconds since 1970. An infinite figure is null.
+Losses are in nats per token, `time` in seconds since 1970. An infinite figure is null. `total_tokens` counts the tokens
+trained since the run began. With `--tensorboard` the same figures go to TensorBoard.
 """
 
 import json
 import math
+import os
 import platform
 import subprocess
 import sys
@@ -23,6 +25,8 @@ import torch
 from tqdm import tqdm
 
 from errors import BadInput
+from files import check_writable
+from flags import NO_LIMIT
 
 
 def loss_metrics(loss):
@@ -80,6 +84,84 @@ def progress_bar(total, done, unit, description):
     return tqdm(total=total, initial=done, unit=unit, desc=description, leave=False, file=sys.stdout, disable=not shown)
 
 
+def advance(bar, rows, loss):
+    """Move a progress bar on by `rows`, and show the mean loss so far."""
+    if not bar.disable:
+        bar.set_postfix_str(f"loss {loss:.2f}", refresh=False)
+        bar.update(rows)
+
+
+def format_end(seconds, epochs, limit):
+    """Format when a run will end, as one more column of a log line.
+
+    The guess is that each epoch up to `limit` takes what the first `epochs` took on average, `seconds` in all. There is
+    no column when no limit was set, or after the last epoch.
+    """
+    end = time.time() + seconds / epochs * (limit - epochs)
+    if limit >= NO_LIMIT or epochs >= limit or end >= 2**32:
+        return ""
+    return f" | end ~ {time.strftime('%Y-%m-%d %H:%M', time.localtime(end))}"
+
+
+# --- TensorBoard -----------------------------------------------------------------------------------------------------
+
+def import_writer():
+    """Import the writer of TensorBoard; raises BadInput when it is not installed."""
+    try:  # an extra that takes seconds: the one place that imports it, and only when it is asked for
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise BadInput(f"--tensorboard needs another package: pip install tensorboard ({error})") from error
+    return SummaryWriter
+
+
+def check_board(folder, dry_run=False):
+    """Raise BadInput unless figures can go to `folder` (None: they go nowhere). A dry run makes no folder."""
+    if folder is None:
+        return
+    import_writer()
+    if not dry_run:
+        try:
+            os.makedirs(folder, exist_ok=True)
+        except OSError as error:
+            raise BadInput(f"--tensorboard {folder}: cannot be written: {error.strerror}") from error
+        check_writable(Path(folder, "events"))
+
+
+class Board:
+    """What sends the figures of metrics lines to TensorBoard, in a folder for each stage.
+
+    The step of each figure is the number of tokens trained. A run that goes on, or begins anew, takes back what was
+    sent beyond its `step`.
+    """
+
+    def __init__(self, folder, stage, step):
+        self.step = step
+        self.writer = import_writer()(os.path.join(folder, stage), purge_step=step + 1 if step else 0)
+
+    def write(self, kind, values):
+        """Send the numbers of a line, each named KIND/NAME; lines that describe a run have no curves.
+
+        Raises BadInput when they cannot be written.
+        """
+        self.step = values.get("total_tokens", self.step)
+        if kind in ("run", "resume"):
+            return
+        try:
+            for name, value in values.items():
+                if isinstance(value, (int, float)) and not isinstance(value, bool) and name != "total_tokens":
+                    self.writer.add_scalar(f"{kind}/{name}", value, self.step)
+            self.writer.flush()
+        except OSError as error:
+            raise BadInput(f"--tensorboard: {self.writer.log_dir} could not be written: {error.strerror}") from error
+
+
+def open_board(folder, stage, step):
+    """Make the Board of a run that has trained `step` tokens; None when `folder` is None."""
+    return Board(folder, stage, step) if folder is not None else None
+
+
+# --- the file --------------------------------------------------------------------------------------------------------
+
 class Metrics:
     """The metrics file at `path`: lines are added, on a line of their own whatever an editor or a crash left there.
 
@@ -90,7 +172,7 @@ class Metrics:
     OF_A_RUN = ("batch", "epoch", "switch", "decay", "test")  # kinds that are written again when a run goes on
 
     def __init__(self, path, keep=None, stage=None):
-        self.path = Path(path)
+        self.path, self.board = Path(path), None
         with open(self.path, "ab+") as file:
             if keep is not None and self.is_own(file, keep, stage):
                 file.truncate(keep)
@@ -107,7 +189,7 @@ class Metrics:
                    for line in lines)
 
     def write(self, kind, **values):
-        """Add a line of kind `kind`.
+        """Add a line of kind `kind`, and send its figures to the board if there is one.
 
         Raises BadInput when it cannot be written.
         """
@@ -117,6 +199,8 @@ class Metrics:
                 file.write(json.dumps({"kind": kind, "time": round(time.time(), 3), **values}) + "\n")
         except OSError as error:
             raise BadInput(f"{self.path}: could not be written: {error.strerror}") from error
+        if self.board:
+            self.board.write(kind, values)
 
     def size(self):
         return self.path.stat().st_size

@@ -13,7 +13,7 @@ from run import Progress, Run, open_batches
 from utils import map_hidden
 
 # They belong to the command, not to the run.
-NOT_RESUMED = {"save", "resume", "cuda", "cuda_graphs", "dry_run", "overwrite"}
+NOT_RESUMED = {"save", "resume", "cuda", "cuda_graphs", "tensorboard", "dry_run", "overwrite"}
 
 
 def resume(parse, argv, stage, device):

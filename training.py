@@ -22,7 +22,7 @@ import run_files
 from device import peak_memory
 from errors import BadInput
 from files import PARTIAL
-from metrics import Metrics, describe_run, format_loss, log, loss_metrics, progress_bar
+from metrics import Metrics, advance, describe_run, format_end, format_loss, log, loss_metrics, open_board, progress_bar
 from optimizers import at_plateau, averaged_weights, is_averaging, make_optimizer
 from process import StopSignals
 from run import Progress
@@ -67,6 +67,7 @@ def begin(run):
         Path(f"{path}{PARTIAL}").unlink(missing_ok=True)  # of a run that was killed
     resumed = progress.metrics_bytes > 0
     run.metrics = Metrics(run_files.metrics_path(args.save), progress.metrics_bytes if resumed else None, run.stage)
+    run.metrics.board = open_board(args.tensorboard, run.stage, total_tokens(run))
     description = describe_run(vars(args), model.parameter_count(), run.batches.train.device)
     run.metrics.write("resume" if resumed else "run", stage=run.stage, epoch=progress.epoch + 1, batch=progress.batch,
                       corpus=run.checksum, **description)
@@ -89,8 +90,8 @@ def train_epoch(run, signals):
     progress, source = run.progress, run.batches.train
     with progress_bar(len(source), progress.row, "row", f"epoch {progress.epoch + 1}") as bar:
         for rows, loss, seconds, scale in train_batches(run):
-            bar.update(rows)
             log_batch(run, rows, loss, seconds, scale)
+            advance(bar, rows, progress.epoch_loss / progress.epoch_rows)
             due = run.args.save_interval and time.monotonic() > run.saved_at + 60 * run.args.save_interval
             stop = signals.stop or log.error
             if due or stop or signals.save:
@@ -163,12 +164,18 @@ def log_batch(run, rows, loss, seconds, scale):
     mean, lr = progress.window_loss / progress.window_batches, run.optimizer.param_groups[0]["lr"]
     ms = progress.window_seconds * 1000 / progress.window_batches
     used = lr * progress.window_scale / progress.window_batches
-    run.metrics.write("batch", epoch=progress.epoch + 1, batch=progress.batch,
+    run.metrics.write("batch", epoch=progress.epoch + 1, batch=progress.batch, total_tokens=total_tokens(run),
                       tokens=progress.window_rows * source.size(1), lr=lr, mean_lr=used, ms_per_batch=ms,
                       **loss_metrics(mean))
     log(f"| epoch {progress.epoch + 1:3d} | {progress.batch:5d}/{len(source) // args.bptt:5d} batches | "
         f"lr {used:8.5f} | ms/batch {ms:8.2f} | {format_loss('', mean)}")
     clear_window(progress)
+
+
+def total_tokens(run):
+    """Count the tokens trained since the run began: those of its completed epochs, and of the batches since."""
+    rows, columns = run.batches.train.shape
+    return (run.progress.epoch * (rows - 1) + min(run.progress.row, rows - 1)) * columns
 
 
 def clear_window(progress):
@@ -183,7 +190,7 @@ def end_epoch(run):
     """
     progress, start = run.progress, time.perf_counter()
     train_loss = progress.epoch_loss / max(1, progress.epoch_rows)
-    progress.epoch += 1
+    progress.epoch, progress.row, progress.batch, progress.hidden = progress.epoch + 1, 0, 0, None
     with averaged_weights(run.optimizer):
         loss = evaluate(run.model, run.batches.valid, run.args.bptt)
         if not math.isfinite(loss):
@@ -194,12 +201,11 @@ def end_epoch(run):
             progress.best_loss, progress.best_epoch = loss, progress.epoch
     run.metrics.write("epoch", epoch=progress.epoch, optimizer=type(run.optimizer).__name__,
                       seconds=progress.epoch_seconds, best_epoch=progress.best_epoch, train_loss=train_loss,
-                      **loss_metrics(loss))
-    log(f"| end of epoch {progress.epoch:3d} | time: {progress.epoch_seconds:8.2f}s | train loss {train_loss:5.2f} | "
-        f"{format_loss('valid', loss)}")
-    progress.history.append(loss)
+                      total_tokens=total_tokens(run), **loss_metrics(loss))
     progress.seconds += progress.epoch_seconds + time.perf_counter() - start
-    progress.row, progress.batch, progress.hidden = 0, 0, None
+    log(f"| end of epoch {progress.epoch:3d} | time: {progress.epoch_seconds:8.2f}s | train loss {train_loss:5.2f} | "
+        f"{format_loss('valid', loss)}{format_end(progress.seconds, progress.epoch, run.args.epochs)}")
+    progress.history.append(loss)
     progress.epoch_rows, progress.epoch_loss, progress.epoch_seconds = 0, 0.0, 0.0
     clear_window(progress)
 
