@@ -1,0 +1,242 @@
+"""Draw the curves of runs from their metrics files.
+
+    python plot.py PTB.metrics.jsonl WT2.metrics.jsonl --out curves.png
+    python plot.py PTB.metrics.jsonl --x hours --metric bpc --no-log --out curves.svg
+
+Thick lines are validation, thin ones training. Letters in circles mark what happened between epochs. The runs are told
+apart by dashes and markers as well as by colour. Needs matplotlib, which nothing else here does.
+"""
+
+if __name__ == "__main__":  # before torch, whose import takes seconds
+    import process
+
+    process.begin()
+
+
+import argparse
+import math
+from pathlib import Path
+
+from curves import read_stages
+from errors import BadInput
+from files import check_writable, replacing, same_file
+from flags import Parser
+from metrics import log, loss_metrics
+from process import run_script
+
+FORMATS = ("png", "svg", "pdf")
+X_LABELS = {"epochs": "epoch", "hours": "hours of training", "tokens": "million tokens trained"}
+Y_LABELS = {"ppl": "perplexity", "bpc": "bits per character", "loss": "loss, nats per token"}
+ENDING = ".metrics.jsonl"
+
+# What is marked: the kind of its line in the record, its letter, its meaning.
+MARKS = {"switch": ("A", "ASGD begins"), "decay": ("R", "learning rate drops"), "finetune": ("F", "fine-tuning begins"),
+         "pointer": ("C", "with the cache"), "dynamic": ("D", "with dynamic evaluation")}
+
+# Of the runs, in turn. The colours differ for colour-blind readers too (Okabe and Ito), the first ones also in grey.
+COLOURS = ("#000000", "#d55e00", "#0072b2", "#009e73", "#cc79a7", "#e69f00")
+DASHES = ("-", (0, (5, 1.5)), (0, (5, 1.5, 1, 1.5)), (0, (1.5, 1)))
+MARKERS = ("o", "s", "^", "D", "v", "X")
+
+TICKS = ((1, 1.2, 1.4, 1.6, 1.8, 2, 2.5, 3, 3.5, 4, 5, 6, 7, 8, 9), (1, 1.5, 2, 3, 4, 5, 6, 7, 8),
+         (1, 2, 3, 4, 6, 8), (1, 2, 5), (1,))
+MAX_TICKS = 12      # of a logarithmic axis: the first of TICKS, in each decade, that has no more
+LOG_RANGE = 3       # largest value / smallest, from which on an axis is logarithmic
+STEP = 0.035        # distance of cache and dynamic evaluation from the curve: a share of the x axis
+SPACING = 0.03      # of the markers of a line: a share of the diagonal of the axes
+
+
+def parse_flags(argv):
+    parser = Parser(description="Draw the curves of runs from their metrics files.",
+                    epilog="The stages in a file follow each other on the x axis. So do files joined by cat.")
+    parser.add_argument("files", nargs="+", metavar="FILE", help=f"the record of a run, NAME{ENDING}")
+    parser.add_argument("--out", default="curves.png", metavar="FILE",
+                        help=f"where the picture goes; its ending, of {', '.join(FORMATS)}, is its format "
+                             "(default: %(default)s)")
+    parser.add_argument("--x", choices=list(X_LABELS), default="epochs",
+                        help="hours are those of training, without validation and stops (default: %(default)s)")
+    parser.add_argument("--metric", choices=list(Y_LABELS), default="ppl",
+                        help="perplexity, bits per character, or nats per token (default: %(default)s)")
+    parser.add_argument("--log", action=argparse.BooleanOptionalAction,
+                        help=f"logarithmic y axis (default: if the largest value is {LOG_RANGE} times the smallest)")
+    return parser.parse_args(argv)
+
+
+def import_matplotlib():
+    """Import matplotlib; raises BadInput when it is not installed."""
+    try:  # an extra, so that all the rest runs without it: the one place that imports it
+        import matplotlib.figure
+    except ImportError as error:
+        raise BadInput(f"pictures need another package: pip install matplotlib ({error})") from error
+    return matplotlib
+
+
+def draw(paths, out, x="epochs", metric="ppl", log_axis=None):
+    """Draw the records at `paths` into the file `out`; returns the matplotlib Figure.
+
+    The flags of the script say what the rest is. Raises BadInput when a record has no epoch, when `out` has another
+    ending or cannot be written, and when matplotlib is missing.
+    """
+    ending = Path(out).suffix[1:].lower()
+    if ending not in FORMATS:
+        raise BadInput(f"--out {out}: its ending is none of {', '.join(FORMATS)}")
+    for path in paths:
+        if same_file(path, out):
+            raise BadInput(f"--out {out}: is one of the records")
+    check_writable(out)
+    matplotlib = import_matplotlib()
+    runs = dict(zip(run_names(paths), map(read_stages, paths)))
+    if x == "tokens":
+        for path, stages in zip(paths, runs.values()):
+            if not stages[-1].end()["tokens"]:
+                raise BadInput(f"{path}: does not say how many tokens were trained, which --x tokens needs")
+    figure = matplotlib.figure.Figure(figsize=(8, 5), layout="constrained")
+    draw_runs(figure.add_subplot(), runs, x, metric, log_axis)
+    undated = {"png": {}, "svg": {"Date": None}, "pdf": {"CreationDate": None}}[ending]  # the same file every time
+    try:
+        with replacing(out) as file, matplotlib.rc_context({"svg.hashsalt": "curves"}):
+            figure.savefig(file, format=ending, dpi=120, metadata=undated)
+    except OSError as error:
+        raise BadInput(f"--out {out}: could not be written: {error.strerror}") from error
+    return figure
+
+
+def run_names(paths):
+    """Name each run after its file; with the folders where names would be the same, and a number where paths are."""
+    names = [Path(path).name.removesuffix(ENDING) for path in paths]
+    names = [name if names.count(name) == 1 else str(path).removesuffix(ENDING) for name, path in zip(names, paths)]
+    names = [name if names.count(name) == 1 else f"{name} ({number})" for number, name in enumerate(names, 1)]
+    return ["".join(letter if letter.isprintable() else "?" for letter in name) for name in names]
+
+
+def draw_runs(axes, runs, x, metric, log_axis):
+    """Draw `runs`, stages by name, each in a style of its own; then axes and legend."""
+    span = max(stage.end()[x] for stages in runs.values() for stage in stages)
+    handles, seen, values = [], set(), []
+    for index, (name, stages) in enumerate(runs.items()):
+        style = {"color": COLOURS[index % len(COLOURS)], "linestyle": DASHES[index % len(DASHES)]}
+        marker = MARKERS[index % len(MARKERS)]
+        best = min(epoch.valid for stage in stages for epoch in stage.epochs.values())
+        label = f"{name} (best {loss_metrics(best)[metric]:.{2 if metric == 'ppl' else 3}f})"
+        label = label.replace("$", r"\$")  # else a formula
+        handles.append((axes.plot([], [], marker=marker, markersize=4, linewidth=2, **style)[0], label))
+        for stage in stages:
+            values += draw_stage(axes, stage, x, metric, name, marker, style)
+            for kind, place, value in stage_events(stage, x, metric):
+                draw_letter(axes, kind, place, value, name, style["color"], index)
+                seen.add(kind)
+            for number, (kind, value) in enumerate(stage_scores(stage, metric)):
+                place = stage.end()[x] + span * STEP * (1 + index + number * len(runs))
+                draw_step(axes, stage, x, metric, place, value, style["color"])
+                draw_letter(axes, kind, place, value, name, style["color"], None)
+                seen.add(kind)
+                values.append(value)
+    handles.append((axes.plot([], [], color="black", linewidth=2)[0], "validation (thick)"))
+    handles.append((axes.plot([], [], color="black", linewidth=0.8)[0], "training, with dropout (thin)"))
+    handles += [(legend_mark(axes, letter), meaning) for kind, (letter, meaning) in MARKS.items() if kind in seen]
+    axes.legend(*zip(*handles), fontsize="small", framealpha=0.9)
+    axes.set_xlabel(X_LABELS[x])
+    axes.set_ylabel(Y_LABELS[metric])
+    axes.grid(color="0.88", linewidth=0.6)
+    axes.set_axisbelow(True)
+    if x == "epochs":
+        axes.xaxis.get_major_locator().set_params(integer=True)
+    set_scale(axes, [value for value in values if math.isfinite(value) and value > 0], log_axis)
+
+
+def draw_stage(axes, stage, x, metric, name, marker, style):
+    """Draw validation and training of a stage; returns the values drawn."""
+    places = stage.positions(x)
+    valid = [(places[number], stage.epochs[number].valid) for number in places]
+    if stage.loaded is not None:
+        valid.insert(0, (stage.start[x], stage.loaded))
+    train = [(places[number], stage.epochs[number].train) for number in places
+             if stage.epochs[number].train is not None]
+    values = []
+    for split, points, look in (
+            ("valid", valid, {"linewidth": 2, "marker": marker, "markersize": 4}),
+            ("train", train, {"linewidth": 0.8, "marker": marker if len(train) == 1 else "", "markersize": 2})):
+        drawn = [loss_metrics(loss)[metric] for _, loss in points]
+        axes.plot([place for place, _ in points], drawn, gid=f"{name} {stage.name} {split}",
+                  markevery=SPACING if len(points) > 1 else 1, **look, **style)
+        values += drawn
+    return values
+
+
+def stage_events(stage, x, metric):
+    """Yield (kind, x, y) of what happened in a stage, on the curve of validation."""
+    places = stage.positions(x)
+    if stage.name == "finetune":
+        first = min(places)
+        place, loss = (places[first], stage.epochs[first].valid) if stage.loaded is None else (
+            stage.start[x], stage.loaded)
+        yield "finetune", place, loss_metrics(loss)[metric]
+    for number, kinds in sorted(stage.events.items()):
+        for kind in sorted(kinds) if number in places else ():
+            yield kind, places[number], loss_metrics(stage.epochs[number].valid)[metric]
+
+
+def stage_scores(stage, metric):
+    """List (kind, y) of the ways in which the model of a stage was scored on validation, besides training."""
+    return [(kind, loss_metrics(stage.scores[kind, "valid"])[metric]) for kind in MARKS
+            if (kind, "valid") in stage.scores]
+
+
+def draw_step(axes, stage, x, metric, place, value, colour):
+    """Draw the step from the best model of a stage to `value`, which a cache or dynamic evaluation makes of it."""
+    best = loss_metrics(min(epoch.valid for epoch in stage.epochs.values()))[metric]
+    axes.plot([stage.end()[x], place, place], [best, best, value], color=colour, linestyle=":", linewidth=1)
+
+
+def draw_letter(axes, kind, place, value, name, colour, row):
+    """Draw the letter of a mark in a circle: at its place, or in a `row` above it (not None), where runs differ."""
+    if not math.isfinite(value):
+        return
+    above, order = (0, 5) if row is None else (15 + 15 * row, 5 - row / 1000)  # no line crosses a lower circle
+    line = {"arrowstyle": "-", "color": colour, "linewidth": 0.8} if above else None
+    axes.annotate(MARKS[kind][0], (place, value), (0, above), textcoords="offset points", ha="center", va="center",
+                  fontsize=7, weight="bold", zorder=order, gid=f"{name} {kind}", arrowprops=line,
+                  bbox={"boxstyle": "circle,pad=0.25", "facecolor": "white", "edgecolor": colour, "linewidth": 1.2})
+
+
+def legend_mark(axes, letter):
+    """Make the two parts of a mark in the legend."""
+    circle, = axes.plot([], [], linestyle="", marker="o", markersize=10, color="white", markeredgecolor="black")
+    inside, = axes.plot([], [], linestyle="", marker=f"${letter}$", markersize=5, color="black", markeredgewidth=0.3)
+    return circle, inside
+
+
+def set_scale(axes, values, log_axis):
+    """Make the y axis logarithmic if `log_axis` says so, or if it is None and the values reach far."""
+    low, high = min(values, default=1), max(values, default=1)
+    if not values or not (high >= LOG_RANGE * low if log_axis is None else log_axis):
+        return
+    linear = axes.get_yticks()
+    axes.set_yscale("log")
+    bottom, top = axes.get_ylim()
+    ticks = log_ticks(bottom, top)
+    if len(ticks) < 3:  # of a short range
+        ticks = [tick for tick in linear if bottom <= tick <= top]
+    axes.set_yticks(ticks, labels=[f"{tick:,.10g}" for tick in ticks])
+    axes.minorticks_off()
+
+
+def log_ticks(low, high):
+    """List round values from `low` to `high` for a logarithmic axis, more than powers of ten."""
+    decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    for steps in TICKS:
+        ticks = [step * 10.0**decade for decade in decades for step in steps if low <= step * 10.0**decade <= high]
+        if len(ticks) <= MAX_TICKS:
+            break
+    return ticks
+
+
+def main(argv=None):
+    args = parse_flags(argv)
+    draw(args.files, args.out, args.x, args.metric, args.log)
+    log(f"plot: {len(args.files)} run{'s' * (len(args.files) > 1)} drawn into {args.out}")
+    log.check()
+
+
+if __name__ == "__main__":
+    run_script(main)
