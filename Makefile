@@ -19,7 +19,7 @@ PY = $(VENV)/bin/python
 help:
 	@sed -n 's/^# //p' Makefile
 
-demo: $(VENV)/.installed
+demo: $(VENV)/.installed-plot
 	$(PY) benchmarks/demo.py $(DEMO)
 
 test: $(VENV)/.installed-test
@@ -52,6 +52,10 @@ $(VENV)/.installed: requirements.txt
 	$(PY) -m pip install --quiet -r requirements.txt
 	touch $@
 
-$(VENV)/.installed-test: requirements-test.txt $(VENV)/.installed
+$(VENV)/.installed-plot: requirements-plot.txt $(VENV)/.installed
+	$(PY) -m pip install --quiet -r requirements-plot.txt
+	touch $@
+
+$(VENV)/.installed-test: requirements-test.txt $(VENV)/.installed-plot
 	$(PY) -m pip install --quiet -r requirements-test.txt
 	touch $@

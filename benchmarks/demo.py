@@ -144,8 +144,13 @@ def main(argv=None):
         status = run(*step)
         if status:
             return status
+    picture = folder / "curves.png"
+    if run("plot.py", str(folder / "demo.metrics.jsonl"), "--out", str(picture)):  # matplotlib is an extra
+        picture = None
     print("", *table(read_metrics(folder / "demo.metrics.jsonl")), "", sep="\n")
     print((folder / "generated.txt").read_text(encoding="utf-8"), end="")
+    if picture:
+        print(f"\nthe curves are in {picture}")
     return 0
 
 

@@ -10,12 +10,14 @@ import recipes
 import finetune
 import generate
 import main
+import plot
 import pointer
+import score
 
 ROOT = Path(main.__file__).parent
 
 PARSERS = {"main.py": main.parse_flags, "finetune.py": finetune.parse_flags, "pointer.py": pointer.parse_flags,
-           "generate.py": generate.parse_flags}
+           "generate.py": generate.parse_flags, "score.py": score.parse_flags, "plot.py": plot.parse_flags}
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md")),
              *sorted((ROOT / "benchmarks").glob("*.md"))]
 
