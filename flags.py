@@ -56,6 +56,10 @@ probability = number(float, 0, 1)  # below 1
 seed = number(int, 0, 2**32)  # what numpy takes
 
 
+# What the authors of the cache's recipe found on WikiText-2.
+CACHE_DEFAULTS = {"window": 3785, "theta": 0.6625523432485668, "lambdasm": 0.12785920428335693}
+
+
 # --- groups ----------------------------------------------------------------------------------------------------------
 
 def add_device_flags(parser):
@@ -86,6 +90,18 @@ def add_vocabulary_flags(group):
     group.add_argument("--vocab-order", choices=["appearance", "frequency"], default="appearance",
                        help="how words are numbered; a split softmax wants the frequent ones first "
                             "(default: %(default)s)")
+def add_cache_flags(group, optional=False):
+    """Add the flags of the neural cache, each with several values for a grid.
+
+    If it is `optional`, they are None where they are not given.
+    """
+    for name, kind, metavar, what, off in (
+            ("window", positive_int, "N", "words that the cache remembers", ""),
+            ("theta", non_negative_float, "X", "sharpness of the cache: factor of the similarities", "0: flat; "),
+            ("lambdasm", probability, "P", "share of the cache in the mixture, from 0 to below 1", "0: off; ")):
+        default = CACHE_DEFAULTS[name]
+        group.add_argument(f"--{name}", type=kind, nargs="+", default=None if optional else [default],
+                           metavar=metavar, help=f"{what} ({off}default: {default:.5g})")
 
 
 def add_training_flags(parser, max_bptt, plateau, save):

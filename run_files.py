@@ -11,7 +11,7 @@ from errors import BadInput
 from files import check_writable, locked
 
 STATES = {"train": "last", "finetune": "finetune.last"}  # by stage
-RESERVED = ("last", "metrics.jsonl", "untuned", "partial", "lock")  # endings that no --save may have
+RESERVED = ("last", "metrics.jsonl", "untuned", "statistics", "partial", "lock")  # endings that no --save may have
 
 
 def beside(path, what):
@@ -45,6 +45,11 @@ def best_path(path):
 def untuned_path(path):
     """Return where the model is kept that fine-tuning in place began with."""
     return beside(path, "untuned")
+
+
+def statistics_path(path):
+    """Return where dynamic evaluation keeps its gradient statistics."""
+    return beside(path, "statistics")
 
 
 def finetuned_path(path):
@@ -91,7 +96,7 @@ def check_free(save):
 def remove_run(save):
     """Remove what a run left at `save`."""
     states = [last_path(save, stage) for stage in STATES]
-    for path in (Path(save), *states, metrics_path(save), untuned_path(save)):
+    for path in (Path(save), *states, metrics_path(save), untuned_path(save), statistics_path(save)):
         path.unlink(missing_ok=True)
 
 

@@ -30,9 +30,9 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import baseline
 import recipes
 
+import cache
 import generate
 import main
-import pointer
 import steps
 from data import Corpus
 from device import LARGEST_KEPT, cpuinfo, has_bf16, keep_memory, use_onednn
@@ -227,8 +227,8 @@ def measure_cache(window, peak, repetitions):
                                                 0.1)
 
     def ours(n):
-        found["fp32"] = pointer.mixture_losses([(outputs[:n], targets[:n], logprob[:n])], [window], [1.0],
-                                               [0.1]).item() * n - 6.0 * (window + 1)
+        found["fp32"] = cache.mixture_losses([(outputs[:n], targets[:n], logprob[:n])], [window], [1.0],
+                                             [0.1]).item() * n - 6.0 * (window + 1)
 
     ours(few)
     plain()

@@ -7,6 +7,7 @@ import pytest
 import torch
 from helpers import read_metrics
 
+import cache
 import pointer
 
 
@@ -33,16 +34,16 @@ def stream(tokens, bptt, words=7, size=4):
 @pytest.mark.parametrize("bptt", [1, 13, 64, 1000])
 @pytest.mark.parametrize("window", [1, 10, 63, 150, 500])
 def test_blocks_are_the_definition(bptt, window, monkeypatch):
-    monkeypatch.setattr(pointer, "QUERY_ROWS", 16)
+    monkeypatch.setattr(cache, "QUERY_ROWS", 16)
     (whole,) = stream(200, 1000)
     expected = naive_loss(*whole, window, 0.7, 0.2)
-    loss = pointer.mixture_losses(stream(200, bptt), [window], [0.7], [0.2]).item()
+    loss = cache.mixture_losses(stream(200, bptt), [window], [0.7], [0.2]).item()
     assert loss == pytest.approx(expected, abs=1e-12)
 
 
 def test_without_the_cache_it_is_the_model():
     (whole,) = stream(200, 1000)
-    loss = pointer.mixture_losses([whole], [20], [1.0], [0.0]).item()
+    loss = cache.mixture_losses([whole], [20], [1.0], [0.0]).item()
     assert loss == pytest.approx(-whole[2].mean().item(), abs=1e-12)
 
 
@@ -51,14 +52,14 @@ def test_a_flat_cache_counts_the_words_of_the_window():
     outputs, targets, logprob = torch.randn(6, 4), torch.tensor([1, 2, 1, 1, 3, 1]), torch.full((6,), -1.0)
     p = [math.exp(-1)] * 4 + [0.5 * math.exp(-1) + 0.5 * share for share in (0 / 3, 2 / 3)]
     expected = -sum(map(math.log, p)) / 6
-    (loss,) = pointer.mixture_losses([(outputs, targets, logprob)], [3], [0.0], [0.5]).flatten()
+    (loss,) = cache.mixture_losses([(outputs, targets, logprob)], [3], [0.0], [0.5]).flatten()
     assert loss.item() == pytest.approx(expected, abs=1e-6)
 
 
 def test_a_grid_is_each_of_its_settings_alone():
     settings = [1, 30, 150, 500], [0.0, 0.5, 2.0], [0.0, 0.1, 0.9, 1 - 1e-9]
     (whole,) = stream(200, 1000)
-    grid = pointer.mixture_losses(stream(200, 64), *settings)
+    grid = cache.mixture_losses(stream(200, 64), *settings)
     for (w, window), (t, theta), (m, lambdasm) in product(*map(enumerate, settings)):
         assert grid[w, t, m].item() == pytest.approx(naive_loss(*whole, window, theta, lambdasm), abs=1e-12)
 

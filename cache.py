@@ -1,0 +1,81 @@
+"""Mix a model with a continuous neural cache (a pointer to the recent past), in blocks of matrix products.
+
+Papers:
+
+- Grave, Joulin, Usunier, "Improving Neural Language Models with a Continuous Cache" (arXiv 1612.04426).
+- 1708.02182, section 6.
+
+Shapes are in the alphabet of `model.py`.
+"""
+
+import math
+
+import torch
+
+from metrics import log
+
+QUERY_ROWS = 256  # predictions scored at once; QUERY_ROWS x (window + QUERY_ROWS) similarities are in memory
+
+
+def cache_logprob(similarities, same, first, window, theta):
+    """Compute the log-probability (Q,), nats, that the cache alone gives to the target of each of Q predictions.
+
+    Queries are the outputs of the predictions. Keys are the outputs that came before or among them.
+
+    - `similarities` (Q, K) are the products of queries and keys.
+    - `same` (Q, K) says where the word that followed the key is the target.
+    - `first`: query q is key number `first` + q. It sees the `window` keys before it.
+
+    The probability is a softmax over theta * similarity, summed over the keys where `same`. The result is -inf where no
+    key is `same`. It is NaN where there are no keys at all.
+    """
+    nearest = max(0, first - window)
+    queries, keys = len(similarities), similarities.size(1)
+    number = torch.arange(nearest, keys, device=similarities.device)
+    own = number[first - nearest:first - nearest + queries].unsqueeze(1)
+    weight = similarities[:, nearest:] * theta
+    weight.masked_fill_((number >= own) | (number < own - window), -math.inf)
+    weight.sub_(weight.amax(1, keepdim=True)).exp_()
+    return ((weight * same[:, nearest:]).sum(1) / weight.sum(1)).log()
+
+
+def mixture_losses(chunks, windows, thetas, lambdasms):
+    """Compute the mean cross entropy of (1 - lambdasm) * model + lambdasm * cache over `chunks`.
+
+    Each of `chunks` is what `pointer.scored_chunks` yields. It may come from a model that changes in between.
+
+    Returns nats per token for all combinations, a tensor (windows, thetas, lambdasms). A cache joins once more than its
+    window of predictions lie behind. Until then the model stands alone. The published numbers were made that way.
+    """
+    longest = max(windows)
+    totals = torch.zeros(len(windows), len(thetas), len(lambdasms), dtype=torch.float64)
+    keys = followers = None
+    seen = 0  # predictions so far
+    for outputs, targets, logprob in chunks:
+        keys = outputs if keys is None else torch.cat([keys, outputs])
+        followers = targets if followers is None else torch.cat([followers, targets])
+        share = torch.tensor(lambdasms, dtype=torch.double, device=logprob.device).unsqueeze(1)
+        model_part, cache_part = (-share).log1p().to(logprob.dtype), share.log().to(logprob.dtype)
+        past = len(keys) - len(outputs)
+        for start in range(0, len(outputs), QUERY_ROWS):
+            block = slice(start, start + QUERY_ROWS)
+            alone, first = logprob[block], past + start
+            near = slice(max(0, first - longest), first + len(alone))
+            similarities = outputs[block] @ keys[near].t()
+            same = followers[near] == targets[block].unsqueeze(1)
+            behind = torch.arange(seen, seen + len(alone), device=alone.device)
+            for w, window in enumerate(windows):
+                for t, theta in enumerate(thetas):
+                    cached = cache_logprob(similarities, same, first - near.start, window, theta)
+                    mixed = torch.logaddexp(alone + model_part, cached + cache_part)
+                    totals[w, t] -= torch.where(behind > window, mixed, alone).double().sum(1).cpu()
+            seen += len(alone)
+        keys, followers = keys[-longest:], followers[-longest:]
+    return totals / seen
+
+
+def log_idle(kind, windows, **splits):
+    """Log which of `splits`, each (N, 1), are too short for the longest of `windows` to be used."""
+    for name, source in splits.items():
+        if max(windows) >= len(source) - 2:
+            log(f"| {kind} | {name} has {len(source) - 1} words: with --window {max(windows)} the cache never joins")

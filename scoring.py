@@ -1,0 +1,46 @@
+"""Open a trained model with the text that it is scored on, and record the scores."""
+
+import checkpoint
+import run_files
+from data import Corpus
+from errors import BadInput
+from metrics import Metrics, format_loss, log, loss_metrics
+
+
+def open_trained(parse_flags, argv, device):
+    """Read the model that --save names, and the corpus.
+
+    Flags that `argv` does not give are those that trained the model: --model, --data, --level and --shares. Returns
+    the flags, the Corpus and the model on `device`. Raises BadInput when they do not belong together.
+    """
+    save = parse_flags(argv).save
+    content = checkpoint.load_model(save, device)
+    args, _ = checkpoint.merge_flags(parse_flags, argv, content, save, ["model", "data", "level", "shares"],
+                                     fixed=["model", "level"])
+    checkpoint.check_data(content, save, args.data)
+    corpus = Corpus(args.data, args.level, args.shares, words=content["vocabulary"])
+    log(corpus.describe())
+    return args, corpus, checkpoint.restore_model(content, save, device=device)
+
+
+def report(kind, split, setting, loss, seconds, **further):
+    """Log the loss of a setting, which is a dict by the names of its flags.
+
+    Returns kind and values of its line in the metrics file, `further` ones among them.
+    """
+    named = " | ".join(f"{name} {value:6.4g}" for name, value in setting.items())
+    log(f"| {kind:7} | {named} | {format_loss(split, loss)}")
+    return kind, {"split": split, **setting, **further, "seconds": seconds, **loss_metrics(loss)}
+
+
+def record(save, lines):
+    """Add lines, each a kind and its values, to the record of the model at `save`.
+
+    A read-only folder is not an error: its model can still be scored.
+    """
+    try:
+        metrics = Metrics(run_files.metrics_path(save))
+        for kind, values in lines:
+            metrics.write(kind, **values)
+    except (OSError, BadInput) as error:
+        log(f"not recorded: {error}")
