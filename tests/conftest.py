@@ -17,6 +17,13 @@ def one_thread_and_fp32():
 
 
 @pytest.fixture
+def in_float64():
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+@pytest.fixture
 def corpus_dir(tmp_path):
     """A folder of plain text in three splits: 12 words and <eos>, a few hundred tokens."""
     folder = tmp_path / "corpus"

@@ -10,13 +10,15 @@ from pathlib import Path
 import pytest
 import torch
 
+import dynamic
 import finetune
 import generate
 import main
 import pointer
 from process import run_script
 
-SCRIPTS = {"main": main.main, "finetune": finetune.main, "pointer": pointer.main, "generate": generate.main}
+SCRIPTS = {"main": main.main, "finetune": finetune.main, "pointer": pointer.main, "dynamic": dynamic.main,
+           "generate": generate.main}
 TINY = ["--no-cuda", "--emsize", "5", "--nhid", "6", "--batch_size", "4", "--epochs", "1"]
 
 
@@ -64,6 +66,8 @@ def refused(run, folder, script, *arguments):
     ("main", "--log-interval 0"), ("main", "--alpha -2"), ("main", "--wdecay inf"), ("main", "--max-bptt -1"),
     ("finetune", "--dropouth 1.2"), ("finetune", "--epochs -1"), ("finetune", ""),
     ("pointer", "--window 0"), ("pointer", "--theta -1"), ("pointer", "--lambdasm 1"), ("pointer", "--bptt 0"),
+    ("dynamic", "--lr -1"), ("dynamic", "--lamb nan"), ("dynamic", "--epsilon 0"), ("dynamic", "--rule adam"),
+    ("dynamic", "--bptt 0"), ("dynamic", "--batch_size 0"), ("dynamic", "--max-batches -1"), ("dynamic", "--window 0"),
     ("generate", "--temperature -1"), ("generate", "--words 0"), ("generate", "--top-k -1"),
     ("generate", "--precision tf32"),
 ])
@@ -81,7 +85,7 @@ def test_missing_corpus_names_the_command_that_gets_it(run, place):
     assert "./getdata.sh NAME" in refused(run, place, "main", "--data", "data/penn", "--save", "m.pt")
 
 
-@pytest.mark.parametrize("script", ["main", "finetune", "pointer"])
+@pytest.mark.parametrize("script", ["main", "finetune", "pointer", "dynamic"])
 @pytest.mark.parametrize("split", ["train", "valid", "test"])
 @pytest.mark.parametrize("content, message", [
     (None, "No such file"), (b"", "is empty"), (b"a\n\xff\n", "line 2 is not UTF-8"),
@@ -113,7 +117,7 @@ def test_unwritable_save_is_found_before_training(run, place, save):
 
 
 @pytest.mark.parametrize("script, flag", [
-    ("main", "--resume"), ("finetune", "--save"), ("pointer", "--save"), ("generate", "--checkpoint"),
+    ("main", "--resume"), ("finetune", "--save"), ("pointer", "--save"), ("dynamic", "--save"), ("generate", "--checkpoint"),
 ])
 def test_files_that_are_no_checkpoint(run, place, script, flag):
     torch.save([torch.nn.LSTM(2, 2)], "pickle.pt")

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import recipes
 
+import dynamic
 import finetune
 import generate
 import main
@@ -16,7 +17,7 @@ import score
 
 ROOT = Path(main.__file__).parent
 
-PARSERS = {"main.py": main.parse_flags, "finetune.py": finetune.parse_flags, "pointer.py": pointer.parse_flags,
+PARSERS = {"main.py": main.parse_flags, "finetune.py": finetune.parse_flags, "pointer.py": pointer.parse_flags, "dynamic.py": dynamic.parse_flags,
            "generate.py": generate.parse_flags, "score.py": score.parse_flags, "plot.py": plot.parse_flags}
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md")),
              *sorted((ROOT / "benchmarks").glob("*.md"))]

@@ -53,13 +53,6 @@ def case(request):
     return recorded
 
 
-@pytest.fixture
-def in_float64():
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
-
-
 class RecordedMasks:
     """Masks from numpy, as the original drew them, on whatever device, in whatever dtype.
 
