@@ -3,8 +3,8 @@
     python benchmarks/reproduce.py ptb-qrnn                        (make reproduce ROW=ptb-qrnn)
     python benchmarks/reproduce.py ptb-qrnn --minutes 8            (stops in time; the same command goes on from there)
 
-Training, fine-tuning, and the cache with the published setting and with the best one of a grid. All files of a row lie
-in `runs/ROW`; the row is made from the metrics there and from nothing else.
+Training, fine-tuning, the cache with the published setting and with the best one of a grid, and dynamic evaluation. All
+files of a row lie in `runs/ROW`; the row is made from the metrics there and from nothing else.
 """
 
 import argparse
@@ -23,7 +23,9 @@ from metrics import read_metrics  # noqa: E402
 from run_files import last_path, metrics_path  # noqa: E402  the scripts of the project are no package
 
 ROOT = Path(__file__).parent.parent
+SCORES = {"cache": "pointer.py", "grid": "pointer.py", "dynamic": "dynamic.py"}  # stages after training, their scripts
 MARGIN = 20  # seconds, at most a quarter of the time, that a stage gets to finish its batch and write its state
+
 
 def records(save):
     """Read the record of the run whose best model is at `save`; empty before there is one."""
@@ -33,18 +35,19 @@ def records(save):
 
 def is_done(stage, folder):
     """Whether a stage has come to its end."""
-    lines = records(folder / f"{'finetune' if stage in ('cache', 'grid') else stage}.pt")
+    lines = records(folder / f"{stage if stage in ('train', 'finetune') else 'finetune'}.pt")
     if stage in ("train", "finetune"):
         return any(line["kind"] == "test" and line["finished"] for line in lines)
-    return any(line["kind"] == ("grid" if stage == "grid" else "pointer") for line in lines)  # written in the end
+    kind = "pointer" if stage == "cache" else stage
+    return any(line["kind"] == kind and (stage == "grid" or line["split"] == "test") for line in lines)
 
 
 def command(stage, recipe, folder, extra):
     """The command that begins a stage, or goes on with it."""
     save = folder / f"{stage}.pt"
-    if stage in ("cache", "grid"):
-        flags = recipe["cache"] if stage == "cache" else GRID
-        return ["pointer.py", "--save", str(folder / "finetune.pt"), *shlex.split(flags)]
+    if stage in SCORES:
+        flags = GRID if stage == "grid" else recipe[stage]
+        return [SCORES[stage], "--save", str(folder / "finetune.pt"), *shlex.split(flags)]
     script = {"train": "main.py", "finetune": "finetune.py"}[stage]
     if (ROOT / last_path(save, stage)).exists():
         return [script, "--resume", str(save)]
@@ -75,11 +78,13 @@ def row(name, folder):
             if line["kind"] == "test" and line["finished"]:
                 words = f"{math.exp(line['valid_loss']):.2f} / {line['ppl']:.2f}"
                 cells.append(f"{line['bpc']:.3f} bpc" if "bpc" in recipe["published"][0] else words)
-    pointers = [line for line in tuned if line["kind"] == "pointer"]
-    cells += [f"{valid['ppl']:.2f} / {test['ppl']:.2f}" for valid, test in zip(pointers[::2], pointers[1::2])]
+    for kind in ("pointer", "dynamic"):
+        scored = {split: [line for line in tuned if line["kind"] == kind and line["split"] == split]
+                  for split in ("valid", "test")}
+        cells += [f"{valid['ppl']:.2f} / {test['ppl']:.2f}" for valid, test in zip(*scored.values())]
     begun = next(line for line in lines if line["kind"] == "run")
     minutes = sum(line["seconds"] for line in [*lines, *tuned] if line["kind"] == "test" and line["finished"]) / 60
-    published = [*recipe["published"], "" if "cache" in recipe else None]
+    published = [*recipe["published"][:3], "", *recipe["published"][3:]]  # none for the grid
     pairs = [f"{cell} ({there})" if there else cell for cell, there in zip(cells, published)]
     return " | ".join(["", name, *pairs, f"seed {begun['seed']}", f"commit {(begun['commit'] or 'unknown')[:7]}",
                        begun["device"], f"{minutes:,.0f} minutes", ""]).strip()
@@ -98,7 +103,7 @@ def main():
     folder = args.folder.resolve() if args.folder else Path("runs", args.row)  # the latter below ROOT, as all commands
     (ROOT / folder).mkdir(parents=True, exist_ok=True)
     recipe = RECIPES[args.row]
-    stages = [stage for stage in ("train", "finetune", "cache", "grid")
+    stages = [stage for stage in ("train", "finetune", "cache", "grid", "dynamic")
               if stage in recipe or (stage == "grid" and "cache" in recipe)]
     for stage in stages:
         if not is_done(stage, folder) and not run(command(stage, recipe, folder, shlex.split(args.extra)), deadline):

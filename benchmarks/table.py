@@ -20,10 +20,11 @@ def rows(lines):
             stage = line["stage"]
         elif line["kind"] == "test":
             yield stage, line["epochs"], math.exp(line["valid_loss"]), line["ppl"], line["seconds"] / 60
-        elif line["kind"] == "pointer" and line["split"] == "valid":
+        elif line["kind"] in ("pointer", "dynamic") and line["split"] == "valid":
             valid = line
-        elif line["kind"] == "pointer":
-            yield "cache", "", valid["ppl"], line["ppl"], (valid["seconds"] + line["seconds"]) / 60
+        elif line["kind"] in ("pointer", "dynamic"):
+            name = "cache" if line["kind"] == "pointer" else "both" if "window" in line else "dynamic"
+            yield name, "", valid["ppl"], line["ppl"], (valid["seconds"] + line["seconds"]) / 60
 
 
 def table(lines):

@@ -117,7 +117,8 @@ def test_unwritable_save_is_found_before_training(run, place, save):
 
 
 @pytest.mark.parametrize("script, flag", [
-    ("main", "--resume"), ("finetune", "--save"), ("pointer", "--save"), ("dynamic", "--save"), ("generate", "--checkpoint"),
+    ("main", "--resume"), ("finetune", "--save"), ("pointer", "--save"), ("dynamic", "--save"),
+    ("generate", "--checkpoint"),
 ])
 def test_files_that_are_no_checkpoint(run, place, script, flag):
     torch.save([torch.nn.LSTM(2, 2)], "pickle.pt")

@@ -6,6 +6,7 @@ import pytest
 import torch
 from helpers import read_metrics
 
+import dynamic
 import finetune
 import generate
 import main
@@ -150,6 +151,7 @@ def test_every_script(corpus_dir, tmp_path):
         assert main.main([*data, *TINY, "--epochs", "1", "--save", save, "--precision", precision]) == 0
     assert finetune.main([*data, "--epochs", "1", "--save", save]) == 0
     pointer.main([*data, "--save", save, "--window", "5", "20", "--theta", "1", "--lambdasm", "0.1"])
+    dynamic.main([*data, "--save", save, "--batch_size", "4"])
     text = tmp_path / "text.txt"
     generate.main(["--cuda", "--checkpoint", save, "--words", "50", "--outf", str(text)])
     assert len(text.read_text().split()) >= 40

@@ -5,6 +5,7 @@ import sys
 import pytest
 import reproduce
 
+import dynamic
 import finetune
 import main
 import pointer
@@ -18,7 +19,8 @@ def make(corpus_dir, tmp_path, monkeypatch, capfd):
     monkeypatch.setattr(reproduce, "GRID", "--window 5 20 --theta 1 --lambdasm 0.1 0.3 --no-cuda")
     monkeypatch.setitem(reproduce.RECIPES, "tiny", {
         "train": f"{TINY} --data {corpus_dir}", "finetune": f"{TINY} --data {corpus_dir}",
-        "cache": "--window 9 --no-cuda", "published": ["9.1 / 9.2", "8.1 / 8.2", "7.1 / 7.2"]})
+        "cache": "--window 9 --no-cuda", "dynamic": "--batch_size 4 --no-cuda",
+        "published": ["9.1 / 9.2", "8.1 / 8.2", "7.1 / 7.2", "6.1 / 6.2"]})
 
     def call(folder, *flags):
         monkeypatch.setattr(sys, "argv", ["reproduce.py", "tiny", "--folder", str(tmp_path / folder), *flags])
@@ -29,7 +31,7 @@ def make(corpus_dir, tmp_path, monkeypatch, capfd):
 
 def test_every_recipe_is_one_that_the_scripts_take():
     for recipe in reproduce.RECIPES.values():
-        for stage, script in (("train", main), ("finetune", finetune), ("cache", pointer)):
+        for stage, script in (("train", main), ("finetune", finetune), ("cache", pointer), ("dynamic", dynamic)):
             if stage in recipe:
                 script.parse_flags(recipe[stage].split())
     pointer.parse_flags(reproduce.GRID.split())
@@ -41,8 +43,8 @@ def test_a_row_stage_by_stage(make):
     row = printed.splitlines()[-1]
     cells = [cell.strip() for cell in row.strip("|").split("|")]
     assert cells[0] == "tiny"
-    assert [cell.partition(" (")[2] for cell in cells[1:5]] == [
-        "9.1 / 9.2)", "8.1 / 8.2)", "7.1 / 7.2)", ""]
+    assert [cell.partition(" (")[2] for cell in cells[1:6]] == [
+        "9.1 / 9.2)", "8.1 / 8.2)", "7.1 / 7.2)", "", "6.1 / 6.2)"]
     assert make("whole").splitlines() == [row], "nothing is left to do"
 
 
@@ -64,4 +66,4 @@ def test_a_stage_that_is_stopped_goes_on(make, tmp_path, monkeypatch):
     monkeypatch.setattr(reproduce.subprocess.Popen, "wait", impatient)
     for _ in range(2):
         assert "the same command goes on" in make("stopped", "--minutes", "5")
-    assert make("stopped", "--minutes", "5").splitlines()[-1].split(" | ")[:6] == whole[:6]
+    assert make("stopped", "--minutes", "5").splitlines()[-1].split(" | ")[:7] == whole[:7]
