@@ -26,7 +26,7 @@ def replacing(path, mode="wb", **how):
     to the disk, then renamed. A link stays a link.
     """
     path = os.path.realpath(path)
-    partial = path + PARTIAL
+    partial = f"{path}.{os.getpid()}{PARTIAL}"
     try:
         with open(partial, mode, **how) as file:
             yield file
@@ -39,10 +39,23 @@ def replacing(path, mode="wb", **how):
         raise
 
 
+def remove_partial(*paths):
+    """Remove what processes that were killed had written of `paths`."""
+    for path in paths:
+        folder, name = os.path.split(os.path.realpath(path))
+        with suppress(OSError):
+            for entry in os.listdir(folder or "."):
+                if entry.startswith(f"{name}.") and entry.endswith(PARTIAL):
+                    os.unlink(os.path.join(folder, entry))
+
+
 def copy_file(source, target):
-    """Copy a file so that all of it or nothing appears at `target`."""
-    with open(source, "rb") as old, replacing(target) as new:
-        shutil.copyfileobj(old, new)
+    """Copy a file so that all of it or nothing appears at `target`; raises BadInput when that cannot be done."""
+    try:
+        with open(source, "rb") as old, replacing(target) as new:
+            shutil.copyfileobj(old, new)
+    except OSError as error:
+        raise BadInput(f"{source}: could not be copied to {target}: {error.strerror}") from error
 
 
 def same_file(path, other):
@@ -58,7 +71,7 @@ def check_writable(*paths):
             if os.path.lexists(real) and not stat.S_ISREG(os.lstat(real).st_mode):
                 raise BadInput(f"{path}: cannot be written: there is something that is no file")
             with tempfile.TemporaryFile(dir=os.path.dirname(real)), suppress(FileNotFoundError):
-                os.lstat(real + PARTIAL)  # fails when the name is too long
+                os.lstat(f"{real}.{os.getpid()}{PARTIAL}")  # fails when the name is too long
         except OSError as error:
             raise BadInput(f"{path}: cannot be written: {error.strerror}") from error
 
@@ -94,14 +107,15 @@ def locked(path, required=True):
             break
         file.close()
     try:
-        file.truncate(0)
-        file.write(str(os.getpid()))
-        file.flush()
+        with suppress(OSError):  # on a full disk others are not told who has it
+            file.truncate(0)
+            os.write(file.fileno(), str(os.getpid()).encode())
         yield
     finally:
         with suppress(OSError):
             os.unlink(name)
-        file.close()
+        with suppress(OSError):
+            file.close()
 
 
 def take(file):

@@ -62,13 +62,25 @@ def main(argv=None):
     args = parse_flags(argv)
     device = set_up_device(args.cuda, args.cuda_graphs)
     check_board(args.tensorboard, args.dry_run)
-    load = args.load or args.save
+    load = run_files.follow(args.load or args.save)
     if not (load or args.resume):
         raise BadInput("which model? --save FILE fine-tunes it in place, --load FILE --save OTHER keeps it as it is")
-    save = args.save or (run_files.best_path(args.resume) if args.resume else load)
+    save = run_files.follow(args.save or (run_files.best_path(args.resume) if args.resume else load))
     with run_files.claimed(save, "finetune", args.dry_run):
         run = resume(parse_flags, argv, "finetune", device) if args.resume else start(argv, load, save, device)
         return train(run)
+
+
+def check_place(load, save, overwrite):
+    """Raise BadInput when fine-tuning the model at `load` would harm what lies at `save`."""
+    if not overwrite and is_unfinished(save, "finetune"):
+        raise BadInput(f"--save {save}: a fine-tuning was stopped there; --resume {save} goes on with it, "
+                       "--overwrite begins anew")
+    if same_file(load, save):
+        return
+    if any(same_file(load, path) for path in run_files.all_files(save)):
+        raise BadInput(f"--load {load}: that is a file of the run at --save {save}; another --save keeps both")
+    run_files.check_free(save, overwrite)
 
 
 def start(argv, load, save, device):
@@ -82,12 +94,8 @@ def start(argv, load, save, device):
         raise BadInput("--min-count, --max-vocab and --vocab-order choose a vocabulary: with --vocab corpus")
     args.load, args.save, args.lr = load, save, args.lr or LR
     in_place = same_file(load, save)
-    if not (args.overwrite or args.dry_run):
-        if is_unfinished(save, "finetune"):
-            raise BadInput(f"--save {save}: a fine-tuning was stopped there; --resume {save} goes on with it, "
-                           "--overwrite begins anew")
-        if not in_place:
-            run_files.check_free(save)
+    if not args.dry_run:
+        check_place(load, save, args.overwrite)
     checkpoint.check_data(content, load, args.data)
     corpus, batches = open_batches(args, device, content["vocabulary"] if args.vocab == "model" else None)
     if args.vocab == "corpus":

@@ -17,6 +17,7 @@ if __name__ == "__main__":  # before torch, whose import takes seconds
 import math
 import os
 import sys
+from codecs import BOM_UTF8
 from itertools import chain
 
 import torch
@@ -30,6 +31,7 @@ from metrics import log
 from model import LAYERS
 from process import run_script
 from products import packs_bf16
+from run_files import is_checkpoint
 from text import detokenize, tokenize
 from vocabulary import END, UNKNOWN, Dictionary
 
@@ -136,12 +138,13 @@ def read_prompt(args):
         return args.prompt or ""
     try:
         if args.prompt_file == "-":
+            if sys.stdin is None:
+                raise BadInput("--prompt-file -: there is no standard input")
             return os.fsdecode(sys.stdin.buffer.read())
         with open(args.prompt_file, "rb") as file:
-            return os.fsdecode(file.read())
-    except (OSError, AttributeError) as error:  # there may be no standard input
-        raise BadInput(f"--prompt-file {args.prompt_file}: cannot be read: "
-                       f"{getattr(error, 'strerror', None) or error}") from error
+            return os.fsdecode(file.read().removeprefix(BOM_UTF8))
+    except OSError as error:
+        raise BadInput(f"--prompt-file {args.prompt_file}: cannot be read: {error.strerror}") from error
 
 
 def encode(tokens, dictionary):
@@ -201,6 +204,8 @@ def check_output(path, model):
     check_writable(path)
     if same_file(path, model):
         raise BadInput(f"--outf {path}: that is the model")
+    if is_checkpoint(path):
+        raise BadInput(f"--outf {path}: a checkpoint lies there")
 
 
 def main(argv=None):

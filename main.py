@@ -19,7 +19,7 @@ import run_files
 from device import set_up_device
 from errors import BadInput
 from flags import Parser, add_training_flags, positive_int
-from metrics import check_board
+from metrics import check_board, log
 from model import ARCHITECTURE, DROPOUTS, RNNModel
 from optimizers import make_optimizer
 from process import run_script
@@ -54,9 +54,9 @@ def main(argv=None):
     device = set_up_device(args.cuda, args.cuda_graphs)
     check_board(args.tensorboard, args.dry_run)
     if args.resume:
-        save = args.save or run_files.best_path(args.resume)
+        save = run_files.follow(args.save or run_files.best_path(args.resume))
     else:
-        save = args.save = args.save or f"{time.time_ns() // 10**6}.pt"
+        save = args.save = run_files.follow(args.save or f"{time.time_ns() // 10**6}.pt")
     with run_files.claimed(save, dry_run=args.dry_run):
         run = resume(parse_flags, argv, "train", device) if args.resume else start(args, device)
         return train(run)
@@ -64,8 +64,8 @@ def main(argv=None):
 
 def start(args, device):
     """Begin a run: text, model and optimizer as the flags say. Raises BadInput where a run lies at --save."""
-    if not (args.overwrite or args.dry_run):
-        run_files.check_free(args.save)
+    if not args.dry_run:
+        run_files.check_free(args.save, args.overwrite)
     args.lr = args.lr or DEFAULT_LR[args.optimizer]
     args.when = [epoch for epoch in args.when if epoch != NEVER]
     corpus, batches = open_batches(args, device)
@@ -76,6 +76,7 @@ def start(args, device):
     except RuntimeError as error:  # what PyTorch raises when it gets no memory
         raise BadInput(f"no model of this size: {str(error).splitlines()[0]}") from error
     optimizer = make_optimizer(args.optimizer, model, args.lr, args.wdecay)
+    log.check()  # before anything is removed
     if args.overwrite and not args.dry_run:
         run_files.remove_run(args.save)
     return Run("train", args, corpus.dictionary.idx2word, batches, model, optimizer, checksum=corpus.checksum)

@@ -173,6 +173,13 @@ class Metrics:
 
     def __init__(self, path, keep=None, stage=None):
         self.path, self.board = Path(path), None
+        try:
+            self.prepare(keep, stage)
+        except OSError as error:
+            raise BadInput(f"{self.path}: could not be written: {error.strerror}") from error
+
+    def prepare(self, keep, stage):
+        """Cut the file as asked, and end its last line."""
         with open(self.path, "ab+") as file:
             if keep is not None and self.is_own(file, keep, stage):
                 file.truncate(keep)
@@ -184,8 +191,9 @@ class Metrics:
         """Return whether the lines from byte `keep` on are of the run at `stage` that goes on, and of no other."""
         if not 0 < keep < file.seek(0, 2) or read_at(file, keep - 1, 1) != b"\n":
             return False
-        lines, _ = parse_lines(read_at(file, keep, -1).split(b"\n"))
-        return all(line["kind"] in self.OF_A_RUN or (line["kind"], line.get("stage")) == ("resume", stage)
+        *whole, torn = read_at(file, keep, -1).split(b"\n")
+        lines, bad = parse_lines(whole)
+        return not bad and all(line["kind"] in self.OF_A_RUN or (line["kind"], line.get("stage")) == ("resume", stage)
                    for line in lines)
 
     def write(self, kind, **values):

@@ -4,6 +4,7 @@ import os
 import signal
 import sys
 import threading
+from contextlib import suppress
 
 from errors import BadInput
 
@@ -42,16 +43,23 @@ def run_script(main):
         status = main()
         flush(sys.stdout)
     except BadInput as error:
-        print(f"{sys.argv[0]}: error: {' '.join(str(error).splitlines())}", file=sys.stderr)
+        tell(f"{sys.argv[0]}: error: {' '.join(str(error).splitlines())}")
         status = 2
     except KeyboardInterrupt:
-        print(f"{sys.argv[0]}: interrupted", file=sys.stderr)
+        tell(f"{sys.argv[0]}: interrupted")
         status = INTERRUPTED
     except BrokenPipeError:  # whoever read the output has gone
         status = BROKEN_PIPE
     if status in (2, BROKEN_PIPE):
         abandon(sys.stdout)
+        abandon(sys.stderr)
     sys.exit(status)
+
+
+def tell(line):
+    """Print a line to stderr, if that can be written."""
+    with suppress(OSError):
+        print(line, file=sys.stderr, flush=True)
 
 
 def flush(stream):

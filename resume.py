@@ -1,7 +1,10 @@
 """Go on with a stopped run: flags, model, optimizer, progress and random generators."""
 
+import filecmp
 import math
 from dataclasses import fields
+from itertools import count
+from pathlib import Path
 
 import checkpoint
 import run_files
@@ -23,12 +26,14 @@ def resume(parse, argv, stage, device):
     Raises it too when a flag or the corpus contradicts the state.
     """
     args = parse(argv)
-    best = run_files.best_path(args.resume)
+    best = Path(run_files.follow(run_files.best_path(args.resume)))
     path, content = find_state(best, stage, device)
     state = content["state"]
     names = [name for name in vars(args) if name not in NOT_RESUMED]
     args, changed = checkpoint.merge_flags(parse, argv, content, path, names)
-    args.save = args.save or str(best)
+    args.save = str(run_files.follow(args.save or best))
+    if not (same_file(args.save, best) or args.dry_run):
+        run_files.check_free(args.save, args.overwrite)
     checkpoint.check_data(content, path, args.data)
     corpus, batches = open_batches(args, device, content["vocabulary"])
     check_corpus(state, path, corpus, args.data, content["flags"].get("data"))
@@ -47,10 +52,11 @@ def resume(parse, argv, stage, device):
         group["weight_decay"] = args.wdecay
         if "lr" in changed:
             group["lr"] = args.lr
+    best_stage = None
     if progress.best_loss < math.inf:
         best_stage = checkpoint.load(best)["stage"]  # it will be needed in the end
-        if not args.dry_run:
-            carry_on(best, args.save, stage, best_stage)
+    if not args.dry_run:
+        carry_on(path, best, args.save, stage, best_stage)
     differences = [f"{name} {saved} -> {given}" for name, (saved, given) in changed.items()]
     log("; ".join([f"resuming {path} in epoch {progress.epoch + 1}, batch {progress.batch + 1}", *differences]))
     return Run(stage, args, corpus.dictionary.idx2word, batches, model, optimizer, progress, checksum=corpus.checksum)
@@ -92,11 +98,20 @@ def check_corpus(state, path, corpus, given, saved):
                        f"not {str(checksum)[:12]}; a run goes on with the text it began with")
 
 
-def carry_on(best, save, stage, best_stage):
-    """Put the model that the run had at `best` where it goes on, at `save`.
+def carry_on(path, best, save, stage, best_stage):
+    """Copy what the run has at `best` to where it goes on, at `save`: model, state (at `path`) and record.
 
-    Training that goes on after fine-tuning in place takes the untuned model back. The tuned one is kept.
+    Training that goes on after fine-tuning in place takes the untuned model back. The tuned one is kept. `best_stage`
+    is the stage of the best model, None when there is no model yet.
     """
+    if not same_file(best, save):
+        run_files.remove_run(save)  # which may be overwritten
+        for old, new in ((path, run_files.last_path(save, stage)),
+                         (run_files.metrics_path(best), run_files.metrics_path(save))):
+            if old.exists():
+                copy_file(old, new)
+    if best_stage is None:
+        return
     untuned = run_files.untuned_path(best)
     source = untuned if stage == "train" and best_stage == "finetune" else best
     if source == untuned:
@@ -105,18 +120,12 @@ def carry_on(best, save, stage, best_stage):
             keep_tuned(best)
     if not same_file(source, save):
         copy_file(source, save)
-    if not same_file(best, save):  # it goes on under another name, with all it has so far
-        for old, new in ((run_files.last_path(best, stage), run_files.last_path(save, stage)),
-                         (run_files.metrics_path(best), run_files.metrics_path(save))):
-            if old.exists():
-                copy_file(old, new)
 
 
 def keep_tuned(best):
     """Keep a model that was fine-tuned in place, and the state of its fine-tuning, under a name of their own."""
-    tuned = run_files.finetuned_path(best)
-    if tuned.exists():
-        raise BadInput(f"{best} has been fine-tuned, and {tuned} is there already: --save goes on under another name")
+    names = (run_files.finetuned_path(best, number) for number in count(1))
+    tuned = next(name for name in names if not name.exists() or filecmp.cmp(best, name, shallow=False))
     copy_file(best, tuned)
     state = run_files.last_path(best, "finetune")
     if state.exists():
@@ -132,7 +141,8 @@ def restore_progress(values, hidden):
     `hidden`.
     """
     progress = Progress(**values)
-    progress.epoch_rows = progress.epoch_rows or progress.row  # states of earlier versions do not count them
+    progress.epoch_rows = progress.epoch_rows or progress.row  # states of earlier versions lack these two
+    progress.window_scale = values.get("window_scale", float(progress.window_batches))
     for entry in fields(Progress):
         value = getattr(progress, entry.name)
         if not isinstance(value, entry.type) or (isinstance(value, int) and value < 0):

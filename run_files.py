@@ -4,6 +4,8 @@ A run keeps the best model at `--save`, the state to resume from beside it, one 
 """
 
 import os
+import re
+import zipfile
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -11,7 +13,8 @@ from errors import BadInput
 from files import check_writable, locked
 
 STATES = {"train": "last", "finetune": "finetune.last"}  # by stage
-RESERVED = ("last", "metrics.jsonl", "untuned", "statistics", "partial", "lock")  # endings that no --save may have
+# Endings that no --save may have.
+RESERVED = ("last", "finetune", "metrics.jsonl", "untuned", "statistics", "partial", "lock")
 
 
 def beside(path, what):
@@ -31,6 +34,11 @@ def old_last_paths(path):
     return [last_path(path), path.with_name(f"{path.stem}.last{path.suffix}")]
 
 
+def follow(path):
+    """Return where a link leads, so that a run has one name whatever it is called by; else the path as it is."""
+    return os.path.realpath(path) if path and os.path.islink(path) else path
+
+
 def best_path(path):
     """Return the path of the best model, given it or that of a state to resume from."""
     path = Path(path)
@@ -39,6 +47,8 @@ def best_path(path):
     for what in sorted(STATES.values(), key=len, reverse=True):
         if name.endswith(f".{what}"):
             return path.with_name(name.removesuffix(f".{what}") + ending)
+    if old := re.fullmatch(r"(.+)\.last(\.[^.]+)", path.name):  # as earlier versions named the state of NAME.SUFFIX
+        return path.with_name("".join(old.groups()))
     return path
 
 
@@ -52,9 +62,9 @@ def statistics_path(path):
     return beside(path, "statistics")
 
 
-def finetuned_path(path):
-    """Return where a model fine-tuned in place is kept when training goes on from the untuned one."""
-    return beside(path, "finetuned")
+def finetuned_path(path, number=1):
+    """Return where a model fine-tuned in place is kept when training goes on from the untuned one, the n-th time."""
+    return beside(path, "finetuned" if number == 1 else f"finetuned{number}")
 
 
 def metrics_path(path):
@@ -74,29 +84,38 @@ def claimed(save, stage="train", dry_run=False):
 
     Raises BadInput when another process has them, or they cannot be written, or are those of another run.
     """
-    check_name(save)
     if dry_run:
         yield
         return
+    check_name(save)
     check_writable(*files_of_run(save, stage))
     with locked(metrics_path(save)):
         yield
 
 
-def check_free(save):
-    """Raise BadInput when a run or a model lies at `save`."""
-    last = last_path(save)
-    if last.exists():
-        raise BadInput(f"--save {save}: a run lies there already ({last}); --resume {save} goes on with it, "
-                       "--overwrite begins anew in its place")
+def all_files(save):
+    """Return the paths of all that a run may leave at `save`."""
+    states = [last_path(save, stage) for stage in STATES]
+    return Path(save), *states, metrics_path(save), untuned_path(save), statistics_path(save)
+
+
+def check_free(save, overwrite=False):
+    """Raise BadInput when a run or a model lies at `save`, unless it may be overwritten; other files never are."""
+    if os.path.exists(save) and not is_checkpoint(save):
+        raise BadInput(f"--save {save}: what lies there is no model")
+    if overwrite:
+        return
+    for stage in STATES:
+        if (last := last_path(save, stage)).exists():
+            raise BadInput(f"--save {save}: a run lies there already ({last}); --resume {save} goes on with it, "
+                           "--overwrite begins anew in its place")
     if os.path.lexists(save):
-        raise BadInput(f"--save {save}: a model lies there already; --overwrite trains another in its place")
+        raise BadInput(f"--save {save}: a model lies there already; --overwrite puts another in its place")
 
 
 def remove_run(save):
     """Remove what a run left at `save`."""
-    states = [last_path(save, stage) for stage in STATES]
-    for path in (Path(save), *states, metrics_path(save), untuned_path(save), statistics_path(save)):
+    for path in all_files(save):
         path.unlink(missing_ok=True)
 
 
@@ -108,5 +127,13 @@ def check_name(path):
         if name.endswith(f".{ending}"):
             raise BadInput(f"--save {path}: names with .{ending} are those of other files of a run")
     twin = path.with_name(name) if path.suffix == ".pt" else path.with_name(f"{path.name}.pt")
-    if os.path.isfile(twin):
+    if any(os.path.exists(file) for file in (last_path(twin), last_path(twin, "finetune"))) or is_checkpoint(twin):
         raise BadInput(f"--save {path}: its record would be that of {twin}, which is there already")
+
+
+def is_checkpoint(path):
+    """Return whether a file looks like a checkpoint, which is a zip archive."""
+    try:
+        return zipfile.is_zipfile(path)
+    except OSError:
+        return False

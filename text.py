@@ -98,6 +98,8 @@ def read_texts(paths, level):
     numbering.default_factory = numbering.__len__  # a new token gets the next number
     ids, lengths = array("i"), []
     for path in paths:
+        if level != "byte":
+            check_head(path)
         before = len(ids)
         if level == "word":
             for words in read_words(path):
@@ -176,6 +178,14 @@ def decode(block, path, number):
     except UnicodeDecodeError as error:
         number += block[:error.start].count(b"\n")
         raise not_text(path, f"line {number} ") from error
+
+
+def check_head(path):
+    """Raise BadInput when a file begins as no UTF-8 text does, with many zero bytes among the first."""
+    with open(path, "rb") as file:
+        head = file.read(4096)
+    if head.count(0) * 10 > len(head):
+        raise not_text(path, "is binary, or UTF-16 without a mark: it ")
 
 
 def not_text(path, where=""):

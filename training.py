@@ -15,13 +15,12 @@ import signal
 import time
 from contextlib import contextmanager
 from dataclasses import asdict
-from pathlib import Path
 
 import checkpoint
 import run_files
 from device import peak_memory
 from errors import BadInput
-from files import PARTIAL
+from files import remove_partial
 from metrics import Metrics, advance, describe_run, format_end, format_loss, log, loss_metrics, open_board, progress_bar
 from optimizers import at_plateau, averaged_weights, is_averaging, make_optimizer
 from process import StopSignals
@@ -42,8 +41,7 @@ def train(run):
     begin(run)
     with StopSignals() as signals:
         while not (signals.stop or log.error or is_finished(run)):
-            train_epoch(run, signals)
-            if not (signals.stop or log.error):
+            if train_epoch(run, signals):
                 end_epoch(run)           # validate, keep the best model
                 update_optimizer(run)    # NT-ASGD, --when
                 save_state(run)
@@ -63,8 +61,7 @@ def begin(run):
     args, progress, model = run.args, run.progress, run.model
     owned = {id(p) for group in run.optimizer.param_groups for p in group["params"]}
     assert owned == {id(p) for p in model.parameters() if p.requires_grad}, "the optimizer has to own what can learn"
-    for path in run_files.files_of_run(args.save, run.stage):
-        Path(f"{path}{PARTIAL}").unlink(missing_ok=True)  # of a run that was killed
+    remove_partial(*run_files.all_files(args.save))  # left by a run that was killed
     resumed = progress.metrics_bytes > 0
     run.metrics = Metrics(run_files.metrics_path(args.save), progress.metrics_bytes if resumed else None, run.stage)
     run.metrics.board = open_board(args.tensorboard, run.stage, total_tokens(run))
@@ -80,12 +77,14 @@ def begin(run):
             f"rate is scaled by steps / bptt: up to {(args.bptt + 20) / args.bptt:.0f} times")
     run.forward_backward = choose_pass(run.model, args.precision, args.alpha, args.beta, args.cuda_graphs)
     run.saved_at = time.monotonic()
+    if run.stage == "finetune" and not resumed:
+        save_state(run)  # from the start there is one to resume from, as there is a model
 
 
 def train_epoch(run, signals):
     """Train to the end of the epoch, or to a signal.
 
-    Writes log lines and states to resume from on the way.
+    Writes log lines and states to resume from on the way. Returns whether the epoch came to its end.
     """
     progress, source = run.progress, run.batches.train
     with progress_bar(len(source), progress.row, "row", f"epoch {progress.epoch + 1}") as bar:
@@ -98,7 +97,8 @@ def train_epoch(run, signals):
                 save_state(run)
                 signals.save = False
             if stop:
-                break
+                return False
+    return True
 
 
 def train_batches(run):

@@ -5,26 +5,39 @@
 
 import math
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from metrics import read_metrics  # noqa: E402  the scripts of the project are no package
+from metrics import loss_metrics, read_metrics  # noqa: E402  the scripts of the project are no package
 from process import run_script  # noqa: E402
 
 
 def rows(lines):
-    """Yield (stage, epochs, validation perplexity, test perplexity, minutes) for each stage that was tested."""
-    stage = valid = None
+    """Yield (stage, epochs, validation perplexity, test perplexity, minutes) for each stage that was tested.
+
+    Records without what belongs in a row are left out.
+    """
+    stage, valid = "?", {}
     for line in lines:
-        if line["kind"] in ("run", "resume"):
-            stage = line["stage"]
-        elif line["kind"] == "test":
-            yield stage, line["epochs"], math.exp(line["valid_loss"]), line["ppl"], line["seconds"] / 60
-        elif line["kind"] in ("pointer", "dynamic") and line["split"] == "valid":
-            valid = line
-        elif line["kind"] in ("pointer", "dynamic"):
-            name = "cache" if line["kind"] == "pointer" else "both" if "window" in line else "dynamic"
-            yield name, "", valid["ppl"], line["ppl"], (valid["seconds"] + line["seconds"]) / 60
+        kind = line["kind"]
+        with suppress(LookupError, TypeError):
+            if kind in ("run", "resume"):
+                stage = str(line["stage"])
+            elif kind == "test":
+                yield (stage, line["epochs"], perplexity(line["valid_loss"]), perplexity(line["loss"]),
+                       line["seconds"] / 60)
+            elif kind in ("pointer", "dynamic") and line["split"] == "valid":
+                valid = line
+            elif kind in ("pointer", "dynamic"):
+                name = "cache" if kind == "pointer" else "both" if "window" in line else "dynamic"
+                yield (name, "", perplexity(valid["loss"]), perplexity(line["loss"]),
+                       (valid["seconds"] + line["seconds"]) / 60)
+
+
+def perplexity(loss):
+    """Compute e^loss; the record has null for an infinite loss."""
+    return math.inf if loss is None else loss_metrics(loss)["ppl"]
 
 
 def table(lines):

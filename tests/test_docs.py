@@ -17,8 +17,8 @@ import score
 
 ROOT = Path(main.__file__).parent
 
-PARSERS = {"main.py": main.parse_flags, "finetune.py": finetune.parse_flags, "pointer.py": pointer.parse_flags, "dynamic.py": dynamic.parse_flags,
-           "generate.py": generate.parse_flags, "score.py": score.parse_flags, "plot.py": plot.parse_flags}
+PARSERS = {f"{script.__name__}.py": script.parse_flags
+           for script in (main, finetune, pointer, dynamic, score, generate, plot)}
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md")),
              *sorted((ROOT / "benchmarks").glob("*.md"))]
 

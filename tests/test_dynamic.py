@@ -13,6 +13,7 @@ from test_reference import CASES, FOLDER, TOLERANCE, recorded_flags, recorded_mo
 
 import checkpoint
 import dynamic
+import run_files
 from cache import mixture_losses
 from data import Corpus
 from errors import BadInput
@@ -220,14 +221,14 @@ def test_a_grid_computes_the_statistics_once_and_the_next_run_reads_them(trained
     first, _ = trained("--lr", "1e-4", "1e-3", "--lamb", "0.001", "0.1")
     second, printed = trained("--lr", "1e-4", "1e-3", "--lamb", "0.001", "0.1")
     assert len(passes) == 1
-    assert f"gradient statistics: from {checkpoint.statistics_path(trained.save)}" in printed
+    assert f"gradient statistics: from {run_files.statistics_path(trained.save)}" in printed
     assert [line["loss"] for line in second["dynamic"]] == [line["loss"] for line in first["dynamic"]] * 2
 
 
 @pytest.mark.parametrize("change", ["--bptt=7", "--batch_size=5", "--max-batches=2", "text", "model", "damage", "cut"])
 def test_statistics_of_something_else_are_not_used(trained, passes, corpus_dir, change):
     trained()
-    path = checkpoint.statistics_path(trained.save)
+    path = run_files.statistics_path(trained.save)
     content = path.read_bytes()
     if change == "text":
         text = corpus_dir / "train.txt"
@@ -248,7 +249,7 @@ def test_statistics_of_something_else_are_not_used(trained, passes, corpus_dir, 
 
 def test_statistics_that_cannot_be_kept_are_used_all_the_same(trained, monkeypatch):
     first, _ = trained()
-    checkpoint.statistics_path(trained.save).unlink()
+    run_files.statistics_path(trained.save).unlink()
 
     def full(*_):
         raise OSError(28, "No space left on device")
@@ -286,4 +287,4 @@ def test_a_training_text_without_a_finite_loss_is_named(trained):
 def test_the_files_of_a_run_that_begins_anew_are_removed(trained, train):
     trained()
     train(trained.save, "--epochs", "1", "--overwrite")
-    assert not checkpoint.statistics_path(trained.save).exists()
+    assert not run_files.statistics_path(trained.save).exists()

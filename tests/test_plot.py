@@ -184,6 +184,7 @@ def test_a_loss_beyond_all_perplexities_is_drawn_as_none(tmp_path):
     picture = plot.draw([record(tmp_path / "a", run(), epoch(1, 800.0), ("switch", {"epoch": 1}), epoch(2, 4.0))],
                         tmp_path / "c.png")
     assert picture.axes[0].get_ylim()[1] < math.exp(6)
+    assert drawn(picture)[1] == {}, "there is no place for its mark"
 
 
 @pytest.mark.parametrize("flags, message", [
