@@ -1,0 +1,224 @@
+"""Convert models from other toolkits, and to them.
+
+    python convert.py OLD.pt --data data/penn --save NEW.pt                            (of the original toolkit)
+    python convert.py lstm_fwd.pth --vocabulary itos_wt103.pkl --save NEW.pt           (of fastai, ULMFiT)
+    python convert.py NEW.pt --to fastai --save x.pth --vocabulary x.pkl
+
+What kind of file comes in is seen, not asked for. No code in it runs (`containers.py`, `unpickle.py`).
+
+Shapes are in the alphabet of `model.py`.
+"""
+
+if __name__ == "__main__":  # before torch, whose import takes seconds
+    import process
+
+    process.begin()
+
+
+import math
+import os
+import pickle
+from collections import Counter
+
+import torch
+
+import checkpoint
+import containers
+from data import Corpus
+from errors import BadInput
+from files import check_writable, replacing, same_file
+from flags import Parser, add_data_flags, add_training_flags
+from foreign import fastai_state, read_fastai, read_original, to_fastai, widened
+from metrics import log
+from model import DROPOUTS, parameter_shapes
+from process import run_script
+from splitcross import splits_for
+from unpickle import Record
+
+UNK, EOS = "<unk>", "<eos>"
+FILLER = "xxfake"  # fastai fills vocabularies up with it, so it may come several times
+
+
+def parse_flags(argv):
+    parser = Parser(description="Convert a model of the original toolkit or of fastai to this one, or one of this one "
+                                "to fastai. No code in the file runs.")
+    parser.add_argument("file", metavar="FILE", help="the model")
+    parser.add_argument("--save", required=True, metavar="FILE", help="where the converted model goes")
+    parser.add_argument("--to", choices=["fastai"], help="convert a model of this toolkit (default: to this toolkit)")
+    parser.add_argument("--vocabulary", metavar="FILE.pkl",
+                        help="fastai's vocabulary, a pickled list of words: read, or with --to written")
+    parser.add_argument("--unk", default="xxunk", metavar="WORD",
+                        help="fastai's word that is <unk> here (default: %(default)s)")
+    parser.add_argument("--eos", metavar="WORD", help="fastai's word that is <eos> here, such as xxeos (default: none)")
+    parser.add_argument("--overwrite", action="store_true", help="replace what lies at --save")
+    add_data_flags(parser)
+    parser.set_defaults(data=None)
+    return parser.parse_args(argv)
+
+
+# --- words -----------------------------------------------------------------------------------------------------------
+
+def renamed(words, pairs, path):
+    """Return `words` with `pairs` of (old, new) names applied, and lines that say what was done.
+
+    A word is left as it is where its new name is taken.
+    """
+    notes, words = [], list(words)
+    for old, new in pairs:
+        if old and old in words and new not in words:
+            words[words.index(old)] = new
+            notes.append(f"the word {old} is {new}")
+    twice = [word for word, count in Counter(words).items() if count > 1 and word != FILLER]
+    if twice:
+        raise BadInput(f"{path}: the word {twice[0]!r:.60} comes twice")
+    return words, notes
+
+
+def read_vocabulary(args):
+    """Read the words that --vocabulary names.
+
+    Returns them as this toolkit calls them, and lines that say what was done.
+    """
+    if not args.vocabulary:
+        raise BadInput(f"{args.file}: a model of fastai; --vocabulary says where its words are, a pickled list")
+    words, notes = renamed(containers.read_words(args.vocabulary), [(args.unk, UNK), (args.eos, EOS)], args.vocabulary)
+    try:
+        is_text = len("".join(words).encode()) > 0
+    except UnicodeEncodeError:
+        is_text = False
+    if not is_text:
+        raise BadInput(f"{args.vocabulary}: words that are no text")
+    return words, notes
+
+
+# --- the model of this toolkit ---------------------------------------------------------------------------------------
+
+def architecture(found, path):
+    """Return the flags that fix the shapes of the weights of `found`, and the weights in fp32.
+
+    Raises BadInput when they are those of no model of this toolkit.
+    """
+    weights = {name: value.float() for name, value in found.weights.items()}
+    embedding, decoder = weights["encoder.weight"], weights["decoder.weight"]
+    nlayers = len({name.split(".")[1] for name in weights if name.startswith("rnns.")})
+    tied = embedding.shape == decoder.shape and torch.equal(embedding, decoder)
+    try:
+        emsize = embedding.size(1)
+        if "rnns.0.linear.weight" in weights:
+            model, sizes = "QRNN", [len(weights[f"rnns.{layer}.linear.bias"]) // 3 for layer in range(nlayers)]
+        else:
+            sizes = [weights[f"rnns.{layer}.weight_hh_l0"].size(1) for layer in range(nlayers)]
+            model = {4 * sizes[0]: "LSTM", 3 * sizes[0]: "GRU"}[len(weights["rnns.0.weight_hh_l0"])]
+        nhid = sizes[0]
+        if nlayers == 1 and tied:  # of E units, whatever --nhid was
+            nhid = found.flags.get("nhid")
+            nhid = nhid if type(nhid) is int and 0 < nhid < 2**31 else emsize
+        last = f"rnns.{nlayers - 1}."
+        if not tied and model == "LSTM" and sizes[-1] == emsize < nhid:
+            weights = widened(weights, last, nhid)
+            found.notes.append(f"the softmax is not tied: of the last layer's {nhid} units {emsize} are in use")
+        flags = {"model": model, "emsize": emsize, "nhid": nhid, "nlayers": nlayers, "tied": tied}
+        if parameter_shapes(len(embedding), **flags) != {name: tuple(value.shape) for name, value in weights.items()}:
+            raise ValueError
+    except (LookupError, ValueError, RuntimeError) as error:
+        raise BadInput(f"{path}: its weights have the shapes of no model of this toolkit") from error
+    return flags, weights
+
+
+def default_flags():
+    """Return the flags of training at their defaults, so that a later run finds what it asks the model for."""
+    parser = Parser()
+    add_training_flags(parser, max_bptt=0, plateau="", save="")
+    return vars(parser.parse_args([]))
+
+
+def convert(args):
+    """Make a model of this toolkit, after its output has been checked."""
+    contents = containers.read(args.file)
+    name = os.fsencode(os.path.basename(args.file)).decode("utf-8", errors="replace")
+    text = {"data": args.data or f"the text of {name}", "level": "word", "shares": args.shares}
+    if fastai_state(contents.root) is not None:
+        if args.level not in (None, "word"):
+            raise BadInput(f"--level {args.level}: a model of fastai is one of words")
+        found = read_fastai(contents)
+        words, notes = read_vocabulary(args)
+        found.notes += notes
+        origin = args.vocabulary
+    elif isinstance(contents.root, dict) and contents.root.get("format") == checkpoint.FORMAT:
+        raise BadInput(f"{args.file}: a model of this toolkit already; --to fastai converts it")
+    elif isinstance(contents.root, (list, Record)):
+        found = read_original(contents)
+        if args.vocabulary:
+            raise BadInput("--vocabulary: goes with models of fastai; that of the original toolkit's is in its corpus")
+        if not args.data:
+            raise BadInput(f"{args.file}: a model of the original toolkit, whose vocabulary is that of its corpus; "
+                           "--data says where that is")
+        corpus = Corpus(args.data, args.level, args.shares)
+        text["level"] = corpus.level
+        log(corpus.describe())
+        words, origin = corpus.dictionary.idx2word, args.data
+    else:
+        raise BadInput(f"{args.file}: neither a model of the original toolkit nor one of fastai")
+    shapes, weights = architecture(found, args.file)
+    if len(words) != len(weights["encoder.weight"]):
+        raise BadInput(f"{origin}: {len(words):,} words, the model has {len(weights['encoder.weight']):,}")
+    flags = default_flags() | {name: found.flags[name] for name in DROPOUTS if name in found.flags} | shapes | text
+    content = {"flags": flags, "vocabulary": words, "model": weights}
+    model = checkpoint.restore_model(content, args.file)
+    if args.overwrite:
+        checkpoint.remove_run(args.save)
+    checkpoint.save(args.save, model, flags, words, loss=math.nan, epoch=0)  # nothing says what its loss was
+    log(f"{args.file}: a model of {found.source}, {shapes['model']} {shapes['emsize']}/{shapes['nhid']} x "
+        f"{shapes['nlayers']}, {len(words):,} words, {'tied' if shapes['tied'] else 'not tied'} -> {args.save}")
+    for note in found.notes:
+        log(f"  {note}")
+
+
+def convert_back(args):
+    """Write a model of this toolkit as fastai's state dict and vocabulary."""
+    if not args.vocabulary:
+        raise BadInput("--to fastai: --vocabulary says where the words go")
+    paths = [args.save, args.vocabulary]
+    check_writable(*paths)
+    for number, path in enumerate(paths):
+        if any(same_file(path, other) for other in [args.file, *paths[:number]]):
+            raise BadInput(f"{path}: that is another of the files named")
+        if os.path.lexists(path) and not args.overwrite:
+            raise BadInput(f"{path}: is there already; --overwrite replaces it")
+    containers.read(args.file)  # a file that claims too much is refused before PyTorch reads it
+    content = checkpoint.load_model(args.file)
+    checkpoint.restore_model(content, args.file)
+    if content["flags"]["model"] != "LSTM":
+        raise BadInput(f"{args.file}: has {content['flags']['model']} layers; only LSTM layers go to fastai")
+    if splits_for(len(content["vocabulary"])):
+        raise BadInput(f"{args.file}: has a split softmax, which fastai's model lacks")
+    words, notes = renamed(content["vocabulary"], [(UNK, args.unk), (EOS, args.eos)], args.file)
+    state = to_fastai(content["model"], args.file)
+    try:
+        with replacing(args.save) as weights_file, replacing(args.vocabulary) as words_file:
+            torch.save(state, weights_file)
+            pickle.dump(words, words_file)
+    except (OSError, RuntimeError) as error:
+        reason = error if isinstance(error, OSError) else error.__context__  # PyTorch's error hides that of the disk
+        raise BadInput(f"{args.save}, {args.vocabulary}: could not be written: {reason}") from error
+    log(f"{args.file} -> {args.save}, {args.vocabulary}, {len(words):,} words")
+    for note in notes:
+        log(f"  {note}")
+
+
+def main(argv=None):
+    args = parse_flags(argv)
+    if args.to:
+        convert_back(args)
+    else:
+        if any(same_file(args.save, path) for path in (args.file, args.vocabulary) if path):
+            raise BadInput(f"--save {args.save}: that is a file to convert")
+        with checkpoint.claimed(args.save):
+            if not args.overwrite:
+                checkpoint.check_free(args.save)
+            convert(args)
+    log.check()
+
+
+if __name__ == "__main__":
+    run_script(main)

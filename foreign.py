@@ -1,0 +1,196 @@
+"""Name the weights of models of other toolkits as this toolkit does, and back.
+
+Two toolkits are known:
+
+- The original one, which pickled its objects: the model, or a list of model, criterion and optimizer.
+- fastai, which saves the state dict of a language model, with or without an optimizer.
+
+They are given as `containers.Contents`. Shapes are in the alphabet of `model.py`.
+"""
+
+import re
+from collections import OrderedDict
+from dataclasses import dataclass, field
+
+import torch
+from torch.nn import functional
+
+from errors import BadInput
+from model import DROPOUTS
+from splitcross import splits_for
+from unpickle import Record, Tensor
+
+# fastai's own for a language model; its files do not say with which one was trained.
+FASTAI_DROPOUTS = {"dropout": 0.1, "dropouth": 0.15, "dropouti": 0.25, "dropoute": 0.02, "wdrop": 0.2}
+# Where fastai's versions keep a layer's hidden-to-hidden weight, the raw one before dropped copies.
+RAW = ("{}.weight_hh_l0_raw", "{}.module.weight_hh_l0_raw", "{}.module.weight_hh_l0")
+
+
+@dataclass
+class Found:
+    """What a file holds: weights by this toolkit's names, and flags as far as the file says them.
+
+    `notes` are lines for the log.
+    """
+
+    source: str
+    weights: dict
+    flags: dict = field(default_factory=dict)
+    notes: list = field(default_factory=list)
+
+
+# --- the original toolkit --------------------------------------------------------------------------------------------
+
+def attribute(record, name, default=None):
+    """Return what an object of the file has under `name`."""
+    state = record.state if isinstance(record, Record) else None
+    return state.get(name, default) if isinstance(state, dict) else default
+
+
+def part(record, *names):
+    """Return a module within a module, or None."""
+    for name in names:
+        modules = attribute(record, "_modules")
+        record = modules.get(name) if isinstance(modules, dict) else None
+    return record
+
+
+def parameters(module):
+    """Return the parameters of a module by name; where weight drop acts, the raw weight has the name of the weight."""
+    inner = part(module, "module") or module
+    found = attribute(inner, "_parameters")
+    found = {name: value for name, value in (found.items() if isinstance(found, dict) else ())
+             if isinstance(name, str) and isinstance(value, Tensor)}
+    raw = {name.removesuffix("_raw"): value for name, value in found.items() if name.endswith("_raw")}
+    return {name: value for name, value in found.items() if not name.endswith("_raw")} | raw
+
+
+def read_original(contents):
+    """Read what the original toolkit saved. Raises BadInput for another object."""
+    objects = contents.root if isinstance(contents.root, list) else [contents.root]
+    model, criterion, optimizer = [*objects, None, None, None][:3]
+    places = {"encoder.weight": parameters(part(model, "encoder")).get("weight")}
+    flags = {name: attribute(model, name) for name in (*DROPOUTS, "nhid")} | {"wdrop": 0.0}
+    layers = attribute(part(model, "rnns"), "_modules")
+    for layer, module in enumerate(layers.values() if isinstance(layers, dict) else ()):
+        linear = part(module, "linear")  # of a QRNN
+        if linear is not None and (attribute(module, "zoneout") or attribute(module, "output_gate") is not True):
+            raise BadInput(f"{contents.path}: a QRNN with zoneout, or without an output gate, is not converted")
+        dropped, prefix = (module, "") if linear is None else (linear, "linear.")
+        for name, value in parameters(dropped).items():
+            places[f"rnns.{layer}.{prefix}{name}"] = value
+        if part(dropped, "module") is not None:
+            flags["wdrop"] = attribute(dropped, "dropout")
+    places |= {f"decoder.{name}": parameters(part(model, "decoder")).get(name) for name in ("weight", "bias")}
+    tails = parameters(criterion)
+    places |= {f"softmax.{name}": tails[name] for name in ("tail_vectors", "tail_bias") if name in tails}
+    if not layers or not all(isinstance(value, Tensor) for value in places.values()):
+        raise BadInput(f"{contents.path}: an object that is no language model of the original toolkit")
+    weights = {name: contents.tensor(value) for name, value in places.items()}
+    splits = attribute(criterion, "splits")  # from 0 to a number past the last word
+    if tails and not (isinstance(splits, list) and splits[1:-1] == splits_for(len(weights["encoder.weight"]))):
+        raise BadInput(f"{contents.path}: its softmax is split where this toolkit does not split that of so many words")
+    flags = {name: value for name, value in flags.items() if is_rate(value) or name == "nhid"}
+    notes = []
+    if isinstance(optimizer, Record):
+        kind = optimizer.name.rpartition(".")[2]
+        averaged = "; the averaged weights of ASGD are those in the model" if kind == "ASGD" else ""
+        notes = [f"its optimizer, {kind:.30}, is left out{averaged}"]
+    return Found("the original toolkit", weights, flags, notes)
+
+
+def is_rate(value):
+    return type(value) in (int, float) and 0 <= value < 1
+
+
+# --- fastai ----------------------------------------------------------------------------------------------------------
+
+def fastai_state(root):
+    """Return the state dict of fastai's language model in a file's object, with or without optimizer, or None."""
+    if isinstance(root, dict) and isinstance(root.get("model"), dict) and "format" not in root:
+        root = root["model"]
+    return root if isinstance(root, dict) and any(str(key).startswith("0.rnns.") for key in root) else None
+
+
+def read_fastai(contents):
+    """Read the state dict of fastai's language model with LSTM layers."""
+    state = fastai_state(contents.root)
+
+    def tensor(*names):
+        for name in names:
+            if isinstance(state.get(name), Tensor):
+                return contents.tensor(state[name])
+        raise BadInput(f"{contents.path}: no language model of fastai with LSTM layers: it lacks {names[0]}")
+
+    weights = {"encoder.weight": tensor("0.encoder.weight")}
+    layers = {int(found[1]) for key in state if (found := re.match(r"0\.rnns\.(\d{1,3})\.", str(key)))}
+    for layer in range(len(layers)):
+        raw = [form.format(f"0.rnns.{layer}") for form in RAW]
+        weights[f"rnns.{layer}.weight_hh_l0"] = tensor(*raw)
+        for name in ("weight_ih_l0", "bias_ih_l0", "bias_hh_l0"):
+            weights[f"rnns.{layer}.{name}"] = tensor(f"0.rnns.{layer}.module.{name}")
+    weights["decoder.weight"] = tensor("1.decoder.weight")
+    has_bias = "1.decoder.bias" in state
+    ntoken = len(weights["decoder.weight"])
+    weights["decoder.bias"] = tensor("1.decoder.bias") if has_bias else torch.zeros(ntoken)
+    if splits_for(ntoken):
+        raise BadInput(f"{contents.path}: {ntoken:,} words have a split softmax here, which fastai's model lacks")
+    notes = ["its dropouts are not in the file: fastai's own for a language model are kept with it"]
+    return Found("fastai", weights, dict(FASTAI_DROPOUTS), notes + ([] if has_bias else ["no softmax bias: 0"]))
+
+
+def to_fastai(weights, path):
+    """Return fastai's state dict of the weights of this toolkit."""
+    layers = sum(name.endswith(".weight_hh_l0") for name in weights)
+    embedding, last = weights["encoder.weight"], f"rnns.{layers - 1}."
+    state = OrderedDict([("0.encoder.weight", embedding), ("0.encoder_dp.emb.weight", embedding)])
+    decoder, weights = weights["decoder.weight"], narrowed(weights, last, path)
+    tied = torch.equal(decoder, embedding)
+    for layer in range(layers):
+        state[f"0.rnns.{layer}.weight_hh_l0_raw"] = weights[f"rnns.{layer}.weight_hh_l0"]
+        for name in ("weight_ih_l0", "bias_ih_l0", "bias_hh_l0"):
+            state[f"0.rnns.{layer}.module.{name}"] = weights[f"rnns.{layer}.{name}"]
+    state["1.decoder.weight"] = embedding if tied else weights["decoder.weight"]
+    state["1.decoder.bias"] = weights["decoder.bias"]
+    return state
+
+
+# A softmax that is not tied takes the last layer's H units here, E units in fastai. So E units become H with weights of
+# 0. Such units stay at 0: an LSTM's state moves by the tanh of a sum that is 0. And they get no gradient.
+
+LAST = ("weight_ih_l0", "weight_hh_l0", "bias_ih_l0", "bias_hh_l0")  # what the last layer's size concerns
+
+
+def widened(weights, last, nhid):
+    """Return LSTM weights whose last layer, of the prefix `last`, has `nhid` units, those added of weights 0."""
+    size = weights[last + "weight_hh_l0"].size(1)
+    added, result = nhid - size, dict(weights)
+    for name in LAST:
+        gates = weights[last + name].unflatten(0, (4, size))
+        columns = added if name == "weight_hh_l0" else 0
+        padding = (0, columns, 0, added) if gates.dim() == 3 else (0, added)
+        result[last + name] = functional.pad(gates, padding).flatten(0, 1)
+    result["decoder.weight"] = functional.pad(weights["decoder.weight"], (0, added))
+    return result
+
+
+def narrowed(weights, last, path):
+    """Return LSTM weights whose last layer, of the prefix `last`, has E units.
+
+    Raises BadInput unless those left out have weights of 0.
+    """
+    emsize, nhid = weights["encoder.weight"].size(1), weights[last + "weight_hh_l0"].size(1)
+    if nhid < emsize:
+        return widened(weights, last, emsize)
+    if nhid == emsize:
+        return weights
+    result = dict(weights)
+    for name in LAST:
+        gates = weights[last + name].unflatten(0, (4, nhid))[:, :emsize]
+        result[last + name] = (gates[..., :emsize] if name == "weight_hh_l0" else gates).flatten(0, 1)
+    result["decoder.weight"] = weights["decoder.weight"][:, :emsize].contiguous()
+    again = widened(result, last, nhid)
+    if not all(torch.equal(again[name], weights[name]) for name in weights):
+        raise BadInput(f"{path}: its softmax is not tied and takes {nhid} units; fastai's takes {emsize}, as many as "
+                       "the embedding has")
+    return result
