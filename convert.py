@@ -63,14 +63,14 @@ def renamed(words, pairs, path):
 
     A word is left as it is where its new name is taken.
     """
-    notes, words = [], list(words)
-    for old, new in pairs:
-        if old and old in words and new not in words:
-            words[words.index(old)] = new
-            notes.append(f"the word {old} is {new}")
     twice = [word for word, count in Counter(words).items() if count > 1 and word != FILLER]
     if twice:
         raise BadInput(f"{path}: the word {twice[0]!r:.60} comes twice")
+    notes, words = [], list(words)
+    for old, new in pairs:
+        if old and new and old in words and new not in words:
+            words[words.index(old)] = new
+            notes.append(f"the word {old} is {new}")
     return words, notes
 
 

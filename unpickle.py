@@ -24,7 +24,7 @@ import torch
 MAX_STEPS = 2**21  # opcodes and copied items; a vocabulary of a million words has fewer
 MAX_BYTES = 2**26  # of all pickles of a file; tensors are not counted
 MAX_LINE = 2**20  # bytes of an argument in a text opcode
-MAX_NAME = 1000  # bytes of a name or a number in a text opcode; reading a number takes time in their square
+MAX_NAME = 1000  # bytes of a name, or of a number as text: reading that takes time in their square
 MAX_INT_BYTES = 255  # of an integer; PyTorch's magic number has ten
 LARGEST_KEY = 2**60  # of an int as key of a dict: larger ones can be made to collide
 
@@ -194,6 +194,8 @@ class Unpickler:
     def name(self, module, name):
         if not (isinstance(module, str) and isinstance(name, str)):
             raise TypeError
+        if len(module) + len(name) > MAX_NAME:
+            raise Malformed("a name that is too long")
         self.charge((len(module) + len(name)) // 16)  # a file may join two strings more often than it has them
         self.push(Record(f"{module}.{name}"))
 
