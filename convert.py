@@ -24,6 +24,7 @@ import torch
 
 import checkpoint
 import containers
+import run_files
 from data import Corpus
 from errors import BadInput
 from files import check_writable, replacing, same_file
@@ -213,9 +214,9 @@ def main(argv=None):
     else:
         if any(same_file(args.save, path) for path in (args.file, args.vocabulary) if path):
             raise BadInput(f"--save {args.save}: that is a file to convert")
-        with checkpoint.claimed(args.save):
+        with run_files.claimed(args.save):
             if not args.overwrite:
-                checkpoint.check_free(args.save)
+                run_files.check_free(args.save)
             convert(args)
     log.check()
 

@@ -20,10 +20,12 @@ import checkpoint
 import containers
 import convert
 import finetune
+import foreign
 import generate
 import pointer
 import unpickle
 from data import Corpus
+from errors import BadInput
 from process import run_script
 from steps import evaluate
 from utils import batchify
@@ -321,6 +323,21 @@ def test_fastais_model_tied_or_not_comes_back_bit_for_bit(run, tied, layers):
     assert words_of("x.pkl") == WORDS
 
 
+def test_units_that_are_not_in_use_stay_so_in_training(run):
+    torch.save(fastai_model(tied=False)[1], "in.pth")
+    Path("itos.pkl").write_bytes(pickle.dumps(WORDS))
+    run("in.pth", "--vocabulary", "itos.pkl", "--save", "new.pt")
+    model, _ = restored()
+    optimizer = torch.optim.SGD(model.train().parameters(), 1, weight_decay=0.1)
+    for _ in range(3):
+        optimizer.zero_grad()
+        output, _, raw = model(torch.randint(V, (9, 2)), model.init_hidden(2))
+        loss = model.loss(output, torch.randint(V, (9, 2)))
+        (loss + output.square().mean() + raw.diff(dim=0).square().mean()).backward()
+        optimizer.step()
+    assert foreign.narrowed(model.state_dict(), "rnns.1.", "")["decoder.weight"].shape == (V, E)
+
+
 def test_a_model_of_this_toolkit_comes_back_bit_for_bit(run, train, tmp_path):
     train(tmp_path / "m.pt", "--epochs", "1")
     status, _, err = run("m.pt", "--to", "fastai", "--save", "x.pth", "--vocabulary", "x.pkl")
@@ -500,6 +517,12 @@ def test_steps_are_counted(run, monkeypatch):
     assert "claims more than there is" in refused(run, "in.pkl", "--save", "new.pt")
 
 
+@pytest.mark.parametrize("name", ["keys that collide", "keys that collide, in the memo", "tuples doubled, as a key"])
+def test_keys_take_no_time_that_a_file_chooses(run, name):
+    Path("in.pkl").write_bytes(HOSTILE[name])
+    assert "keys that are not read" in refused(run, "in.pkl", "--save", "new.pt")
+
+
 @pytest.mark.parametrize("how", [{}, {"_use_new_zipfile_serialization": False}])
 def test_an_object_of_python_that_runs_something(run, how):
     for thing in (Payload(), [Payload()], {"model": Payload(), "0.rnns.0": Payload()}):
@@ -573,6 +596,21 @@ def test_hostile_archives(run):
                  zipped(content, {"0": bytes(2876)}), whole[:-30], whole[:200] + whole[300:], b"PK\x03\x04"):
         Path("in.pth").write_bytes(data)
         refused(run, "in.pth", "--vocabulary", ITOS, "--save", "new.pt", memory=2**22)
+
+
+def test_a_part_of_a_storage_as_old_files_have_them(tmp_path, monkeypatch):
+    """PyTorch before 0.4 named a part by its key, its first value and its size, after those of the whole."""
+    monkeypatch.chdir(tmp_path)
+    one = tensor([2, 2], [2, 1], offset=1, size=20)
+    view = b"(X\x01\x00\x00\x00vK\x05K\x06t"
+    content = b"\x80\x02" + one.replace(b"tQ", view + b"tQ") + b"."
+    values = torch.arange(20.0)
+    Path("in.pt").write_bytes(legacy(content, {"0": values.numpy().tobytes()}))
+    contents = containers.read("in.pt")
+    assert contents.tensor(contents.root).tolist() == [[6, 7], [8, 9]]
+    Path("in.pt").write_bytes(legacy(content.replace(b"K\x05K\x06", b"K\x05K\x10"), {"0": values.numpy().tobytes()}))
+    with pytest.raises(BadInput, match="not in it"):
+        containers.read("in.pt")
 
 
 def repacked(path, container, change=bytes):

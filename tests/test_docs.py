@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import recipes
 
+import convert
 import dynamic
 import finetune
 import generate
@@ -18,7 +19,7 @@ import score
 ROOT = Path(main.__file__).parent
 
 PARSERS = {f"{script.__name__}.py": script.parse_flags
-           for script in (main, finetune, pointer, dynamic, score, generate, plot)}
+           for script in (main, finetune, pointer, dynamic, score, generate, convert, plot)}
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md")),
              *sorted((ROOT / "benchmarks").glob("*.md"))]
 
