@@ -167,7 +167,7 @@ def convert(args):
     content = {"flags": flags, "vocabulary": words, "model": weights}
     model = checkpoint.restore_model(content, args.file)
     if args.overwrite:
-        checkpoint.remove_run(args.save)
+        run_files.remove_run(args.save)
     checkpoint.save(args.save, model, flags, words, loss=math.nan, epoch=0)  # nothing says what its loss was
     log(f"{args.file}: a model of {found.source}, {shapes['model']} {shapes['emsize']}/{shapes['nhid']} x "
         f"{shapes['nlayers']}, {len(words):,} words, {'tied' if shapes['tied'] else 'not tied'} -> {args.save}")
@@ -215,8 +215,7 @@ def main(argv=None):
         if any(same_file(args.save, path) for path in (args.file, args.vocabulary) if path):
             raise BadInput(f"--save {args.save}: that is a file to convert")
         with run_files.claimed(args.save):
-            if not args.overwrite:
-                run_files.check_free(args.save)
+            run_files.check_free(args.save, args.overwrite)
             convert(args)
     log.check()
 
