@@ -63,9 +63,9 @@ def model(request, in_float64):  # noqa: ARG001
 
 @pytest.fixture
 def texts(in_float64):  # noqa: ARG001
-    """A training text (N, B) and one to score (N, 1)."""
+    """A training text (N, B), with a row left over for a batch of one step, and one to score (N, 1)."""
     torch.manual_seed(2)
-    return batchify(torch.randint(V, (90,)), COLUMNS), batchify(torch.randint(V, (14,)), 1)
+    return batchify(torch.randint(V, (102,)), COLUMNS), batchify(torch.randint(V, (14,)), 1)
 
 
 def naive_gradients(model, weights, words, targets, hidden):
