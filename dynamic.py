@@ -56,7 +56,7 @@ from utils import get_batch, repackage_hidden
 FAST_WORDS = 30_000  # of validation, on which --fast searches
 NO_CACHE = {"window": [1], "theta": [0.0], "lambdasm": [0.0]}  # a share of 0 leaves the model alone
 # The flags of each rule, with their defaults.
-RULES = {"rms": {"lr": 5e-5, "lamb": 0.002, "epsilon": 2e-5}, "sgd": {"lr": 0.05, "lamb": 0.0}}
+RULES = {"rms": {"lr": 5e-5, "lamb": 0.002, "epsilon": 2e-5}, "sgd": {"lr": 0.2, "lamb": 0.002}}
 STATISTICS = "awd-lstm-statistics"  # the format of the file
 
 
@@ -73,9 +73,9 @@ def parse_flags(argv):
                             "text, sgd does not (default: %(default)s)")
     group.add_argument("--lr", type=non_negative_float, nargs="+", metavar="LR",
                        help="learning rate of a chunk of --bptt words, so longer chunks need a larger one (0: the "
-                            "trained model as it is; default: 5e-5; 0.05 for sgd)")
+                            "trained model as it is; default: 5e-5; 0.2 for sgd)")
     group.add_argument("--lamb", type=non_negative_float, nargs="+", metavar="X",
-                       help="decay to the trained weights after each chunk (0: off; default: 0.002; 0 for sgd)")
+                       help="decay to the trained weights after each chunk (0: off; default: 0.002)")
     group.add_argument("--epsilon", type=positive_float, nargs="+", metavar="X",
                        help="added to the root mean square of a gradient, rms only (default: 2e-5)")
     group.add_argument("--bptt", type=positive_int, default=5, metavar="T",

@@ -69,7 +69,8 @@ def test_runs_whose_names_differ_after_the_last_dot_keep_their_records(train, tm
     assert run_files.metrics_path(tmp_path / "exp.lr0.2").read_bytes() == before
 
 
-@pytest.mark.parametrize("name", ["d.last.pt", "d.last", "d.finetune.last.pt", "d.untuned.pt", "d.metrics.jsonl"])
+@pytest.mark.parametrize("name", ["d.last.pt", "d.last", "d.finetune.last.pt", "d.untuned.pt",
+                                  "d.statistics.pt", "d.metrics.jsonl"])
 def test_the_name_of_another_file_of_a_run_is_refused(train, tmp_path, name):
     with pytest.raises(BadInput, match="those of other files of a run"):
         train(tmp_path / name, "--epochs", "1")
