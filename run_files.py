@@ -17,9 +17,16 @@ STATES = {"train": "last", "finetune": "finetune.last"}  # by stage
 RESERVED = ("last", "finetune", "metrics.jsonl", "untuned", "statistics", "partial", "lock")
 
 
+def named(path):
+    """Return `path` as a Path; raises BadInput when it ends in no name, as / and .. do not."""
+    if Path(path).name in ("", ".."):
+        raise BadInput(f"{path or 'an empty path'}: is not the name of a file")
+    return Path(path)
+
+
 def beside(path, what):
     """Name a file of the run whose best model is at `path`: PTB.pt -> PTB.WHAT.pt, and exp.lr0.1 -> exp.lr0.1.WHAT."""
-    path = Path(path)
+    path = named(path)
     return path.with_name(f"{path.stem}.{what}.pt" if path.suffix == ".pt" else f"{path.name}.{what}")
 
 
@@ -41,7 +48,7 @@ def follow(path):
 
 def best_path(path):
     """Return the path of the best model, given it or that of a state to resume from."""
-    path = Path(path)
+    path = named(path)
     ending = ".pt" if path.suffix == ".pt" else ""
     name = path.name.removesuffix(ending)
     for what in sorted(STATES.values(), key=len, reverse=True):
@@ -69,7 +76,7 @@ def finetuned_path(path, number=1):
 
 def metrics_path(path):
     """Return the path of the metrics file, given that of the best model: PTB.pt -> PTB.metrics.jsonl."""
-    path = Path(path)
+    path = named(path)
     return path.with_name(f"{path.stem if path.suffix == '.pt' else path.name}.metrics.jsonl")
 
 
@@ -121,7 +128,7 @@ def remove_run(save):
 
 def check_name(path):
     """Raise BadInput when the files of a run at `path` would be those of another one."""
-    path = Path(path)
+    path = named(path)
     name = path.name.removesuffix(".pt")
     for ending in RESERVED:
         if name.endswith(f".{ending}"):

@@ -76,6 +76,16 @@ def test_the_name_of_another_file_of_a_run_is_refused(train, tmp_path, name):
         train(tmp_path / name, "--epochs", "1")
 
 
+@pytest.mark.parametrize("name", [".", "/", "..", "a/.."])
+@pytest.mark.parametrize("call", [
+    lambda name: main.main(["--no-cuda", "--save", name]), lambda name: main.main(["--no-cuda", "--resume", name]),
+    lambda name: finetune.main(["--no-cuda", "--save", name]), lambda name: pointer.main(["--no-cuda", "--save", name]),
+], ids=["main", "resume", "finetune", "pointer"])
+def test_a_path_without_a_name_is_refused(call, name):
+    with pytest.raises(BadInput, match="is not the name of a file|cannot be read"):
+        call(name)
+
+
 def test_two_names_with_one_record_are_refused(train, tmp_path):
     train(tmp_path / "m.pt", "--epochs", "1")
     with pytest.raises(BadInput, match=r"its record would be that of .*m.pt"):
