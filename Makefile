@@ -24,10 +24,10 @@ demo: $(VENV)/.installed-plot
 
 test: $(VENV)/.installed-test
 	$(PY) -m ruff check .
-	$(PY) -m pytest -m "not slow"
+	$(PY) -m pytest -n auto -m "not slow"
 
 test-slow: $(VENV)/.installed-test
-	$(PY) -m pytest -m slow
+	$(PY) -m pytest -n auto -m slow
 
 test-machines: $(VENV)/.installed-test
 	PYTHON=$(PY) tests/machines.sh

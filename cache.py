@@ -39,39 +39,59 @@ def cache_logprob(similarities, same, first, window, theta):
     return ((weight * same[:, nearest:]).sum(1) / weight.sum(1)).log()
 
 
-def mixture_losses(chunks, windows, thetas, lambdasms):
-    """Compute the mean cross entropy of (1 - lambdasm) * model + lambdasm * cache over `chunks`.
+class Cache:
+    """Remember the outputs of a text and the words that followed, and mix a model with them.
 
-    Each of `chunks` is what `pointer.scored_chunks` yields. It may come from a model that changes in between.
-
-    Returns nats per token for all combinations, a tensor (windows, thetas, lambdasms). A cache joins once more than its
-    window of predictions lie behind. Until then the model stands alone. The published numbers were made that way.
+    It does so for all combinations of `windows`, `thetas` and `lambdasms`, the shares of the cache in the mixture. A
+    cache joins once more than its window of predictions lie behind. Until then the model stands alone. The published
+    numbers were made that way.
     """
-    longest = max(windows)
-    totals = torch.zeros(len(windows), len(thetas), len(lambdasms), dtype=torch.float64)
-    keys = followers = None
-    seen = 0  # predictions so far
-    for outputs, targets, logprob in chunks:
-        keys = outputs if keys is None else torch.cat([keys, outputs])
-        followers = targets if followers is None else torch.cat([followers, targets])
-        share = torch.tensor(lambdasms, dtype=torch.double, device=logprob.device).unsqueeze(1)
+
+    def __init__(self, windows, thetas, lambdasms):
+        self.windows, self.thetas, self.lambdasms = windows, thetas, lambdasms
+        self.keys = self.followers = None
+        self.seen = 0  # predictions so far
+
+    def mix(self, outputs, targets, logprob):
+        """Mix the model's log-probabilities `logprob` (t,), nats, of `targets` (t,) after `outputs` (t, H).
+
+        Returns those of (1 - lambdasm) * model + lambdasm * cache, (windows, thetas, lambdasms, t). The text goes on
+        from what was mixed before.
+        """
+        longest = max(self.windows)
+        keys = outputs if self.keys is None else torch.cat([self.keys, outputs])
+        followers = targets if self.followers is None else torch.cat([self.followers, targets])
+        share = torch.tensor(self.lambdasms, dtype=torch.double, device=logprob.device).unsqueeze(1)
         model_part, cache_part = (-share).log1p().to(logprob.dtype), share.log().to(logprob.dtype)
         past = len(keys) - len(outputs)
+        mixed = logprob.new_empty(len(self.windows), len(self.thetas), len(self.lambdasms), len(outputs))
         for start in range(0, len(outputs), QUERY_ROWS):
             block = slice(start, start + QUERY_ROWS)
             alone, first = logprob[block], past + start
             near = slice(max(0, first - longest), first + len(alone))
             similarities = outputs[block] @ keys[near].t()
             same = followers[near] == targets[block].unsqueeze(1)
-            behind = torch.arange(seen, seen + len(alone), device=alone.device)
-            for w, window in enumerate(windows):
-                for t, theta in enumerate(thetas):
+            behind = torch.arange(self.seen, self.seen + len(alone), device=alone.device)
+            for w, window in enumerate(self.windows):
+                for t, theta in enumerate(self.thetas):
                     cached = cache_logprob(similarities, same, first - near.start, window, theta)
-                    mixed = torch.logaddexp(alone + model_part, cached + cache_part)
-                    totals[w, t] -= torch.where(behind > window, mixed, alone).double().sum(1).cpu()
-            seen += len(alone)
-        keys, followers = keys[-longest:], followers[-longest:]
-    return totals / seen
+                    both = torch.logaddexp(alone + model_part, cached + cache_part)
+                    mixed[w, t, :, block] = torch.where(behind > window, both, alone)
+            self.seen += len(alone)
+        self.keys, self.followers = keys[-longest:], followers[-longest:]
+        return mixed
+
+
+def mixture_losses(chunks, windows, thetas, lambdasms):
+    """Compute the mean cross entropy of a model with a Cache over `chunks`.
+
+    Each of `chunks` is what `pointer.scored_chunks` yields. It may come from a model that changes in between. Returns
+    nats per token for all combinations, a tensor (windows, thetas, lambdasms).
+    """
+    cache, total = Cache(windows, thetas, lambdasms), 0.0
+    for outputs, targets, logprob in chunks:
+        total = total - cache.mix(outputs, targets, logprob).double().sum(-1).cpu()
+    return total / cache.seen
 
 
 def log_idle(kind, windows, **splits):

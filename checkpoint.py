@@ -72,7 +72,7 @@ def load(path, device="cpu"):
         raise BadInput(f"{path}: cannot be read: {error.strerror or error}") from error
     except (zipfile.BadZipFile, pickle.UnpicklingError) as error:
         raise BadInput(f"{path}: not a checkpoint of this toolkit (a pickled model, as the original toolkit wrote "
-                       "them, is not loaded: it could run any code)") from error
+                       "them, could run any code: convert.py reads it without)") from error
     except Exception as error:  # a damaged archive can make these two raise anything
         raise BadInput(f"{path}: not a checkpoint, or damaged ({type(error).__name__})") from error
     if damaged:

@@ -44,7 +44,7 @@ class Contents:
         """
         storage, shape, stride = where.storage, where.shape, where.stride
         if not (isinstance(storage, Storage) and isinstance(shape, tuple) and isinstance(stride, tuple)
-                and len(shape) == len(stride) <= 4 and all(map(is_count, (where.offset, *shape, *stride)))
+                and 1 <= len(shape) == len(stride) <= 4 and all(map(is_count, (where.offset, *shape, *stride)))
                 and all(shape) and storage.dtype.is_floating_point):
             raise BadInput(f"{self.path}: damaged: a weight that is no tensor of numbers")
         last = where.offset + sum((length - 1) * step for length, step in zip(shape, stride))

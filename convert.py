@@ -72,6 +72,8 @@ def renamed(words, pairs, path):
         if old and new and old in words and new not in words:
             words[words.index(old)] = new
             notes.append(f"the word {old} is {new}")
+        elif old and new and old not in words:
+            notes.append(f"there is no word {old:.60} to be {new}")
     return words, notes
 
 
@@ -167,7 +169,7 @@ def convert(args):
     content = {"flags": flags, "vocabulary": words, "model": weights}
     model = checkpoint.restore_model(content, args.file)
     if args.overwrite:
-        run_files.remove_run(args.save)
+        run_files.remove_run(args.save, keep_model=True)  # the model itself is replaced whole
     checkpoint.save(args.save, model, flags, words, loss=math.nan, epoch=0)  # nothing says what its loss was
     log(f"{args.file}: a model of {found.source}, {shapes['model']} {shapes['emsize']}/{shapes['nhid']} x "
         f"{shapes['nlayers']}, {len(words):,} words, {'tied' if shapes['tied'] else 'not tied'} -> {args.save}")
@@ -212,8 +214,10 @@ def main(argv=None):
     if args.to:
         convert_back(args)
     else:
-        if any(same_file(args.save, path) for path in (args.file, args.vocabulary) if path):
-            raise BadInput(f"--save {args.save}: that is a file to convert")
+        args.save = run_files.follow(args.save)
+        inputs = [path for path in (args.file, args.vocabulary) if path]
+        if any(same_file(path, taken) for path in inputs for taken in run_files.all_files(args.save)):
+            raise BadInput(f"--save {args.save}: a file to convert is one of those of a run there")
         with run_files.claimed(args.save):
             run_files.check_free(args.save, args.overwrite)
             convert(args)

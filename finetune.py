@@ -29,6 +29,7 @@ from resume import is_unfinished, resume
 from run import Run, open_batches
 from steps import evaluate, seed_everything
 from training import save_model, train
+from vocabulary import ALWAYS, Dictionary
 
 LR = 30.0
 
@@ -71,12 +72,14 @@ def main(argv=None):
         return train(run)
 
 
-def check_place(load, save, overwrite):
+def check_place(load, save, vocab, overwrite):
     """Raise BadInput when fine-tuning the model at `load` would harm what lies at `save`."""
     if not overwrite and is_unfinished(save, "finetune"):
         raise BadInput(f"--save {save}: a fine-tuning was stopped there; --resume {save} goes on with it, "
                        "--overwrite begins anew")
     if same_file(load, save):
+        if vocab == "corpus":
+            raise BadInput(f"--vocab corpus changes the model: --save OTHER keeps {load} as it is")
         return
     if any(same_file(load, path) for path in run_files.all_files(save)):
         raise BadInput(f"--load {load}: that is a file of the run at --save {save}; another --save keeps both")
@@ -95,10 +98,12 @@ def start(argv, load, save, device):
     args.load, args.save, args.lr = load, save, args.lr or LR
     in_place = same_file(load, save)
     if not args.dry_run:
-        check_place(load, save, args.overwrite)
+        check_place(load, save, args.vocab, args.overwrite)
     checkpoint.check_data(content, load, args.data)
     corpus, batches = open_batches(args, device, content["vocabulary"] if args.vocab == "model" else None)
     if args.vocab == "corpus":
+        special = [word for word in ALWAYS if word in content["vocabulary"]]
+        corpus.dictionary = Dictionary(dict.fromkeys([*corpus.dictionary.idx2word, *special]))
         content = checkpoint.carry_vocabulary(content, load, corpus.dictionary.idx2word)
     seed_everything(args.seed)
     model = checkpoint.restore_model(content, load, vars(args), device)
@@ -109,9 +114,9 @@ def start(argv, load, save, device):
         log(f"| {args.load} as loaded | {format_loss('valid', run.progress.best_loss)}")
         if in_place and content["stage"] == "train":
             copy_file(load, run_files.untuned_path(save))  # training may go on from it
-        if not in_place and args.overwrite:
-            run_files.remove_run(save)
-        if not in_place or args.vocab == "corpus":
+        if not in_place:
+            if args.overwrite:
+                run_files.remove_run(save, keep_model=True)
             save_model(run, save, run.progress.best_loss)  # the best so far, until an epoch is better
     return run
 

@@ -21,6 +21,7 @@ from splitcross import splits_for
 from unpickle import Record, Tensor
 
 # fastai's own for a language model; its files do not say with which one was trained.
+MAX_LAYERS, MAX_NAME = 999, 100  # more than any model has: a hostile file may claim many
 FASTAI_DROPOUTS = {"dropout": 0.1, "dropouth": 0.15, "dropouti": 0.25, "dropoute": 0.02, "wdrop": 0.2}
 # Where fastai's versions keep a layer's hidden-to-hidden weight, the raw one before dropped copies.
 RAW = ("{}.weight_hh_l0_raw", "{}.module.weight_hh_l0_raw", "{}.module.weight_hh_l0")
@@ -60,7 +61,7 @@ def parameters(module):
     inner = part(module, "module") or module
     found = attribute(inner, "_parameters")
     found = {name: value for name, value in (found.items() if isinstance(found, dict) else ())
-             if isinstance(name, str) and isinstance(value, Tensor)}
+             if isinstance(name, str) and len(name) <= MAX_NAME and isinstance(value, Tensor)}
     raw = {name.removesuffix("_raw"): value for name, value in found.items() if name.endswith("_raw")}
     return {name: value for name, value in found.items() if not name.endswith("_raw")} | raw
 
@@ -72,7 +73,7 @@ def read_original(contents):
     places = {"encoder.weight": parameters(part(model, "encoder")).get("weight")}
     flags = {name: attribute(model, name) for name in (*DROPOUTS, "nhid")} | {"wdrop": 0.0}
     layers = attribute(part(model, "rnns"), "_modules")
-    for layer, module in enumerate(layers.values() if isinstance(layers, dict) else ()):
+    for layer, module in enumerate(list(layers.values())[:MAX_LAYERS] if isinstance(layers, dict) else ()):
         linear = part(module, "linear")  # of a QRNN
         if linear is not None and (attribute(module, "zoneout") or attribute(module, "output_gate") is not True):
             raise BadInput(f"{contents.path}: a QRNN with zoneout, or without an output gate, is not converted")
@@ -109,7 +110,8 @@ def fastai_state(root):
     """Return the state dict of fastai's language model in a file's object, with or without optimizer, or None."""
     if isinstance(root, dict) and isinstance(root.get("model"), dict) and "format" not in root:
         root = root["model"]
-    return root if isinstance(root, dict) and any(str(key).startswith("0.rnns.") for key in root) else None
+    keys = [key for key in root if isinstance(key, str)] if isinstance(root, dict) else []
+    return root if any(key.startswith("0.rnns.") for key in keys) else None
 
 
 def read_fastai(contents):
@@ -123,7 +125,8 @@ def read_fastai(contents):
         raise BadInput(f"{contents.path}: no language model of fastai with LSTM layers: it lacks {names[0]}")
 
     weights = {"encoder.weight": tensor("0.encoder.weight")}
-    layers = {int(found[1]) for key in state if (found := re.match(r"0\.rnns\.(\d{1,3})\.", str(key)))}
+    keys = [key for key in state if isinstance(key, str)]
+    layers = {int(found[1]) for key in keys if (found := re.match(r"0\.rnns\.(\d{1,3})\.", key))}
     for layer in range(len(layers)):
         raw = [form.format(f"0.rnns.{layer}") for form in RAW]
         weights[f"rnns.{layer}.weight_hh_l0"] = tensor(*raw)

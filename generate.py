@@ -159,6 +159,8 @@ def encode(tokens, dictionary):
             raise BadInput(f"--prompt: the model's vocabulary of {len(dictionary)} does not include {token!r}")
     if not tokens:
         return [known.get("<eos>", 0)]
+    if unknown := sum(token not in known for token in tokens):
+        print(f"the prompt has {unknown} unknown of {len(tokens)} tokens, taken as <unk>", file=sys.stderr)
     return [known.get(token, known.get("<unk>")) for token in tokens]
 
 

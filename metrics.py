@@ -34,7 +34,7 @@ def loss_metrics(loss):
 
     Returns the loss, the perplexity e^loss and bits per character.
     """
-    return {"loss": loss, "ppl": math.exp(loss) if loss < 700 else math.inf, "bpc": loss / math.log(2)}
+    return {"loss": loss, "ppl": math.inf if loss >= 700 else math.exp(loss), "bpc": loss / math.log(2)}
 
 
 def format_loss(name, loss):

@@ -120,9 +120,9 @@ def check_free(save, overwrite=False):
         raise BadInput(f"--save {save}: a model lies there already; --overwrite puts another in its place")
 
 
-def remove_run(save):
-    """Remove what a run left at `save`."""
-    for path in all_files(save):
+def remove_run(save, keep_model=False):
+    """Remove what a run left at `save`, but the model where another is about to take its place."""
+    for path in all_files(save)[keep_model:]:
         path.unlink(missing_ok=True)
 
 

@@ -19,15 +19,18 @@ import math
 import queue
 import sys
 import threading
+from argparse import ArgumentTypeError
 from collections import namedtuple
 from dataclasses import dataclass
 
 import torch
 
 import checkpoint
+from cache import Cache
 from device import set_up_device
 from errors import BadInput
-from flags import Parser, add_device_flags, positive_int
+from flags import Parser, add_device_flags, non_negative_float, positive_int, probability
+from metrics import loss_metrics
 from process import run_script
 from text import split_line
 from vocabulary import END, UNKNOWN, Dictionary
@@ -51,10 +54,26 @@ def parse_flags(argv):
     parser.add_argument("--per-word", action="store_true",
                         help="also write each token and its log-probability, an empty line after each line")
     parser.add_argument("--json", action="store_true", help="write a JSON object a line")
+    parser.add_argument("--cache", nargs=3, metavar=("WINDOW", "THETA", "LAMBDA"),
+                        help="with a neural cache on top, as in pointer.py; needs --carry")
     parser.add_argument("--batch-size", type=positive_int, default=64, metavar="B",
                         help="lines scored at once; 1 with --carry (default: %(default)s)")
     add_device_flags(parser)
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.cache and not args.carry:
+        raise BadInput("--cache: a cache remembers the lines before, so it needs --carry")
+    return args
+
+
+def make_cache(values):
+    """Make the Cache that the flag --cache asks for; None without it. Raises BadInput for values out of range."""
+    if values is None:
+        return None
+    try:
+        kinds = zip((positive_int, non_negative_float, probability), values)
+        return Cache(*([kind(value)] for kind, value in kinds))
+    except ArgumentTypeError as error:
+        raise BadInput(f"--cache: {error}") from error
 
 
 # --- reading ---------------------------------------------------------------------------------------------------------
@@ -63,9 +82,11 @@ def read_lines(file, dictionary, level, no_eos):
     """Yield the lines of a binary file as Lines. Raises BadInput for one that the model cannot read."""
     known, unknown_id = dictionary.word2idx, dictionary.word2idx.get(UNKNOWN)
     for number, line in enumerate(file, 1):
-        line = line.removeprefix(BOM) if number == 1 else line
+        line = line.removesuffix(b"\n")
+        if level != "byte":  # where every byte counts
+            line = (line.removeprefix(BOM) if number == 1 else line).removesuffix(b"\r")
         try:
-            tokens = split_line(line.removesuffix(b"\n").removesuffix(b"\r"), level)
+            tokens = split_line(line, level)
         except UnicodeDecodeError as error:
             raise BadInput(f"line {number} is not UTF-8 text") from error
         tokens += [] if no_eos else [END]
@@ -88,6 +109,8 @@ def batches(lines, size):
             for line in lines:
                 arrived.put(line)
             arrived.put(end)
+        except OSError as error:
+            arrived.put(BadInput(f"cannot be read: {error.strerror}"))
         except BaseException as error:  # any one: the caller's thread is the one to end the script
             arrived.put(error)
 
@@ -112,21 +135,25 @@ def batches(lines, size):
 # --- scoring ---------------------------------------------------------------------------------------------------------
 
 @torch.no_grad()
-def logprobs(model, columns, hidden, pad):
+def logprobs(model, columns, hidden, pad, cache=None):
     """Compute the log-probabilities, nats, of all but the first of the ids of each column.
 
     Columns of unlike length are filled up with the id `pad`. Long ones are read in pieces, in memory that does not grow
-    with them. Returns a list of floats for each column, and the last hidden state.
+    with them. A `cache` is for one column. Returns a list of floats for each column, and the last hidden state.
     """
     lengths = [len(ids) - 1 for ids in columns]
-    steps = max(1, LOGITS // (len(columns) * len(model.decoder.bias)))
+    widest = max(len(model.decoder.bias), *(4 * rnn.hidden_size for rnn in model.rnns))
+    steps = max(1, LOGITS // (len(columns) * widest))
     device, found = model.decoder.bias.device, [[] for _ in columns]
     for start in range(0, max(lengths), steps):
         stop = min(start + steps, max(lengths)) + 1
         piece = [ids[start:stop] + [pad] * (stop - start - len(ids[start:stop])) for ids in columns]
         piece = torch.tensor(piece, device=device).t()
-        output, hidden, _ = model(piece[:-1], hidden)
-        scores = model.target_logprob(output, piece[1:]).double().t().tolist()
+        output, hidden, raw = model(piece[:-1], hidden)
+        scores = model.target_logprob(output, piece[1:])
+        if cache:
+            scores = cache.mix(raw.squeeze(1), piece[1:, 0], scores.squeeze(1)).view(-1, 1)
+        scores = scores.double().t().tolist()
         for column, length in enumerate(lengths):
             found[column] += scores[column][:max(0, length - start)]
     return found, hidden
@@ -135,8 +162,8 @@ def logprobs(model, columns, hidden, pad):
 class Scorer:
     """Score batches of Lines; with `carry` they are one text, else each follows an <eos>."""
 
-    def __init__(self, model, dictionary, carry):
-        self.model, self.carry = model.eval(), carry
+    def __init__(self, model, dictionary, carry, cache=None):
+        self.model, self.carry, self.cache = model.eval(), carry, cache
         self.start = dictionary.word2idx.get(END, 0)
         self.hidden, self.context = model.init_hidden(1), []  # of the text so far: state, and id not yet read
 
@@ -158,7 +185,7 @@ class Scorer:
         ids, scores = self.context + line.ids, []
         first = [None] if line.ids and not self.context else []
         if len(ids) > 1:
-            (scores,), self.hidden = logprobs(self.model, [ids], self.hidden, self.start)
+            (scores,), self.hidden = logprobs(self.model, [ids], self.hidden, self.start, self.cache)
         self.context = ids[-1:]
         return first + scores
 
@@ -211,8 +238,7 @@ def perplexity(logprob, tokens):
     """Compute e^(-log-probability / tokens); NaN of no token, infinity where it is too large."""
     if not tokens:
         return math.nan
-    loss = -logprob / tokens
-    return math.exp(loss) if loss < 700 else math.inf
+    return loss_metrics(-logprob / tokens)["ppl"]
 
 
 def format_line(line, scores, per_word, as_json):
@@ -222,8 +248,8 @@ def format_line(line, scores, per_word, as_json):
     words = list(zip(line.tokens, scores)) if per_word else []
     unknown = sum(line.unknown)
     if as_json:
-        ppl = totals.ppl if math.isfinite(totals.ppl) else None
-        values = {"logprob": totals.logprob, "tokens": totals.tokens, "unknown": unknown, "ppl": ppl}
+        logprob, ppl = (value if math.isfinite(value) else None for value in (totals.logprob, totals.ppl))
+        values = {"logprob": logprob, "tokens": totals.tokens, "unknown": unknown, "ppl": ppl}
         return json.dumps(values | ({"words": words} if per_word else {}), ensure_ascii=False)
     row = f"{totals.logprob:.6f}\t{totals.tokens}\t{unknown}\t{totals.ppl:.4f}"
     rows = [f"{word}\t{'nan' if score is None else f'{score:.6f}'}" for word, score in words]
@@ -241,10 +267,11 @@ def main(argv=None):
     if not args.no_eos and END not in dictionary.word2idx:
         raise BadInput(f"{args.checkpoint}: its vocabulary has no {END} to end a line with; --no-eos scores without")
     try:
-        file = sys.stdin.buffer if args.file == "-" else open(args.file, "rb")  # noqa: SIM115  read by a thread
+        # The thread that reads has the stream to itself; stdin's own would be locked when the process ends.
+        file = open(sys.stdin.fileno() if args.file == "-" else args.file, "rb", closefd=args.file != "-")  # noqa: SIM115
     except OSError as error:
         raise BadInput(f"{args.file}: cannot be read: {error.strerror}") from error
-    scorer, totals = Scorer(model, dictionary, args.carry), Totals()
+    scorer, totals = Scorer(model, dictionary, args.carry, make_cache(args.cache)), Totals()
     try:
         for lines in batches(read_lines(file, dictionary, level, args.no_eos), args.batch_size):
             for line, scores in zip(lines, scorer(lines)):
@@ -252,11 +279,12 @@ def main(argv=None):
                 print(format_line(line, scores, args.per_word, args.json))
             if sys.stdout is not None:
                 sys.stdout.flush()
+    except BadInput as error:
+        raise BadInput(f"{'standard input' if args.file == '-' else args.file}: {error}") from error
     except BrokenPipeError:
         raise
-    except (OSError, BadInput) as error:
-        name = "standard input" if args.file == "-" else args.file
-        raise BadInput(f"{name}: {getattr(error, 'strerror', None) or error}") from error
+    except OSError as error:
+        raise BadInput(f"standard output: could not be written: {error.strerror}") from error
     print(totals.describe(), file=sys.stderr)
 
 

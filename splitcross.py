@@ -1,7 +1,7 @@
 """Compute the softmax of the language model: one softmax, or a split one for large vocabularies.
 
 A split softmax begins with a short head. The head has the words with the smallest ids, and one tombstone for each tail.
-Ids follow first appearance, so small ids are frequent words.
+Ids follow first appearance, so small ids are mostly frequent words; `--vocab-order frequency` makes sure of it.
 
 A word in a tail has the probability of the tail's tombstone times its probability within the tail. Only tails that hold
 a target of the batch are computed. All splits use rows of the same weight matrix, tied to the embedding or not. The

@@ -456,6 +456,10 @@ HOSTILE = {
     "a list in itself": b"\x80\x02]q\x00h\x00a.",
     "tuples doubled": b"\x80\x02)" + b"2\x86" * 100 + b".",
     "tuples doubled, as a key": b"\x80\x02})" + b"2\x86" * 100 + b"Ns.",
+    "tensors of doubled tuples, as a key": (b"\x80\x02}ctorch._utils\n_rebuild_tensor_v2\n()" + b"2\x86" * 100
+                                            + b"NNNtRNs."),
+    "tensors of nested tuples, as a key": (b"\x80\x02}ctorch._utils\n_rebuild_tensor_v2\n()" + b"\x85" * 2**16
+                                           + b"NNNtRNs."),
     "pairs copied": (b"\x80\x02]q\x00(" + b"NN\x86" * 2**12 + b"e"
                      + b"ccollections\nOrderedDict\nh\x00\x85R0" * 2**12 + b"."),
     "names joined": b"\x80\x02X\xf3\x01\x00\x00" + b"m" * 499 + b"q\x00" + b"h\x00h\x00\x93" * 2**16 + b".",
@@ -556,7 +560,7 @@ TENSORS = {
     "more than its storage": tensor([721], [1]), "far from its start": tensor([1], [1], offset=720),
     "before its start": tensor([1], [1], offset=-1), "one value a million times": tensor([2**20, 2**20], [0, 0]),
     "steps out of it": tensor([2, 2], [2**40, 1]), "steps back": tensor([2, 2], [-1, 1]),
-    "nothing": tensor([0], [1]), "no dimensions for its steps": tensor([2, 2], [1]),
+    "nothing": tensor([0], [1]), "one number": tensor([], []), "no dimensions for its steps": tensor([2, 2], [1]),
     "many dimensions": tensor([1] * 99, [1] * 99), "of bools": tensor([1], [1], size=2880, kind="BoolStorage"),
     "of objects": tensor([1], [1], kind="ObjectStorage"), "of a storage that is not there": tensor([1], [1], key="9"),
 }

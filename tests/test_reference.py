@@ -35,7 +35,6 @@ from utils import batchify, get_batch
 FOLDER = Path(os.environ.get("REFERENCE_DIR", Path(__file__).parent / "reference"))
 CASES = {path.stem: json.loads(path.read_text()) for path in sorted(FOLDER.glob("*.json"))
          if path.with_suffix(".init.npz").exists()}
-FOLLOWED = {}  # for the summary: how closely each run came out as recorded
 
 TOLERANCE = 1e-7  # in float64: nats per token
 # In shorter dtypes: how close, in nats per token, for how many batches. That is half of the fewest that any case
@@ -172,7 +171,7 @@ def scored_by_pointer(case, save, on):
     return losses(read_metrics(save).get("pointer", []))
 
 
-def follow(case, folder, monkeypatch, on="--no-cuda"):
+def follow(case, folder, monkeypatch, record, on="--no-cuda"):
     """Follow a case from its first batch to its cache in float64; returns the largest difference of a loss."""
     run = train(case, folder / "run.pt", monkeypatch, on=on)
     assert run["run"][0]["parameters"] == case["parameters"]
@@ -186,7 +185,7 @@ def follow(case, folder, monkeypatch, on="--no-cuda"):
                   difference(losses(run.get("loaded", [])), loaded),
                   difference(scored_by_pointer(case, folder / "run.pt", on), cached))
     where = "" if on == "--no-cuda" else " on the GPU"
-    FOLLOWED[case["name"] + where] = f"{len(case['train_losses'])} batches, largest difference {largest:.1e}"
+    record("followed", f"{case['name']}{where}: {len(case['train_losses'])} batches, largest difference {largest:.1e}")
     return largest
 
 
@@ -202,15 +201,16 @@ def test_there_are_runs_to_follow():
 
 
 @pytest.mark.usefixtures("in_float64")
-def test_float64_follows_every_loss_of_the_original_and_ends_with_its_weights(case, tmp_path, monkeypatch):
-    assert follow(case, tmp_path, monkeypatch) <= TOLERANCE
+def test_float64_follows_every_loss_of_the_original_and_ends_with_its_weights(case, tmp_path, monkeypatch,
+                                                                              record_property):
+    assert follow(case, tmp_path, monkeypatch, record_property) <= TOLERANCE
     assert weight_difference(case, tmp_path / "run.pt") <= TOLERANCE
 
 
 @pytest.mark.cuda("reference trajectories on the GPU")
 @pytest.mark.usefixtures("in_float64")
-def test_float64_on_a_gpu_follows_every_loss_of_the_original(case, tmp_path, monkeypatch):
-    assert follow(case, tmp_path, monkeypatch, on="--cuda") <= TOLERANCE
+def test_float64_on_a_gpu_follows_every_loss_of_the_original(case, tmp_path, monkeypatch, record_property):
+    assert follow(case, tmp_path, monkeypatch, record_property, on="--cuda") <= TOLERANCE
 
 
 # --- faster paths ----------------------------------------------------------------------------------------------------

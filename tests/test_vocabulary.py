@@ -187,6 +187,18 @@ def test_flags_out_of_range(flags, message):
         main.parse_flags(flags)
 
 
+def test_the_words_of_the_corpus_keep_the_unk_of_the_model(train, other, tmp_path):
+    train(tmp_path / "m.pt", "--epochs", "1", "--min-count", "2")
+    tune(other, tmp_path / "m.pt", tmp_path / "t.pt", "--vocab", "corpus")
+    assert "<unk>" in checkpoint.load(tmp_path / "t.pt")["vocabulary"]
+
+
+def test_the_words_of_the_corpus_do_not_change_a_model_in_place(train, other, tmp_path):
+    train(tmp_path / "m.pt", "--epochs", "1")
+    with pytest.raises(BadInput, match="--vocab corpus changes the model: --save OTHER"):
+        tune(other, tmp_path / "m.pt", tmp_path / "m.pt", "--vocab", "corpus")
+
+
 def test_two_flags_of_fine_tuning_that_contradict(train, other, tmp_path):
     train(tmp_path / "m.pt", "--epochs", "1")
     with pytest.raises(BadInput, match="choose a vocabulary: with --vocab corpus"):
