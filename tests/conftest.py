@@ -1,4 +1,5 @@
 import os
+import signal
 
 import pytest
 import torch
@@ -6,6 +7,9 @@ from helpers import TINY, read_metrics
 
 import main
 from device import allow_tf32
+
+# A shell that starts the tests in the background has SIGINT ignored, which scripts respect.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True)
