@@ -55,15 +55,18 @@ def test_a_time_is_named_roughly(seconds, text):
 
 @pytest.mark.slow
 def test_every_stage_runs_and_the_table_and_the_text_come_last(tiny, capfd):
+    pytest.importorskip("matplotlib")
     (tiny / "demo.last.pt").write_text("of an earlier demo")
     assert demo.main([str(tiny)]) == 0
     printed = capfd.readouterr().out
-    table, text = printed.split("\n\n")[-2:]
+    table, text, picture = printed.split("\n\n")[-3:]
     assert [row.split()[1] for row in table.splitlines()[2:]] == ["train", "finetune", "cache"]
-    assert text == (tiny / "generated.txt").read_text()
+    assert text + "\n" == (tiny / "generated.txt").read_text()
+    assert picture == f"the curves are in {tiny / 'curves.png'}\n"
+    assert (tiny / "curves.png").exists()
     assert len(text.split()) == 5
     assert "about 10 seconds on this machine" in printed
-    assert printed.count("\n+ python ") == 4
+    assert printed.count("\n+ python ") == 5
 
 
 @pytest.mark.slow
