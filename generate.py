@@ -154,14 +154,15 @@ def encode(tokens, dictionary):
     token when the model knows no <unk>.
     """
     known = dictionary.word2idx
-    for token in tokens:
-        if token not in known and "<unk>" not in known:
-            raise BadInput(f"--prompt: the model's vocabulary of {len(dictionary)} does not include {token!r}")
     if not tokens:
-        return [known.get("<eos>", 0)]
-    if unknown := sum(token not in known for token in tokens):
-        print(f"the prompt has {unknown} unknown of {len(tokens)} tokens, taken as <unk>", file=sys.stderr)
-    return [known.get(token, known.get("<unk>")) for token in tokens]
+        return [known.get(END, 0)]
+    unknown = [token for token in tokens if token not in known]
+    if unknown and UNKNOWN not in known:
+        raise BadInput(f"--prompt: the model's vocabulary of {len(dictionary)} does not include {unknown[0]!r}, the "
+                       f"first of {len(unknown)} unknown tokens, and has no {UNKNOWN} for them")
+    if unknown:
+        print(f"the prompt has {len(unknown)} unknown of {len(tokens)} tokens, taken as {UNKNOWN}", file=sys.stderr)
+    return [known.get(token, known.get(UNKNOWN)) for token in tokens]
 
 
 # --- the script ------------------------------------------------------------------------------------------------------

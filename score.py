@@ -93,7 +93,8 @@ def read_lines(file, dictionary, level, no_eos):
         unknown = [token not in known for token in tokens]
         if unknown_id is None and any(unknown):
             raise BadInput(f"line {number}: the model's vocabulary of {len(dictionary)} does not include "
-                           f"{tokens[unknown.index(True)]!r}, and has no {UNKNOWN} for it")
+                           f"{tokens[unknown.index(True)]!r}, the first of {sum(unknown)} unknown tokens, and has no "
+                           f"{UNKNOWN} for them")
         yield Line(number, tokens, [known.get(token, unknown_id) for token in tokens], unknown)
 
 
