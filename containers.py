@@ -31,11 +31,12 @@ MAGIC, PROTOCOL = 0x1950A86A20F9469CFC6C, 1001  # how PyTorch's files before 1.6
 class Contents:
     """Hold what a file has: `root`, the pickled object, and a way to the values of its tensors.
 
-    Reads values when they are asked for, at most twice as many bytes as the file has.
+    Reads values when they are asked for: storages of as many bytes as the file has, tensors of at most twice as many.
     """
 
     def __init__(self, path, root, load_storage, size):
-        self.path, self.root, self.load_storage, self.loaded, self.left = path, root, load_storage, {}, 2 * size
+        self.path, self.root, self.load_storage, self.loaded = path, root, load_storage, {}
+        self.left, self.room = 2 * size, size  # bytes of tensors and of storages
 
     def tensor(self, where):
         """Read the tensor that the Tensor `where` describes.
@@ -53,6 +54,9 @@ class Contents:
         if last >= storage.size or values > storage.size or self.left < 0:
             raise BadInput(f"{self.path}: damaged: tensors of more values than it has")
         if storage.key not in self.loaded:
+            self.room -= storage.size * storage.dtype.itemsize
+            if self.room < 0:  # the entries of an archive may lie in each other
+                raise BadInput(f"{self.path}: damaged: storages of more values than it has")
             with reading(self.path):
                 self.loaded[storage.key] = self.load_storage(storage.key)
         return self.loaded[storage.key].as_strided(shape, stride, storage.first + where.offset).contiguous()

@@ -696,3 +696,19 @@ def test_many_damaged_files_end_well(run):
     first = int(os.environ.get("FUZZ_FIRST", 0))
     for number in range(first, first + int(os.environ.get("FUZZ", 200)) * 5):
         try_one(run, number)
+
+
+def test_storages_that_lie_in_each_other_are_not_all_loaded():
+    """An archive's entries may overlap, so that each has nearly all of the file."""
+    loaded = []
+
+    def load_storage(key):
+        loaded.append(key)
+        return torch.zeros(200)
+
+    contents = containers.Contents("m.pt", None, load_storage, 1000)
+    where = [unpickle.Tensor(unpickle.Storage(key, torch.float32, 200), 0, (1,), (1,)) for key in "abc"]
+    contents.tensor(where[0])
+    with pytest.raises(BadInput, match="storages of more values than it has"):
+        contents.tensor(where[1])
+    assert loaded == ["a"]
