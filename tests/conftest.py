@@ -48,6 +48,13 @@ def train(corpus_dir):
     return run
 
 
+@pytest.fixture
+def trained(train, tmp_path):
+    """A tiny model, trained for an epoch."""
+    train(tmp_path / "m.pt", "--epochs", "1")
+    return tmp_path / "m.pt"
+
+
 def pytest_collection_modifyitems(items):
     for item in items:
         if item.get_closest_marker("cuda") and not torch.cuda.is_available():

@@ -1,13 +1,21 @@
 """What several test files share."""
 
 import math
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import torch
 
+import checkpoint
+import finetune
+import generate
 from metrics import parse_lines
 from run_files import metrics_path
 from utils import map_hidden
 
+ROOT = Path(generate.__file__).parent
 TINY = ["--no-cuda", "--emsize", "5", "--nhid", "6", "--nlayers", "2", "--batch_size", "4", "--bptt", "7", "--lr", "1"]
 
 
@@ -49,3 +57,26 @@ def leaves(nested):
     found = []
     map_hidden(found.append, nested)
     return found
+
+
+def weights(path):
+    return checkpoint.load(path)["model"]
+
+
+def same_weights(one, other):
+    return all(torch.equal(weights(one)[name], weights(other)[name]) for name in weights(one))
+
+
+def script(name, *arguments, **how):
+    """Start a script in a process of its own."""
+    return subprocess.Popen([sys.executable, ROOT / f"{name}.py", *map(str, arguments)], cwd=ROOT, text=True,
+                            env={**os.environ, "OMP_NUM_THREADS": "1"},
+                            **{"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **how})
+
+
+def tune(corpus_dir, *flags):
+    return finetune.main(["--no-cuda", "--data", str(corpus_dir), *map(str, flags)])
+
+
+def write(trained, *flags):
+    generate.main(["--no-cuda", "--checkpoint", str(trained), "--words", "4", "--outf", "-", *map(str, flags)])
