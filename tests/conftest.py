@@ -1,12 +1,15 @@
 import os
 import signal
+import sys
 
 import pytest
 import torch
 from helpers import TINY, read_metrics
 
+import convert
 import main
 from device import allow_tf32
+from process import run_script
 
 # A shell that starts the tests in the background has SIGINT ignored, which scripts respect.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -53,6 +56,20 @@ def trained(train, tmp_path):
     """A tiny model, trained for an epoch."""
     train(tmp_path / "m.pt", "--epochs", "1")
     return tmp_path / "m.pt"
+
+
+@pytest.fixture
+def run_converter(monkeypatch, capsys, tmp_path):
+    """Run convert.py in `tmp_path`; returns exit status, stdout and stderr."""
+    monkeypatch.chdir(tmp_path)
+
+    def call(*arguments):
+        monkeypatch.setattr(sys, "argv", ["convert.py", *map(str, arguments)])
+        with pytest.raises(SystemExit) as end:
+            run_script(convert.main)
+        printed = capsys.readouterr()
+        return end.value.code or 0, printed.out, printed.err
+    return call
 
 
 def pytest_collection_modifyitems(items):

@@ -1,0 +1,142 @@
+"""Models go to other toolkits and back bit for bit, and what cannot be converted is one line."""
+
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+from test_convert import FOREIGN, ITOS, WORDS, E, V, fastai_model, refused, restored, words_of, write_corpus
+
+import checkpoint
+import finetune
+import foreign
+import generate
+import pointer
+
+
+@pytest.fixture
+def run(run_converter):
+    return run_converter
+
+
+def same_state(path, other):
+    first, second = (torch.load(name, weights_only=True) for name in (path, other))
+    assert list(first) == list(second)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert {value.dtype for value in second.values()} == {torch.float32}
+
+
+def test_fastais_files_come_back_bit_for_bit(run):
+    run(FOREIGN / "fastai_lstm.pth", "--vocabulary", ITOS, "--save", "new.pt")
+    assert run("new.pt", "--to", "fastai", "--save", "x.pth", "--vocabulary", "x.pkl")[0] == 0
+    same_state(FOREIGN / "fastai_lstm.pth", "x.pth")
+    assert words_of("x.pkl") == words_of(ITOS)
+
+
+@pytest.mark.parametrize("layers", [1, 2, 3])
+@pytest.mark.parametrize("tied", [True, False])
+def test_fastais_model_tied_or_not_comes_back_bit_for_bit(run, tied, layers):
+    torch.save(fastai_model(tied, layers)[1], "in.pth")
+    Path("itos.pkl").write_bytes(pickle.dumps(WORDS))
+    run("in.pth", "--vocabulary", "itos.pkl", "--save", "new.pt")
+    run("new.pt", "--to", "fastai", "--save", "x.pth", "--vocabulary", "x.pkl")
+    same_state("in.pth", "x.pth")
+    assert words_of("x.pkl") == WORDS
+
+
+def test_units_that_are_not_in_use_stay_so_in_training(run):
+    torch.save(fastai_model(tied=False)[1], "in.pth")
+    Path("itos.pkl").write_bytes(pickle.dumps(WORDS))
+    run("in.pth", "--vocabulary", "itos.pkl", "--save", "new.pt")
+    model, _ = restored()
+    optimizer = torch.optim.SGD(model.train().parameters(), 1, weight_decay=0.1)
+    for _ in range(3):
+        optimizer.zero_grad()
+        output, _, raw = model(torch.randint(V, (9, 2)), model.init_hidden(2))
+        loss = model.loss(output, torch.randint(V, (9, 2)))
+        (loss + output.square().mean() + raw.diff(dim=0).square().mean()).backward()
+        optimizer.step()
+    assert foreign.narrowed(model.state_dict(), "rnns.1.", "")["decoder.weight"].shape == (V, E)
+
+
+def test_a_model_of_this_toolkit_comes_back_bit_for_bit(run, train, tmp_path):
+    train(tmp_path / "m.pt", "--epochs", "1")
+    status, _, err = run("m.pt", "--to", "fastai", "--save", "x.pth", "--vocabulary", "x.pkl")
+    assert status == 0, err
+    status, _, err = run("x.pth", "--vocabulary", "x.pkl", "--save", "new.pt", "--data", "corpus")
+    assert status == 0, err
+    first, second = checkpoint.load("m.pt"), checkpoint.load("new.pt")
+    assert first["vocabulary"] == second["vocabulary"]
+    assert first["model"].keys() == second["model"].keys()
+    assert all(torch.equal(first["model"][name], second["model"][name]) for name in first["model"])
+
+
+def test_what_fastai_has_no_form_for(run, train, tmp_path):
+    back = ["--to", "fastai", "--save", "x.pth", "--vocabulary", "x.pkl"]
+    for name, flags, why in (("gru", ["--model", "GRU"], "GRU layers"), ("qrnn", ["--model", "QRNN"], "QRNN layers"),
+                             ("untied", ["--no-tied"], "not tied")):
+        train(tmp_path / f"{name}.pt", "--epochs", "1", *flags)
+        assert why in refused(run, f"{name}.pt", *back)
+
+
+def test_other_commands_take_converted_models(run, train, tmp_path, capsys):
+    train(tmp_path / "m.pt", "--epochs", "1")
+    status, _, err = run("m.pt", "--to", "fastai", "--save", "x.pth", "--vocabulary", "x.pkl")
+    assert status == 0, err
+    run("x.pth", "--vocabulary", "x.pkl", "--save", "new.pt", "--data", "corpus")
+    pointer.main(["--no-cuda", "--save", "new.pt", "--window", "9"])
+    there = capsys.readouterr().out
+    pointer.main(["--no-cuda", "--save", "m.pt", "--window", "9"])
+    assert there == capsys.readouterr().out
+    generate.main(["--no-cuda", "--checkpoint", "new.pt", "--words", "5", "--outf", "-"])
+    assert finetune.main(["--no-cuda", "--save", "new.pt", "--epochs", "1", "--batch_size", "4"]) in (0, None)
+
+
+# --- refused, in one line --------------------------------------------------------------------------------------------
+
+def test_what_is_missing_or_lies_there_already(run, tmp_path):
+    lstm, fastai = FOREIGN / "original_lstm.pt", FOREIGN / "fastai_lstm.pth"
+    assert "--data says where" in refused(run, lstm, "--save", "new.pt")
+    assert "--vocabulary says where" in refused(run, fastai, "--save", "new.pt")
+    assert "cannot be written" in refused(run, fastai, "--vocabulary", ITOS, "--save", "none/new.pt")
+    assert "none.pt" in refused(run, "none.pt", "--save", "new.pt")
+    assert "12 words, the model has 201" in refused(run, lstm, "--save", "new.pt", "--data",
+                                                   write_corpus(tmp_path / "corpus", 12))
+    assert "no pickled list" in refused(run, fastai, "--vocabulary", lstm, "--save", "new.pt")
+    torch.save({"some": torch.zeros(3)}, "some.pt")
+    assert "neither" in refused(run, "some.pt", "--vocabulary", ITOS, "--save", "new.pt")
+    assert "no language model" in refused(run, ITOS, "--vocabulary", ITOS, "--save", "new.pt")
+    run(fastai, "--vocabulary", ITOS, "--save", "new.pt")
+    assert "--overwrite" in refused(run, fastai, "--vocabulary", ITOS, "--save", "new.pt")
+    assert "already" in refused(run, "new.pt", "--save", "other.pt")
+    assert "to convert" in refused(run, "new.pt", "--save", "new.pt", "--overwrite")
+    back = ["new.pt", "--to", "fastai", "--save", "x.pth", "--vocabulary"]
+    assert "--vocabulary" in refused(run, *back[:-1])
+    assert "another of the files" in refused(run, *back, "x.pth")
+    assert "another of the files" in refused(run, *back, "new.pt", "--overwrite")
+    run(*back, "x.pkl")
+    assert "--overwrite" in refused(run, *back, "y.pkl")
+    assert run(*back, "x.pkl", "--overwrite")[0] == 0
+    assert "not a checkpoint of this toolkit" in refused(run, lstm, *back[1:], "y.pkl", "--overwrite")
+
+
+@pytest.mark.parametrize("words, why", [
+    (WORDS[:-1], "12 words"), ([*WORDS[:-1], "xxunk"], "twice"), ([*WORDS[:-1], 1], "no pickled list"),
+    ([*WORDS[:-1], "\ud800"], "damaged"), ({}, "no pickled list"), ([], "no pickled list"),
+])
+def test_a_vocabulary_that_is_none(run, words, why):
+    torch.save(fastai_model()[1], "in.pth")
+    Path("itos.pkl").write_bytes(pickle.dumps(words))
+    assert why in refused(run, "in.pth", "--vocabulary", "itos.pkl", "--save", "new.pt")
+
+
+@pytest.mark.parametrize("name, value", [
+    ("0.rnns.0.weight_hh_l0_raw", torch.zeros(5, 6)), ("0.rnns.1.module.weight_ih_l0", torch.zeros(3)),
+    ("1.decoder.bias", torch.zeros(V + 1)), ("0.encoder.weight", torch.zeros(())), ("1.decoder.weight", 7),
+    ("0.rnns.1.module.bias_hh_l0", torch.zeros(4 * E, dtype=torch.int64)), ("0.rnns.7.x", torch.zeros(1)),
+    ("0.encoder.weight", torch.zeros(V, 0)), ("0.rnns.0.weight_hh_l0_raw", None),
+])
+def test_weights_that_do_not_fit(run, name, value):
+    torch.save(fastai_model()[1] | {name: value}, "in.pth")
+    Path("itos.pkl").write_bytes(pickle.dumps(WORDS))
+    refused(run, "in.pth", "--vocabulary", "itos.pkl", "--save", "new.pt")
