@@ -1,0 +1,79 @@
+"""Count models: Kneser-Ney by hand, against a naive loop, and as probabilities."""
+
+import sys
+from collections import Counter
+
+import numpy
+import pytest
+from helpers import ROOT
+
+sys.path.insert(0, str(ROOT / "benchmarks"))
+import ngrams
+from errors import BadInput
+
+
+def test_a_case_worked_out_by_hand():
+    """a b a c a b: bigrams ab 2, ba 1, ac 1, ca 1, so D = 3 / (3 + 2 * 1) = 0.6.
+
+    Different tokens before a: 2 (b, c), before b: 1 (a), before c: 1 (a); of unigrams two were counted once and one
+    twice, so D = 2 / (2 + 2 * 1) = 0.5. With V = 4 the unigram of b is (1 - 0.5) / 4 + 0.5 * 3 / 4 / 4 = 0.21875, that
+    of d, never seen, 0.09375. After a (3 times, 2 kinds): p(b | a) = (2 - 0.6 + 0.6 * 2 * 0.21875) / 3.
+    """
+    model = ngrams.KneserNey([0, 1, 0, 2, 0, 1], 4, order=2)
+    after_a = numpy.exp([model.logprob([0, token])[0] for token in (1, 3)])
+    assert after_a == pytest.approx([(1.4 + 1.2 * 0.21875) / 3, 1.2 * 0.09375 / 3], rel=1e-12)
+    assert numpy.exp(model.logprob([3, 1])) == pytest.approx(0.21875)  # after what was never seen: the unigram
+
+
+def naive(train, context, word, ntoken, order):
+    """Interpolated Kneser-Ney by dictionaries and recursion, for one word after `context`."""
+    def gram_counts(n):
+        grams = [tuple(train[i:i + n]) for i in range(len(train) - n + 1)]
+        if n == order:
+            return Counter(grams)
+        return Counter(gram[1:] for gram in {tuple(train[i:i + n + 1]) for i in range(len(train) - n)})
+
+    def probability(n):
+        if n == 0:
+            return 1 / ntoken
+        counts, before = gram_counts(n), tuple(context[len(context) - n + 1:])
+        once, twice = (sum(count == k for count in counts.values()) for k in (1, 2))
+        discount = once / (once + 2 * twice) if once else 0
+        following = {gram: count for gram, count in counts.items() if gram[:-1] == before}
+        if len(before) < n - 1 or not following:
+            return probability(n - 1)
+        own = max(following.get((*before, word), 0) - discount, 0)
+        return (own + discount * len(following) * probability(n - 1)) / sum(following.values())
+
+    return probability(order)
+
+
+def text(length, ntoken, seed):
+    generator = numpy.random.default_rng(seed)
+    return (generator.zipf(1.5, length) % ntoken).tolist()
+
+
+@pytest.mark.parametrize("order", [1, 2, 3, 5])
+def test_it_is_that_of_a_naive_loop(order):
+    train, ids = text(300, 9, 0), text(40, 9, 1)
+    expected = [naive(train, ids[:i], ids[i], 9, order) for i in range(1, len(ids))]
+    assert numpy.exp(ngrams.KneserNey(train, 9, order).logprob(ids)) == pytest.approx(expected, rel=1e-9)
+
+
+def test_the_probabilities_of_all_tokens_after_a_context_sum_to_one():
+    model = ngrams.KneserNey(text(500, 12, 2), 12, order=4)
+    for context in (text(4, 12, seed) for seed in range(20)):
+        assert sum(numpy.exp(model.logprob([*context, token])[-1]) for token in range(12)) == pytest.approx(1)
+
+
+def test_the_simple_models_are_those_of_their_formulas():
+    train, ids = numpy.array([0, 1, 0, 1, 2]), numpy.array([0, 1, 1])
+    unigram, bigram = ngrams.simple_logprobs(train, ids, 4)
+    p = 3 / 9
+    assert numpy.exp(unigram) == pytest.approx([p, p])
+    assert numpy.exp(bigram) == pytest.approx([(2 + p) / 3, p / 3])
+
+
+def test_a_text_shorter_than_the_order_is_bad_input():
+    with pytest.raises(BadInput, match="order 5"):
+        ngrams.KneserNey([0, 1, 2], 3, order=5)
