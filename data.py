@@ -32,7 +32,7 @@ class Corpus:
     `train`, `valid` and `test` are tensors (tokens,) of integer ids.
 
     - `level` None: the level that the folder says, else "word".
-    - `shares`: the parts of a single file that the three splits get.
+    - `shares`: the parts of a single file that the splits get; two leave no test split.
     - `cache`: whether a cache may be written.
     - `rules`: how to choose the vocabulary.
     - `words`: a vocabulary to take as it is, that of a model.
@@ -49,12 +49,15 @@ class Corpus:
         if not os.path.exists(path):
             raise BadInput(f"{path}: no such file or folder; './getdata.sh NAME' fetches one of the corpora that "
                            "'./getdata.sh --list' names into data/NAME")
+        self.has_test = is_folder or len(shares) == len(SPLITS)
         self.level = level or default_level(path)
         self.checksum = checksum_of_files(paths)
         cached = (path / f".{self.level}.cache") if is_folder else path.with_name(f".{path.name}.{self.level}.cache")
         ids, lengths, tokens = self.read(paths, cached, cache)
         if not is_folder:
             lengths = [int(len(ids) * share / sum(shares)) for share in shares[:2]]
+            if not self.has_test:
+                lengths[1] = len(ids) - lengths[0]
             lengths.append(len(ids) - sum(lengths))
         rules = rules or Rules()
         if words is None and rules.choose():
@@ -91,7 +94,8 @@ class Corpus:
 
     def describe(self):
         """Describe the corpus in one line, for the log."""
-        line = (f"corpus: {len(self.train):,} / {len(self.valid):,} / {len(self.test):,} tokens, "
+        test = f"{len(self.test):,}" if self.has_test else "no test"
+        line = (f"corpus: {len(self.train):,} / {len(self.valid):,} / {test} tokens, "
                 f"{len(self.dictionary):,} different, at {self.level} level")
         if any(self.unknown.values()):
             line += f"; as {UNKNOWN}: {' / '.join(f'{count:,}' for count in self.unknown.values())}"

@@ -60,6 +60,15 @@ seed = number(int, 0, 2**32)  # what numpy takes
 CACHE_DEFAULTS = {"window": 3785, "theta": 0.6625523432485668, "lambdasm": 0.12785920428335693}
 
 
+class Shares(argparse.Action):
+    """Take two or three values."""
+
+    def __call__(self, _parser, namespace, values, _option=None):
+        if len(values) not in (2, 3):
+            raise argparse.ArgumentError(self, "takes two parts (training, validation) or three (and test)")
+        setattr(namespace, self.dest, values)
+
+
 # --- groups ----------------------------------------------------------------------------------------------------------
 
 def add_device_flags(parser):
@@ -74,9 +83,9 @@ def add_data_flags(parser):
                         help="folder with train.txt, valid.txt and test.txt, or one text file (default: %(default)s)")
     parser.add_argument("--level", choices=["word", "char", "byte"],
                         help="what a token is (default: what the folder's file 'level' says, else word)")
-    parser.add_argument("--shares", type=positive_float, nargs=3, default=[90, 5, 5],
-                        metavar=("TRAIN", "VALID", "TEST"),
-                        help="the parts of one text file that the splits get (default: 90 5 5)")
+    parser.add_argument("--shares", type=positive_float, nargs="+", action=Shares, default=[90, 5, 5], metavar="PART",
+                        help="the parts of one text file for training, validation and test; two parts leave no test "
+                             "split (default: 90 5 5)")
 
 
 def add_vocabulary_flags(group):

@@ -16,9 +16,10 @@ if __name__ == "__main__":  # before torch, whose import takes seconds
 import time
 
 import run_files
+from budget import Budget
 from device import set_up_device
 from errors import BadInput
-from flags import Parser, add_training_flags, positive_int
+from flags import Parser, add_training_flags, positive_float, positive_int
 from metrics import check_board, log
 from model import ARCHITECTURE, DROPOUTS, RNNModel
 from optimizers import make_optimizer
@@ -43,6 +44,9 @@ def parse_flags(argv):
     group = parser.add_argument_group("schedule")
     group.add_argument("--optimizer", choices=list(DEFAULT_LR), default="sgd",
                        help="sgd, which turns into ASGD at a plateau, or adam (default: %(default)s)")
+    group.add_argument("--minutes", type=positive_float, metavar="N",
+                       help="time for the whole run, test included; the learning rate falls to nothing by then "
+                            "(default: no limit, and no fall)")
     group.add_argument("--when", type=epoch_or_never, nargs="+", default=[], metavar="E",
                        help="epochs after which a copy of the model is kept as SAVE.eE and the rate is divided "
                             "by 10 (default and -1: none; no longer once ASGD runs)")
@@ -59,6 +63,7 @@ def main(argv=None):
         save = args.save = run_files.follow(args.save or f"{time.time_ns() // 10**6}.pt")
     with run_files.claimed(save, dry_run=args.dry_run):
         run = resume(parse_flags, argv, "train", device) if args.resume else start(args, device)
+        run.budget = Budget(run.args.minutes, run.progress.spent, run.args.epochs)
         return train(run)
 
 

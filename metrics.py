@@ -84,10 +84,11 @@ def progress_bar(total, done, unit, description):
     return tqdm(total=total, initial=done, unit=unit, desc=description, leave=False, file=sys.stdout, disable=not shown)
 
 
-def advance(bar, rows, loss):
-    """Move a progress bar on by `rows`, and show the mean loss so far."""
+def advance(bar, rows, loss, minutes_left=math.inf):
+    """Move a progress bar on by `rows`, and show the mean loss so far, and the minutes left if there is an end."""
     if not bar.disable:
-        bar.set_postfix_str(f"loss {loss:.2f}", refresh=False)
+        left = f", {minutes_left:.1f} minutes left" if minutes_left < math.inf else ""
+        bar.set_postfix_str(f"loss {loss:.2f}{left}", refresh=False)
         bar.update(rows)
 
 

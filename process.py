@@ -4,17 +4,21 @@ import os
 import signal
 import sys
 import threading
+import time
 from contextlib import suppress
 
 from errors import BadInput
 
 INTERRUPTED = 130  # exit status after Ctrl-C, 128 + SIGINT, as shells have it
 BROKEN_PIPE = 141  # 128 + SIGPIPE
+began = None  # when the script did, by the monotonic clock; None where a notebook calls it
 STOP, SAVE = ("SIGINT", "SIGTERM", "SIGHUP"), ("SIGUSR1",)  # not every system has all of them
 
 
 def begin():
     """Prepare a script before torch is imported, which takes seconds: Ctrl-C is one line, SIGUSR1 ends nothing."""
+    global began
+    began = time.monotonic()
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, leave)
     for name in SAVE:

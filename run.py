@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from budget import Budget
 from data import Corpus, load_split
 from errors import BadInput
 from metrics import Metrics, log
@@ -18,7 +19,7 @@ from model import RNNModel
 from splitcross import splits_for
 from vocabulary import Rules
 
-Batches = namedtuple("Batches", "train valid test")  # the splits, each (N, B)
+Batches = namedtuple("Batches", "train valid test")  # the splits, each (N, B); test None where there is none
 
 
 @dataclass
@@ -43,6 +44,7 @@ class Progress:
     best_loss: float = math.inf                     # validation loss of the model at --save, nats per token
     best_epoch: int = 0                             # 0: the model that training started from
     seconds: float = 0.0                            # spent in completed epochs, validation included
+    spent: float = 0.0                              # seconds since the run began, all of its parts together
     metrics_bytes: int = 0                          # length of the metrics file that belongs to this progress
 
 
@@ -60,6 +62,12 @@ class Run:
     forward_backward: Callable | None = None        # a pass of training; from `begin` on
     saved_at: float = 0.0                           # when its state was last written, by the monotonic clock
     checksum: str = ""                              # of the text
+    budget: Budget = field(default_factory=Budget)  # of time
+
+    def epochs(self):
+        """Return the epochs trained, with the part that is done of one that has begun."""
+        progress = self.progress
+        return progress.epoch + progress.row / (len(self.batches.train) - 1) if progress.row else progress.epoch
 
 
 def open_batches(args, device, words=None):
@@ -76,5 +84,5 @@ def open_batches(args, device, words=None):
     if args.cuda_graphs and splits_for(len(corpus.dictionary)):
         raise BadInput(f"--cuda-graphs: not with a split softmax, which {len(corpus.dictionary):,} words have")
     train = load_split(corpus, "train", args.batch_size, device, rows=3)
-    valid, test = load_split(corpus, "valid", 10, device), load_split(corpus, "test", 1, device)
-    return corpus, Batches(train, valid, test)
+    test = load_split(corpus, "test", 1, device) if corpus.has_test else None
+    return corpus, Batches(train, load_split(corpus, "valid", 10, device), test)

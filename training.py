@@ -50,10 +50,10 @@ def train(run):
 
 
 def is_finished(run):
-    """Return whether the epochs are done, or fine-tuning has come to a plateau."""
+    """Return whether the epochs or the minutes are over, or fine-tuning has come to a plateau."""
     progress = run.progress
     plateau = run.stage == "finetune" and at_plateau(progress.history, run.args.nonmono)
-    return plateau or progress.epoch >= run.args.epochs
+    return plateau or progress.epoch >= run.args.epochs or run.budget.is_over(run.epochs())
 
 
 def begin(run):
@@ -76,21 +76,24 @@ def begin(run):
         log(f"--bptt {args.bptt}: as in the original a batch has {MIN_SEQ_LEN} time steps or more, and the learning "
             f"rate is scaled by steps / bptt: up to {(args.bptt + 20) / args.bptt:.0f} times")
     run.forward_backward = choose_pass(run.model, args.precision, args.alpha, args.beta, args.cuda_graphs)
+    run.budget.time_scoring(run.model, run.batches, args.bptt)
     run.saved_at = time.monotonic()
     if run.stage == "finetune" and not resumed:
         save_state(run)  # from the start there is one to resume from, as there is a model
 
 
 def train_epoch(run, signals):
-    """Train to the end of the epoch, or to a signal.
+    """Train to the end of the epoch or of the time, or to a signal.
 
-    Writes log lines and states to resume from on the way. Returns whether the epoch came to its end.
+    Writes log lines and states to resume from on the way. Returns whether it was no signal.
     """
     progress, source = run.progress, run.batches.train
     with progress_bar(len(source), progress.row, "row", f"epoch {progress.epoch + 1}") as bar:
         for rows, loss, seconds, scale in train_batches(run):
             log_batch(run, rows, loss, seconds, scale)
-            advance(bar, rows, progress.epoch_loss / progress.epoch_rows)
+            advance(bar, rows, progress.epoch_loss / progress.epoch_rows, run.budget.minutes_left())
+            if plan := run.budget.plan(run.epochs()):
+                log(plan)
             due = run.args.save_interval and time.monotonic() > run.saved_at + 60 * run.args.save_interval
             stop = signals.stop or log.error
             if due or stop or signals.save:
@@ -102,7 +105,7 @@ def train_epoch(run, signals):
 
 
 def train_batches(run):
-    """Train batch after batch to the end of the epoch.
+    """Train batch after batch to the end of the epoch or of the time.
 
     Yields (rows, loss, seconds, factor of the learning rate) for each. A longer batch takes a proportionally larger
     step, so that no part of the text weighs more than another. Raises BadInput when a loss or gradient is not finite,
@@ -112,11 +115,11 @@ def train_batches(run):
     max_bptt = args.bptt + 10 if run.stage == "finetune" and args.max_bptt is None else args.max_bptt
     run.model.train()
     progress.hidden = progress.hidden or run.model.init_hidden(source.size(1))
-    while progress.row < len(source) - 2:
+    while progress.row < len(source) - 2 and not run.budget.is_over(run.epochs()):
         start = time.perf_counter()
         seq_len = sample_seq_len(args.bptt, max_bptt)
         words, targets = get_batch(source, progress.row, seq_len)
-        scale = seq_len / args.bptt
+        scale = seq_len / args.bptt * run.budget.lr_scale(run.epochs())
         with explained(run, words):
             progress.hidden, loss = train_step(run.model, run.optimizer, run.forward_backward, words, targets,
                                                progress.hidden, lr_scale=scale, clip=args.clip)
@@ -186,28 +189,33 @@ def clear_window(progress):
 def end_epoch(run):
     """Validate, keep the model if it is the best so far, and turn to the next epoch.
 
-    Raises BadInput when the validation loss is not finite.
+    Where the time ended within an epoch, the run stays in it. With more minutes it can go on from there. Raises
+    BadInput when the validation loss is not finite.
     """
     progress, start = run.progress, time.perf_counter()
-    train_loss = progress.epoch_loss / max(1, progress.epoch_rows)
-    progress.epoch, progress.row, progress.batch, progress.hidden = progress.epoch + 1, 0, 0, None
+    train_loss, seconds = progress.epoch_loss / max(1, progress.epoch_rows), progress.epoch_seconds
+    progress.epoch_seconds = 0.0
+    if progress.row >= len(run.batches.train) - 2:
+        progress.epoch, progress.row, progress.batch, progress.hidden = progress.epoch + 1, 0, 0, None
+        progress.epoch_rows, progress.epoch_loss = 0, 0.0
+        clear_window(progress)
+    epoch = math.ceil(run.epochs())
     with averaged_weights(run.optimizer):
         loss = evaluate(run.model, run.batches.valid, run.args.bptt)
         if not math.isfinite(loss):
-            raise BadInput(f"the validation loss after epoch {progress.epoch} is {loss}; "
-                           "the best checkpoint is as it was")
+            raise BadInput(f"the validation loss after epoch {epoch} is {loss}; the best checkpoint is as it was")
         if loss < progress.best_loss:
             save_model(run, run.args.save, loss)
-            progress.best_loss, progress.best_epoch = loss, progress.epoch
-    run.metrics.write("epoch", epoch=progress.epoch, optimizer=type(run.optimizer).__name__,
-                      seconds=progress.epoch_seconds, best_epoch=progress.best_epoch, train_loss=train_loss,
+            progress.best_loss, progress.best_epoch = loss, epoch
+    run.budget.valid_seconds = time.perf_counter() - start
+    run.metrics.write("epoch", epoch=round(run.epochs(), 3), optimizer=type(run.optimizer).__name__,
+                      seconds=seconds, best_epoch=progress.best_epoch, train_loss=train_loss,
                       total_tokens=total_tokens(run), **loss_metrics(loss))
-    progress.seconds += progress.epoch_seconds + time.perf_counter() - start
-    log(f"| end of epoch {progress.epoch:3d} | time: {progress.epoch_seconds:8.2f}s | train loss {train_loss:5.2f} | "
-        f"{format_loss('valid', loss)}{format_end(progress.seconds, progress.epoch, run.args.epochs)}")
+    progress.seconds += seconds + time.perf_counter() - start
+    end = run.budget.format_left() or format_end(progress.seconds, epoch, run.args.epochs)
+    log(f"| end of epoch {epoch:3d} | time: {seconds:8.2f}s | train loss {train_loss:5.2f} | "
+        f"{format_loss('valid', loss)}{end}")
     progress.history.append(loss)
-    progress.epoch_rows, progress.epoch_loss, progress.epoch_seconds = 0, 0.0, 0.0
-    clear_window(progress)
 
 
 def update_optimizer(run):
@@ -217,7 +225,7 @@ def update_optimizer(run):
     it runs, the schedule is over.
     """
     args, epoch = run.args, run.progress.epoch
-    if is_averaging(run.optimizer):
+    if is_averaging(run.optimizer) or run.progress.row:  # within an epoch if the time has ended there
         return
     if epoch in args.when:
         save_model(run, f"{args.save}.e{epoch}", run.progress.history[-1])
@@ -239,7 +247,7 @@ def save_model(run, path, loss, **extra):
 def save_state(run):
     """Write the state from which training can go on as if it had never stopped."""
     progress = run.progress
-    progress.metrics_bytes = run.metrics.size()
+    progress.metrics_bytes, progress.spent = run.metrics.size(), run.budget.spent()
     state = {"stage": run.stage, "progress": asdict(progress), "averaging": is_averaging(run.optimizer),
              "optimizer": run.optimizer.state_dict(), "generators": checkpoint.generator_states(),
              "corpus": run.checksum}
@@ -259,12 +267,17 @@ def report_test(run, stop):
     if progress.best_loss == math.inf:
         log("no epoch was completed: there is no model to test")
     else:
-        device = run.batches.test.device
-        best = checkpoint.restore_model(checkpoint.load(save, device), save, device=device)
-        loss = evaluate(best, run.batches.test, run.args.bptt)
-        run.metrics.write("test", epoch=progress.best_epoch, epochs=progress.epoch, finished=not stop,
-                          seconds=progress.seconds, valid_loss=progress.best_loss, **loss_metrics(loss))
-        log(f"| end of training | best epoch {progress.best_epoch:3d} | {format_loss('test', loss)}")
+        tested, shown = {}, f"no test split | {format_loss('best valid', progress.best_loss)}"
+        if run.batches.test is not None:
+            device = run.batches.test.device
+            best = checkpoint.restore_model(checkpoint.load(save, device), save, device=device)
+            tested = loss_metrics(evaluate(best, run.batches.test, run.args.bptt))
+            shown = format_loss("test", tested["loss"])
+        run.metrics.write("test", epoch=progress.best_epoch, epochs=round(run.epochs(), 3), finished=not stop,
+                          seconds=progress.seconds, valid_loss=progress.best_loss, **tested)
+        log(f"| end of training | best epoch {progress.best_epoch:3d} | {shown}")
+    if end := run.budget.describe_end(run.epochs()):
+        log(end)
     return 128 + stop if stop else 0
 
 

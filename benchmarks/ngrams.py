@@ -60,8 +60,8 @@ class KneserNey:
             grams = Grams(contexts, train[n - 1:], ntoken)
             self.levels.append(grams)
             contexts = grams.index[:-1]
-        for n, (grams, longer) in enumerate(zip(self.levels, self.levels[1:]), 1):
-            suffix = grams.index[longer.first + 1]  # a longer gram at place p ends where the one of order n at p + 1 does
+        for grams, longer in zip(self.levels, self.levels[1:]):
+            suffix = grams.index[longer.first + 1]  # longer grams begin a token later, and so end a place further on
             grams.counts = numpy.bincount(suffix, minlength=len(grams.codes))
         for grams in self.levels:
             once, twice = (grams.counts == 1).sum(), (grams.counts == 2).sum()

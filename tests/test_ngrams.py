@@ -1,14 +1,11 @@
 """Count models: Kneser-Ney by hand, against a naive loop, and as probabilities."""
 
-import sys
 from collections import Counter
 
+import ngrams
 import numpy
 import pytest
-from helpers import ROOT
 
-sys.path.insert(0, str(ROOT / "benchmarks"))
-import ngrams
 from errors import BadInput
 
 

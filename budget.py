@@ -1,0 +1,122 @@
+"""Fit a run of training into some minutes (`main.py --minutes`).
+
+The learning rate rises for a moment, then falls in a straight line to nothing at the end. How far the run has come is
+read from the clock, so a slow machine does less and still ends in time.
+"""
+
+import math
+import time
+
+import process
+from errors import BadInput
+from flags import NO_LIMIT
+from steps import evaluate
+
+WARM_UP = 0.02     # the share of a run in which the learning rate rises
+PLAN_AFTER = 0.02  # the share of a run after which its speed is known
+MOST_SCORING = 0.75  # the share of the time that validation and test may need
+PIECES = 4         # of --bptt rows: what an evaluation is timed on
+
+
+class Budget:
+    """Hold the time of a run: `minutes` in all (None: no limit), of which `spent` seconds went in earlier parts.
+
+    The clock of this part began when the process did. `epochs` ends the run too, if it is below NO_LIMIT. The learning
+    rate falls to the end that comes first. What the last validation and the test take (`valid_seconds`,
+    `test_seconds`) is no time to train.
+    """
+
+    def __init__(self, minutes=None, spent=0.0, epochs=NO_LIMIT):
+        self.limit = math.inf if minutes is None else 60 * minutes
+        self.epochs = epochs
+        self.began = (process.began or time.monotonic()) - spent
+        self.valid_seconds = self.test_seconds = 0.0
+        self.trained_from = self.planned = None  # (seconds, epochs), and epochs
+
+    def spent(self):
+        """Return the seconds that went by, those of earlier parts included."""
+        return time.monotonic() - self.began
+
+    def minutes_left(self):
+        return max(0.0, self.limit - self.spent()) / 60
+
+    def format_left(self):
+        """Format the time left as one more column of a log line; "" without a limit."""
+        return f" | {self.minutes_left():.1f} minutes left" if self.limit < math.inf else ""
+
+    def training_seconds(self):
+        """Return the seconds that there are to train."""
+        return max(self.limit - self.valid_seconds - self.test_seconds, 1e-9)
+
+    def fraction(self, epochs):
+        """Return how much of the training is done, from 0 to 1, after `epochs` epochs and the time that went by.
+
+        A run without a limit stays at 0.
+        """
+        if self.limit == math.inf:
+            return 0.0
+        by_epochs = epochs / self.epochs if 0 < self.epochs < NO_LIMIT else 0.0
+        return min(1.0, max(self.spent() / self.training_seconds(), by_epochs))
+
+    def is_over(self, epochs):
+        return self.fraction(epochs) >= 1
+
+    def lr_scale(self, epochs):
+        """Return the factor of the learning rate after `epochs` epochs: 1 without a limit."""
+        if self.limit == math.inf:
+            return 1.0
+        done = self.fraction(epochs)
+        return min(done / WARM_UP, 1 - done)
+
+    def time_scoring(self, model, batches, bptt):
+        """Estimate what validation and test take, from a few pieces of each.
+
+        Raises BadInput when they leave no time to train.
+        """
+        if self.limit == math.inf:
+            return
+        self.valid_seconds, self.test_seconds = (scoring_seconds(model, source, bptt) for source in batches[1:])
+        scoring = self.valid_seconds + self.test_seconds
+        if scoring > MOST_SCORING * self.limit:
+            raise BadInput(f"--minutes {self.limit / 60:g}: validation and test alone take about {scoring:.0f} s with "
+                           "this model; less text for them (--shares), a smaller model or more minutes may help")
+
+    def plan(self, epochs):
+        """Plan the epochs from the speed so far, once that is known.
+
+        `epochs` are done. Returns a line for the log, or None when there is nothing to say.
+        """
+        if self.limit == math.inf or self.planned is not None:
+            return None
+        now = self.spent()
+        if self.trained_from is None:
+            self.trained_from = now, epochs
+        seconds, before = self.trained_from
+        if now < seconds + PLAN_AFTER * self.limit or epochs == before:
+            return None
+        speed = (epochs - before) / (now - seconds)  # epochs a second
+        self.planned = min(self.epochs, epochs + speed * max(0.0, self.training_seconds() - now))
+        return (f"| plan | {self.planned:.2f} epochs, one in {format_seconds(1 / speed)}, and "
+                f"{self.valid_seconds + self.test_seconds:.0f} s for the last validation and the test")
+
+    def describe_end(self, epochs):
+        """Say how many epochs there were, beside the plan; None for a run without a limit."""
+        if self.limit == math.inf:
+            return None
+        planned = f" of {self.planned:.2f} planned" if self.planned is not None else ""
+        return f"| end of time | {epochs:.2f} epochs{planned} in {self.spent() / 60:.1f} of {self.limit / 60:g} minutes"
+
+
+def scoring_seconds(model, source, bptt):
+    """Estimate the seconds that `steps.evaluate` takes over `source` (N, B); 0 where there is none."""
+    if source is None:
+        return 0.0
+    piece = source[:PIECES * bptt + 1]
+    evaluate(model, piece[:bptt + 1], bptt)  # what is slow only once
+    start = time.perf_counter()
+    evaluate(model, piece, bptt)
+    return (time.perf_counter() - start) * (len(source) - 1) / (len(piece) - 1)
+
+
+def format_seconds(seconds):
+    return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.1f} minutes"

@@ -1,0 +1,167 @@
+"""A run that fits into some minutes, by a clock that goes on a second with each batch."""
+
+import math
+
+import pytest
+from helpers import read_metrics
+
+import budget
+import checkpoint
+import data
+import steps
+import training
+from errors import BadInput
+
+
+class Clock:
+    """Stand in for `time` in budget.py: batches take a second each, all else takes none."""
+
+    now = 1000.0
+
+    def monotonic(self):
+        return self.now
+
+    def perf_counter(self):
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    clock, step = Clock(), training.train_step
+
+    def slow_step(*args, **kwargs):
+        clock.now += 1
+        return step(*args, **kwargs)
+    monkeypatch.setattr(budget, "time", clock)
+    monkeypatch.setattr(training, "train_step", slow_step)
+    return clock
+
+
+def batches(metrics):
+    return [(line["epoch"], line["batch"]) for line in metrics["batch"]]
+
+
+def test_the_rate_rises_and_falls_in_straight_lines_to_the_end_of_the_time(train, tmp_path, clock, monkeypatch):
+    used, step = [], training.train_step
+
+    def noting(*args, lr_scale, clip):
+        used.append(lr_scale)
+        return step(*args, lr_scale=lr_scale, clip=clip)
+    monkeypatch.setattr(training, "train_step", noting)
+    monkeypatch.setattr(training, "sample_seq_len", lambda *_: 7)  # the --bptt of these runs
+    train(tmp_path / "m.pt", "--minutes", "2.5", "--optimizer", "adam", "--lr", "0.01")
+    assert clock.now == 1150
+    assert len(used) == 150
+    done = [second / 150 for second in range(150)]
+    assert used == pytest.approx([min(part / 0.02, 1 - part) for part in done], abs=1e-2)
+
+
+def test_the_time_of_validation_and_test_is_kept_free(train, tmp_path, clock, monkeypatch):
+    evaluate = steps.evaluate
+
+    def slow(model, source, bptt):
+        clock.now += (len(source) - 1) / 10
+        return evaluate(model, source, bptt)
+    monkeypatch.setattr(training, "evaluate", slow)
+    monkeypatch.setattr(training.time, "perf_counter", clock.perf_counter)
+    monkeypatch.setattr(budget, "evaluate", slow)
+    train(tmp_path / "m.pt", "--minutes", "3")
+    assert 1180 <= clock.now < 1182
+
+
+@pytest.mark.usefixtures("clock")
+def test_the_last_part_of_an_epoch_is_validated_and_more_minutes_go_on_within_it(train, corpus_dir, tmp_path):
+    save = tmp_path / "m.pt"
+    flags = ["--log-interval", "1", "--optimizer", "adam", "--lr", "0.01"]
+    _, metrics = train(save, "--minutes", "0.5", *flags)
+    assert len(metrics["batch"]) == 30
+    last = metrics["epoch"][-1]
+    assert last["epoch"] % 1 > 0
+    assert last["best_epoch"] == math.ceil(last["epoch"])
+    model = checkpoint.restore_model(checkpoint.load(save), save)
+    valid = data.load_split(data.Corpus(corpus_dir), "valid", 10, "cpu")
+    assert steps.evaluate(model, valid, 7) == pytest.approx(min(line["loss"] for line in metrics["epoch"]), abs=1e-7)
+    (test,) = metrics["test"]
+    assert test["epochs"] == last["epoch"]
+
+    train(save, "--resume", str(save), "--minutes", "1")
+    metrics = read_metrics(save)
+    assert len(batches(metrics)) == len(set(batches(metrics))) == 60
+    assert [number for epoch, number in batches(metrics) if epoch == 1] == list(
+        range(1, 1 + sum(epoch == 1 for epoch, _ in batches(metrics))))
+
+
+def test_a_run_that_was_stopped_has_the_time_that_was_left(train, tmp_path, clock, monkeypatch):
+    step = training.train_step
+
+    def interrupted(*args, **kwargs):
+        if clock.now == 1040:
+            raise KeyboardInterrupt
+        return step(*args, **kwargs)
+    monkeypatch.setattr(training, "train_step", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path / "m.pt", "--minutes", "1", "--log-interval", "1")
+    spent = checkpoint.load(tmp_path / "m.last.pt")["state"]["progress"]["spent"]
+    clock.now = 5000.0  # much later
+    train(tmp_path / "m.pt", "--resume", str(tmp_path / "m.pt"))
+    assert clock.now == 5060 - spent
+
+
+@pytest.mark.usefixtures("clock")
+def test_epochs_win_and_the_rate_falls_to_their_end(train, tmp_path):
+    _, metrics = train(tmp_path / "m.pt", "--minutes", "1000", "--epochs", "2", "--log-interval", "1")
+    assert [line["epoch"] for line in metrics["epoch"]] == [1, 2]
+    rates = [line["mean_lr"] / line["lr"] / line["tokens"] * 4 * 7 for line in metrics["batch"]]
+    assert max(rates) > 0.9
+    assert rates[-1] < 0.1
+
+
+@pytest.mark.usefixtures("clock")
+def test_a_schedule_of_epochs_is_not_followed_twice_when_the_time_ends_within_one(train, tmp_path):
+    """A --when that an earlier epoch has followed divides the rate once."""
+    _, metrics = train(tmp_path / "m.pt", "--minutes", "0.5", "--when", "1")
+    assert metrics["epoch"][-1]["epoch"] % 1 > 0
+    assert len(metrics["decay"]) == 1
+
+
+@pytest.mark.usefixtures("clock")
+def test_the_plan_is_what_the_speed_so_far_gives(train, tmp_path, capsys):
+    _, metrics = train(tmp_path / "m.pt", "--minutes", "2")
+    out = capsys.readouterr().out
+    planned = float(out.split("| plan | ")[1].split(" epochs")[0])
+    assert planned == pytest.approx(metrics["test"][0]["epochs"], rel=0.25)
+    assert f"epochs of {planned:.2f} planned in 2.0 of 2 minutes" in out
+
+
+@pytest.mark.usefixtures("clock")
+def test_no_minutes_change_nothing(train, tmp_path, capsys):
+    train(tmp_path / "m.pt", "--epochs", "1")
+    assert "plan" not in capsys.readouterr().out
+    assert budget.Budget().lr_scale(3) == 1
+
+
+def test_minutes_that_scoring_alone_takes_are_bad_input(train, tmp_path, clock, monkeypatch):
+    def slow(*_):
+        clock.now += 30
+    monkeypatch.setattr(budget, "evaluate", slow)
+    with pytest.raises(BadInput, match="--minutes 0.5: validation and test alone take about"):
+        train(tmp_path / "m.pt", "--minutes", "0.5")
+    assert not (tmp_path / "m.pt").exists()
+
+
+def test_two_shares_leave_no_test_split(tmp_path, train):
+    book = tmp_path / "book.txt"
+    book.write_text("the cat sat on a mat and saw one dog run by\n" * 60, encoding="utf-8")
+    corpus = data.Corpus(book, "char", (90, 10))
+    assert len(corpus.test) == 0
+    assert len(corpus.train) == 9 * len(corpus.valid)
+    _, metrics = train(tmp_path / "m.pt", "--data", str(book), "--shares", "90", "10", "--epochs", "1")
+    (test,) = metrics["test"]
+    assert "loss" not in test
+    assert test["valid_loss"] == metrics["epoch"][0]["loss"]
+
+
+@pytest.mark.parametrize("shares", [["1"], ["1", "2", "3", "4"]])
+def test_other_numbers_of_shares_are_bad_input(train, tmp_path, shares):
+    with pytest.raises(BadInput, match="--shares: takes two parts"):
+        train(tmp_path / "m.pt", "--shares", *shares)
