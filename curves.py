@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from errors import BadInput
 from metrics import read_metrics
 
-X_AXES = ("epochs", "hours", "tokens")  # tokens in millions
+X_AXES = ("epochs", "hours", "minutes", "tokens")  # tokens in millions
 
 
 @dataclass
@@ -50,7 +50,8 @@ class Stage:
             hours += epoch.seconds / 3600
             tokens += sum(self.windows.get(number, {}).values())
             tokens = tokens if epoch.total_tokens is None else epoch.total_tokens
-            places[number] = self.start[x] + {"epochs": number, "hours": hours, "tokens": tokens / 1e6}[x]
+            along = {"epochs": number, "hours": hours, "minutes": 60 * hours, "tokens": tokens / 1e6}
+            places[number] = self.start[x] + along[x]
         return places
 
     def end(self):
@@ -124,7 +125,7 @@ def add_figures(stage, kind, record):
     elif kind == "epoch":
         train, total = (figure_of(record, name, 0) if name in record else None
                         for name in ("train_loss", "total_tokens"))
-        stage.epochs[figure_of(record, "epoch", 1)] = Epoch(figure_of(record, "loss", 0), train,
+        stage.epochs[figure_of(record, "epoch", 0)] = Epoch(figure_of(record, "loss", 0), train,
                                                             figure_of(record, "seconds", 0), total)
         stage.scores.clear()  # they are those of an earlier model
     else:

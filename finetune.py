@@ -26,7 +26,7 @@ from model import ARCHITECTURE, DROPOUTS
 from optimizers import make_optimizer
 from process import run_script
 from resume import is_unfinished, resume
-from run import Run, open_batches
+from run import Run, open_batches, open_corpus
 from steps import evaluate, seed_everything
 from training import save_model, train
 from vocabulary import ALWAYS, Dictionary
@@ -100,7 +100,8 @@ def start(argv, load, save, device):
     if not args.dry_run:
         check_place(load, save, args.vocab, args.overwrite)
     checkpoint.check_data(content, load, args.data)
-    corpus, batches = open_batches(args, device, content["vocabulary"] if args.vocab == "model" else None)
+    corpus = open_corpus(args, content["vocabulary"] if args.vocab == "model" else None)
+    batches = open_batches(corpus, args, device)
     if args.vocab == "corpus":
         special = [word for word in ALWAYS if word in content["vocabulary"]]
         corpus.dictionary = Dictionary(dict.fromkeys([*corpus.dictionary.idx2word, *special]))

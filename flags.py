@@ -15,6 +15,12 @@ class Parser(argparse.ArgumentParser):
     def error(self, message):
         raise BadInput(message)
 
+    def given(self, argv):
+        """Return the names of the flags that `argv` gives, whatever their values."""
+        missing = object()
+        namespace = argparse.Namespace(**{action.dest: missing for action in self._actions})
+        return {name for name, value in vars(self.parse_args(argv, namespace)).items() if value is not missing}
+
     def parse_known_args(self, args=None, namespace=None):
         args = sys.argv[1:] if args is None else args
         return super().parse_known_args(list(map(with_dashes, args)), namespace)

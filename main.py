@@ -16,6 +16,7 @@ if __name__ == "__main__":  # before torch, whose import takes seconds
 import time
 
 import run_files
+import sizes
 from budget import Budget
 from device import set_up_device
 from errors import BadInput
@@ -25,7 +26,7 @@ from model import ARCHITECTURE, DROPOUTS, RNNModel
 from optimizers import make_optimizer
 from process import run_script
 from resume import resume
-from run import Run, open_batches
+from run import Run, open_batches, open_corpus
 from steps import seed_everything
 from training import train
 
@@ -38,7 +39,7 @@ def epoch_or_never(text):
     return NEVER if text == str(NEVER) else positive_int(text)
 
 
-def parse_flags(argv):
+def make_parser():
     parser = Parser(description="Train an AWD-LSTM language model.")
     add_training_flags(parser, max_bptt="no limit", plateau="SGD turns into ASGD", save="a name made from the time")
     group = parser.add_argument_group("schedule")
@@ -50,7 +51,11 @@ def parse_flags(argv):
     group.add_argument("--when", type=epoch_or_never, nargs="+", default=[], metavar="E",
                        help="epochs after which a copy of the model is kept as SAVE.eE and the rate is divided "
                             "by 10 (default and -1: none; no longer once ASGD runs)")
-    return parser.parse_args(argv)
+    return parser
+
+
+def parse_flags(argv):
+    return make_parser().parse_args(argv)
 
 
 def main(argv=None):
@@ -62,18 +67,28 @@ def main(argv=None):
     else:
         save = args.save = run_files.follow(args.save or f"{time.time_ns() // 10**6}.pt")
     with run_files.claimed(save, dry_run=args.dry_run):
-        run = resume(parse_flags, argv, "train", device) if args.resume else start(args, device)
+        run = resume(parse_flags, argv, "train", device) if args.resume else start(args, argv, device)
         run.budget = Budget(run.args.minutes, run.progress.spent, run.args.epochs)
         return train(run)
 
 
-def start(args, device):
-    """Begin a run: text, model and optimizer as the flags say. Raises BadInput where a run lies at --save."""
+def start(args, argv, device):
+    """Begin a run: text, model and optimizer as the flags say. Raises BadInput where a run lies at --save.
+
+    With --minutes, what `argv` does not say is chosen to suit the text and the time.
+    """
     if not args.dry_run:
         run_files.check_free(args.save, args.overwrite)
-    args.lr = args.lr or DEFAULT_LR[args.optimizer]
     args.when = [epoch for epoch in args.when if epoch != NEVER]
-    corpus, batches = open_batches(args, device)
+    given = make_parser().given(argv)
+    if args.minutes:
+        sizes.choose_level(args, given)
+    corpus = open_corpus(args)
+    if args.minutes:
+        sizes.choose_flags(args, given, corpus, device)
+        log(f"the same by flags: {sizes.describe(args, given)}")
+    args.lr = args.lr or DEFAULT_LR[args.optimizer]
+    batches = open_batches(corpus, args, device)
     seed_everything(args.seed)
     flags = {name: getattr(args, name) for name in ARCHITECTURE + DROPOUTS}
     try:

@@ -18,14 +18,15 @@ def make_optimizer(name, model, lr, wdecay):
     - It steps with the learning rate of the step before, as PyTorch's ASGD does. Under variable-length BPTT that rate
       is scaled for the batch before. The published numbers were made that way, so it is kept.
 
-    On a GPU ASGD has to be "capturable" and Adam fused. Otherwise they wait for the GPU for each parameter.
+    On a GPU ASGD has to be "capturable" and Adam fused. Otherwise they wait for the GPU for each parameter. On a CPU
+    fused SGD takes half the time.
     """
     cuda = next(model.parameters()).is_cuda
     if name == "sgd":
-        return torch.optim.SGD(model.parameters(), lr=lr, weight_decay=wdecay, fused=True)  # half the time, on a CPU
+        return torch.optim.SGD(model.parameters(), lr=lr, weight_decay=wdecay, fused=True)
     if name == "asgd":
         return torch.optim.ASGD(model.parameters(), lr=lr, t0=0, lambd=0.0, weight_decay=wdecay, capturable=cuda)
-    return torch.optim.Adam(model.parameters(), lr=lr, weight_decay=wdecay, fused=cuda or None)
+    return torch.optim.Adam(model.parameters(), lr=lr, weight_decay=wdecay, fused=True)
 
 
 def is_averaging(optimizer):

@@ -25,7 +25,8 @@ from metrics import log, loss_metrics
 from process import run_script
 
 FORMATS = ("png", "svg", "pdf")
-X_LABELS = {"epochs": "epoch", "hours": "hours of training", "tokens": "million tokens trained"}
+X_LABELS = {"epochs": "epoch", "hours": "hours of training", "minutes": "minutes of training",
+            "tokens": "million tokens trained"}
 Y_LABELS = {"ppl": "perplexity", "bpc": "bits per character", "loss": "loss, nats per token"}
 ENDING = ".metrics.jsonl"
 
@@ -54,7 +55,8 @@ def parse_flags(argv):
                         help=f"where the picture goes; its ending, of {', '.join(FORMATS)}, is its format "
                              "(default: %(default)s)")
     parser.add_argument("--x", choices=list(X_LABELS), default="epochs",
-                        help="hours are those of training, without validation and stops (default: %(default)s)")
+                        help="hours and minutes are those of training, without validation and stops "
+                             "(default: %(default)s)")
     parser.add_argument("--metric", choices=list(Y_LABELS), default="ppl",
                         help="perplexity, bits per character, or nats per token (default: %(default)s)")
     parser.add_argument("--log", action=argparse.BooleanOptionalAction,

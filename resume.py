@@ -12,7 +12,7 @@ from errors import BadInput
 from files import copy_file, same_file
 from metrics import log
 from optimizers import at_plateau, make_optimizer
-from run import Progress, Run, open_batches
+from run import Progress, Run, open_batches, open_corpus
 from utils import map_hidden
 
 # They belong to the command, not to the run.
@@ -35,7 +35,8 @@ def resume(parse, argv, stage, device):
     if not (same_file(args.save, best) or args.dry_run):
         run_files.check_free(args.save, args.overwrite)
     checkpoint.check_data(content, path, args.data)
-    corpus, batches = open_batches(args, device, content["vocabulary"])
+    corpus = open_corpus(args, content["vocabulary"])
+    batches = open_batches(corpus, args, device)
     check_corpus(state, path, corpus, args.data, content["flags"].get("data"))
     model = checkpoint.restore_model(content, path, vars(args), device)
     try:

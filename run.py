@@ -70,19 +70,27 @@ class Run:
         return progress.epoch + progress.row / (len(self.batches.train) - 1) if progress.row else progress.epoch
 
 
-def open_batches(args, device, words=None):
-    """Read the corpus that the flags say and lay it out; returns the Corpus and its Batches.
+def open_corpus(args, words=None):
+    """Read the corpus that the flags say.
 
-    `words` is the vocabulary of a model, to take as it is. The columns are --batch_size for training, 10 for
-    validation, 1 for the test. Sets `args.level` to what the corpus has, so that it travels with the model. Raises
-    BadInput when a split is missing, malformed or too short.
+    `words` is the vocabulary of a model, to take as it is. Sets `args.level` to what the corpus has, so that it travels
+    with the model. Raises BadInput when a split is missing or malformed.
     """
     rules = Rules(args.min_count, args.max_vocab, args.vocab_order)
     corpus = Corpus(args.data, args.level, args.shares, not args.dry_run, rules, words)
     args.level = corpus.level
     log(corpus.describe())
+    return corpus
+
+
+def open_batches(corpus, args, device):
+    """Lay a corpus out as Batches.
+
+    The columns are --batch_size for training, 10 for validation, 1 for the test. Raises BadInput when a split is too
+    short.
+    """
     if args.cuda_graphs and splits_for(len(corpus.dictionary)):
         raise BadInput(f"--cuda-graphs: not with a split softmax, which {len(corpus.dictionary):,} words have")
     train = load_split(corpus, "train", args.batch_size, device, rows=3)
     test = load_split(corpus, "test", 1, device) if corpus.has_test else None
-    return corpus, Batches(train, load_split(corpus, "valid", 10, device), test)
+    return Batches(train, load_split(corpus, "valid", 10, device), test)

@@ -15,7 +15,7 @@ import training
 from errors import BadInput
 from graphs import GraphedPass
 from model import RNNModel
-from run import open_batches
+from run import open_batches, open_corpus
 
 SIMPLE = partial(steps.forward_backward, alpha=2, beta=1)
 KEEPING = partial(SIMPLE, keep_grads=True)
@@ -114,8 +114,9 @@ def test_a_split_softmax_takes_no_graphs(corpus_dir, monkeypatch):
     monkeypatch.setattr("run.splits_for", lambda _: [3])
     args = Namespace(data=corpus_dir, level=None, shares=None, batch_size=4, cuda_graphs=True, dry_run=False,
                      min_count=None, max_vocab=None, vocab_order="appearance")
+    corpus = open_corpus(args)
     with pytest.raises(BadInput, match="split softmax, which 13 words have"):
-        open_batches(args, "cpu")
+        open_batches(corpus, args, "cpu")
 
 
 @pytest.mark.usefixtures("train")

@@ -247,7 +247,11 @@ def expected_calls(case, passes, large):
 def first_batches(case, folder, monkeypatch, count, *flags, **how):
     """How far the first batches of a case are from the recorded ones: nats per token, for each of them."""
     train_batches = training.train_batches
-    monkeypatch.setattr(training, "train_batches", lambda run: islice(train_batches(run), count))
+
+    def first(run):
+        yield from islice(train_batches(run), count)
+        run.progress.row = len(run.batches.train)  # the epoch ends here
+    monkeypatch.setattr(training, "train_batches", first)
     run = train({**case, "flags": {**case["flags"], "epochs": 1}}, folder / "run.pt", monkeypatch, *flags,
                 **how)
     assert len(run["batch"]) == count

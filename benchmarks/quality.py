@@ -1,0 +1,102 @@
+"""Measure what a book's model is worth after some minutes, beside the model that others train on a CPU.
+
+    python benchmarks/quality.py --data shakespeare.txt --folder quality
+
+Trains the peer (`peer.py`) once. Its time T is the unit of the budgets. Then trains by `main.py --minutes`, for each
+budget and seed, with no flag that says sizes. What is there already is not made again. Prints a table of the records in
+the folder, and draws the curves.
+"""
+
+import argparse
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+import plot  # noqa: E402  the scripts of the project are no package
+from errors import BadInput  # noqa: E402
+from flags import Parser, positive_float, seed  # noqa: E402
+from metrics import read_metrics  # noqa: E402
+from process import run_script  # noqa: E402
+from run_files import metrics_path  # noqa: E402
+
+ROOT = Path(__file__).parent.parent
+SIZES = ("model", "nlayers", "nhid", "emsize", "batch_size", "lr", "dropout", "wdrop")  # what the table says of a model
+
+
+def parse_flags():
+    parser = Parser(description="Measure loss over time, beside a peer.")
+    parser.add_argument("--data", required=True, metavar="FILE", help="a text file")
+    parser.add_argument("--folder", required=True, metavar="DIR", help="where runs and picture go")
+    parser.add_argument("--budgets", type=positive_float, nargs="+", default=[0.25, 1, 4, 20], metavar="X",
+                        help="times of a run, in times of the peer (default: 0.25 1 4 20)")
+    parser.add_argument("--seeds", type=seed, nargs="+", default=[1, 2], metavar="N", help="default: 1 2")
+    parser.add_argument("--flags", nargs=argparse.REMAINDER, default=[], help="further flags of main.py, the last ones")
+    return parser.parse_args()
+
+
+def run(*arguments):
+    """Run a script of the project; raises BadInput when it fails."""
+    print("+ python", *arguments, flush=True)
+    if subprocess.run([sys.executable, *map(str, arguments)], cwd=ROOT, check=False).returncode:
+        raise BadInput(f"{arguments[0]}: failed, see above")
+
+
+def records(path, kind):
+    """Return the records of a kind in the metrics file at `path`; none where there is no file."""
+    return [line for line in read_metrics(path) if line["kind"] == kind] if path.exists() else []
+
+
+def train_peer(data, folder):
+    """Train the peer unless it is there. Returns its seconds and the path of its record."""
+    path = folder / "peer.metrics.jsonl"
+    if not records(path, "test"):
+        run("benchmarks/peer.py", "--data", data, "--save", path)
+    return sum(line["seconds"] for line in records(path, "epoch")), path
+
+
+def train(data, folder, budget, seconds, number, flags):
+    """Train for `budget` times `seconds`, unless that is done, or go on with it. Returns the path of the record."""
+    save = folder / f"{budget:g}T.seed{number}.pt"
+    path = metrics_path(save)
+    if records(path, "test"):
+        return path
+    if path.exists():
+        run("main.py", "--resume", save)
+    else:
+        minutes = f"{budget * seconds / 60:.3f}"
+        run("main.py", "--data", data, "--shares", 90, 10, "--minutes", minutes, "--seed", number, "--save", save,
+            *flags)
+    return path
+
+
+def rows(paths, budgets):
+    """Yield the lines of a table of the runs: `paths` are lists of records, one for each budget."""
+    yield "| budget | minutes | epochs | loss of each seed | what was chosen |"
+    yield "|---:|---:|---:|---|---|"
+    for budget, records_of_budget in zip(budgets, paths):
+        tests = [records(path, "test")[-1] for path in records_of_budget]
+        flags = records(records_of_budget[0], "run")[-1]["flags"]
+        losses = ", ".join(f"{test['valid_loss']:.3f}" for test in tests)
+        epochs = statistics.mean(test["epochs"] for test in tests)
+        chosen = " ".join(f"--{name} {flags[name]}" for name in SIZES)
+        yield f"| {budget:g} T | {flags['minutes']:.1f} | {epochs:.1f} | {losses} | `{chosen}` |"
+
+
+def main():
+    args = parse_flags()
+    folder, data = Path(args.folder).resolve(), Path(args.data).resolve()
+    folder.mkdir(parents=True, exist_ok=True)
+    seconds, peer = train_peer(data, folder)
+    paths = [[train(data, folder, budget, seconds, number, args.flags) for number in args.seeds]
+             for budget in args.budgets]
+    loss = records(peer, "epoch")[-1]["loss"]
+    print(f"\nthe peer: {loss:.3f} nats per token after T = {seconds:.0f} s\n")
+    print("\n".join(rows(paths, args.budgets)))
+    drawn = [peer, *(path for of_budget in paths for path in of_budget[:1])]
+    plot.draw(drawn, folder / "quality.png", "minutes", "loss", log_axis=False)
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,115 @@
+"""Choose what a run of some minutes is like (`main.py --minutes`): level, sizes, dropouts, batch and learning rate.
+
+The rules come from the measurements in `docs/minutes.md`. What a flag says is not chosen. Shapes are in the alphabet of
+`model.py`.
+"""
+
+import math
+import os
+import time
+from argparse import Namespace
+
+import torch
+
+from checkpoint import command_line
+from model import ARCHITECTURE, DROPOUTS, RNNModel, parameter_shapes
+from optimizers import make_optimizer
+from steps import choose_pass, train_step
+
+LADDER = (64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536)  # units of a layer
+TOKENS_PER_WEIGHT = 2      # a model that sees fewer in the time has not come far; a larger one would have come less far
+OF_THE_TIME = 0.9          # the rest is for reading, validation and test
+WORD_EMSIZE = 400          # the largest embedding of words
+
+PROBE_SIZE, PROBE_STEPS = 256, 4  # a model whose steps are timed, and how many of them
+
+
+def choose_level(args, given):
+    """Set the level of a text that is one file to characters, of which there are few in every text, unless it is given.
+
+    A folder says its level itself.
+    """
+    if "level" not in given and os.path.isfile(args.data):
+        args.level = "char"
+
+
+def choose_flags(args, given, corpus, device):
+    """Set the flags of `args` that are not in `given` to what suits the text and the minutes."""
+    def choose(**chosen):
+        for name, value in chosen.items():
+            if name not in given:
+                setattr(args, name, value)
+
+    ntoken, tokens = len(corpus.dictionary), len(corpus.train)
+    choose(optimizer="adam", alpha=0.0, beta=0.0, dropoute=0.0, nlayers=1)
+    if args.optimizer == "adam":
+        choose(clip=1.0)
+    choose(bptt=64, batch_size=batch_size(tokens))
+    speed = probe(args, min(ntoken, 10_000), device)
+    budget = OF_THE_TIME * 60 * args.minutes * speed  # in products of two numbers
+    fitting = [size for size in LADDER if is_large_enough(size, args, ntoken, budget)]
+    size = fitting[-1] if fitting else LADDER[0]
+    choose(nhid=size, emsize=embedding_size(size, args.level))
+    epochs = min(budget / weights(args, ntoken) / 3 / tokens, args.epochs)
+    choose(**dropouts(epochs))
+    if args.optimizer == "adam":
+        choose(lr=learning_rate(args.nhid))
+
+
+def is_large_enough(size, args, ntoken, budget):
+    """Return whether layers of `size` units see enough tokens in the time."""
+    sized = Namespace(**{**vars(args), "nhid": size, "emsize": embedding_size(size, args.level)})
+    tokens = budget / weights(sized, ntoken) / 3
+    return tokens >= TOKENS_PER_WEIGHT * weights(sized, ntoken, recurrent=True)
+
+
+def embedding_size(nhid, level):
+    return min(nhid, WORD_EMSIZE) if level == "word" else nhid
+
+
+def weights(args, ntoken, recurrent=False):
+    """Count the weights that a token is multiplied by; only those of the layers if `recurrent`."""
+    shapes = parameter_shapes(ntoken, **{name: getattr(args, name) for name in ARCHITECTURE})
+    return sum(math.prod(shape) for name, shape in shapes.items()
+               if len(shape) == 2 and name != "encoder.weight" and (name.startswith("rnns") or not recurrent))
+
+
+def batch_size(tokens):
+    """Choose the columns: so many that they are long."""
+    return 16 if tokens < 2**22 else 32
+
+
+def learning_rate(nhid):
+    return 4e-3 if nhid <= 384 else 3e-3
+
+
+def dropouts(epochs):
+    """Choose dropouts for a text that is read so many times: none up to twice. Weight drop did not pay."""
+    p = round(min(0.5, max(0.0, 0.1 * math.log2(max(epochs, 1) / 2))), 2)
+    return {"dropout": p, "dropouth": p, "dropouti": 0.0, "wdrop": 0.0}
+
+
+def probe(args, ntoken, device):
+    """Measure the products of two numbers that a training step does in a second, forward, on this machine."""
+    sizes = {"model": args.model, "emsize": PROBE_SIZE, "nhid": PROBE_SIZE, "nlayers": 1, "tied": True}
+    with torch.random.fork_rng(devices=[]):
+        model = RNNModel(ntoken, **sizes, **dict.fromkeys(DROPOUTS, 0)).to(device).train()
+        tokens = torch.randint(ntoken, (args.bptt, args.batch_size), device=device)
+    optimizer = make_optimizer("adam", model, 1e-3, 0)
+    forward_backward, hidden = choose_pass(model, args.precision, 0, 0), model.init_hidden(args.batch_size)
+    seconds = []
+    for _ in range(PROBE_STEPS):
+        start = time.perf_counter()
+        hidden, _ = train_step(model, optimizer, forward_backward, tokens, tokens, hidden, 1, 0)
+        seconds.append(time.perf_counter() - start)
+    shape = Namespace(**sizes)
+    return 3 * tokens.numel() * weights(shape, ntoken) / min(seconds[1:])
+
+
+def describe(args, given):
+    """Spell the command that says by flags what was chosen."""
+    names = [name for name in ("data", "minutes", "level", *ARCHITECTURE, *DROPOUTS, "alpha", "beta", "optimizer", "lr",
+                               "clip", "batch_size", "bptt")]
+    names += [name for name in given if name not in names and name not in ("overwrite", "resume")]
+    flags = [word for name in names for word in command_line(name, getattr(args, name))]
+    return "python main.py " + " ".join(flags)

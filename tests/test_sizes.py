@@ -1,0 +1,66 @@
+"""What a run of some minutes chooses, and what it leaves to the flags."""
+
+import shlex
+
+import pytest
+
+import sizes
+from main import make_parser, parse_flags
+
+
+@pytest.fixture
+def book(tmp_path):
+    path = tmp_path / "book.txt"
+    path.write_text("the cat sat on a mat and saw one dog run by\n" * 300, encoding="utf-8")
+    return path
+
+
+class FakeCorpus:
+    def __init__(self, ntoken, tokens):
+        self.dictionary, self.train = range(ntoken), range(tokens)
+
+
+def choose(monkeypatch, products, *flags, tokens=10**6):
+    """What is chosen with `products` of two numbers a second."""
+    monkeypatch.setattr(sizes, "probe", lambda *_: products)
+    argv = ["--minutes", "1", "--level", "char", "--save", "m.pt", *flags]
+    args, given = parse_flags(argv), make_parser().given(argv)
+    sizes.choose_flags(args, given, FakeCorpus(65, tokens), "cpu")
+    return args, given
+
+
+def test_the_size_is_the_largest_that_sees_two_tokens_for_each_weight(monkeypatch):
+    """1 x 256 has 8 * 256^2 weights in its layer, and 65 * 256 in its softmax; 1 x 384 has 2.25 times as many."""
+    layer, softmax = 8 * 256**2, 65 * 256
+    enough = 3 * (layer + softmax) * 2 * layer / 60 / sizes.OF_THE_TIME
+    assert choose(monkeypatch, enough * 1.001)[0].nhid == 256
+    assert choose(monkeypatch, enough * 0.999)[0].nhid == 192
+
+
+def test_a_text_that_is_read_often_gets_dropout(monkeypatch):
+    assert choose(monkeypatch, 1e10)[0].dropout == 0
+    assert choose(monkeypatch, 1e10, tokens=10**4)[0].dropout > 0.2
+
+
+def test_a_flag_given_wins_even_with_the_value_of_its_default(monkeypatch):
+    args, _ = choose(monkeypatch, 1e10, "--nhid", "1150", "--dropout", "0.4", "--clip", "0.25")
+    assert (args.nhid, args.dropout, args.clip) == (1150, 0.4, 0.25)
+
+
+def test_the_command_that_is_printed_amounts_to_the_same_flags(monkeypatch):
+    args, given = choose(monkeypatch, 1e10, "--seed", "5")
+    words = shlex.split(sizes.describe(args, given))
+    assert words[:2] == ["python", "main.py"]
+    assert vars(parse_flags(words[2:])) == vars(args)
+
+
+def test_a_book_is_read_by_characters_and_the_run_says_what_was_chosen(train, book, tmp_path, capsys):
+    _, metrics = train(tmp_path / "m.pt", "--data", str(book), "--minutes", "1", "--epochs", "1")
+    flags = metrics["run"][0]["flags"]
+    assert (flags["level"], flags["optimizer"], flags["nhid"]) == ("char", "adam", 6)  # 6 was given
+    assert "the same by flags: python main.py" in capsys.readouterr().out
+
+
+def test_without_minutes_nothing_is_chosen(train, book, tmp_path):
+    _, metrics = train(tmp_path / "m.pt", "--data", str(book), "--epochs", "1")
+    assert (metrics["run"][0]["flags"]["level"], metrics["run"][0]["flags"]["optimizer"]) == ("word", "sgd")
