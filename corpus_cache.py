@@ -1,26 +1,36 @@
-"""Keep a corpus that was read beside its text, so that the next run maps it into memory.
+"""Keep the ids of a corpus: in memory, or those of a long text in a file that is mapped into memory.
 
-The parts of the file:
+A corpus that was read has a cache beside its text, so that the next run need not read it again. The parts of the cache:
 
-    line 1   a checksum of what follows
-    line 2   JSON: the vocabulary and the checksum of the text
-    rest     the ids
+    ids      those of the text
+    JSON     the vocabulary and the checksum of the text
+    end      the length of the JSON, and a checksum of all that is before the checksum
 
-It is made anew when the text has changed or the file is not whole.
+It is written while the text is read, in memory that does not grow with the text. It is made anew when the text has
+changed or the file is not whole.
 """
 
 import hashlib
 import json
+import mmap
 import os
+import tempfile
+from array import array
+from contextlib import ExitStack
 
 import numpy
 
 from errors import BadInput
-from files import replacing
-from text import BLOCK, ID_TYPES
+from files import remove_partial, replacing
+from text import BLOCK, read_texts
 
-CACHE_FORMAT, CACHE_VERSION = "awd-lstm-corpus", 2
+CACHE_FORMAT, CACHE_VERSION = "awd-lstm-corpus", 3
+ID_TYPES = ("uint8", "int16", "int32")  # the smallest that holds every id is used
+BLOCK_IDS = 2**21  # ids worked on at a time
+SIZE, CHECKSUM = 16, 64  # digits at the end of the cache
 
+
+# --- checksums -------------------------------------------------------------------------------------------------------
 
 def checksum_of_files(paths):
     """Compute a checksum of what the files hold.
@@ -47,40 +57,151 @@ def checksum_of_file(path):
     return total.hexdigest()
 
 
-def save_cache(path, key, ids, lengths, words):
-    """Write the cache of a corpus that was read from files with the checksum `key`."""
-    header = {"format": CACHE_FORMAT, "version": CACHE_VERSION, "key": key, "type": ids.dtype.name, "lengths": lengths,
-              "words": words}
-    header = json.dumps(header).encode() + b"\n"
-    with replacing(path) as file:
-        file.write(checksum_of_cache(header, ids) + header)
-        file.write(ids)
+# --- ids -------------------------------------------------------------------------------------------------------------
+
+def id_blocks(ids, start=0, stop=None):
+    """Yield `ids` (tokens,) from `start` to `stop` in blocks. What is mapped from a file does not stay in memory."""
+    stop = len(ids) if stop is None else stop
+    for first in range(start, stop, BLOCK_IDS):
+        yield ids[first:min(first + BLOCK_IDS, stop)]
+        if isinstance(ids.base, mmap.mmap) and hasattr(mmap, "MADV_DONTNEED"):
+            ids.base.madvise(mmap.MADV_DONTNEED)
+
+
+def map_file(file, dtype, length):
+    """Map the first `length` ids of an open file; what is written to the array does not reach the file."""
+    file.flush()
+    return numpy.memmap(file, dtype, "c", shape=(length,))
+
+
+def smallest_type(largest):
+    """Return the smallest of ID_TYPES that holds the id `largest`."""
+    return next(numpy.dtype(name) for name in ID_TYPES if largest <= numpy.iinfo(name).max)
+
+
+class IdStore:
+    """Collect ids: in memory, or in the file that `open_file` opens once there are more than `limit`."""
+
+    def __init__(self, limit, open_file):
+        self.limit, self.open_file = limit, open_file
+        self.memory, self.largest = array("i"), 0
+        self.file, self.dtype, self.length = None, numpy.dtype(ID_TYPES[0]), 0
+
+    def append(self, ids):
+        """Append `ids` (n,), of int32."""
+        self.largest = max(self.largest, int(ids.max()))
+        if self.file is None:
+            self.memory.frombytes(memoryview(ids).cast("B"))
+            if len(self.memory) <= self.limit:
+                return
+            self.file, ids = self.open_file(), numpy.frombuffer(self.memory, numpy.int32)
+        self.widen(smallest_type(self.largest))
+        self.file.write(ids.astype(self.dtype))
+        self.length += len(ids)
+        self.memory = None
+
+    def widen(self, dtype):
+        """Give the ids in the file another dtype, from the last to the first, so that none is lost on the way."""
+        if dtype == self.dtype:
+            return
+        for start in reversed(range(0, self.length, BLOCK_IDS)):
+            self.file.seek(start * self.dtype.itemsize)
+            count = min(BLOCK_IDS, self.length - start)
+            block = numpy.frombuffer(self.file.read(count * self.dtype.itemsize), self.dtype)
+            self.file.seek(start * dtype.itemsize)
+            self.file.write(block.astype(dtype))
+        self.file.seek(self.length * dtype.itemsize)
+        self.dtype = dtype
+
+    def collected(self):
+        """Return all ids (tokens,) in the smallest dtype."""
+        if self.file is None:
+            return numpy.frombuffer(self.memory, numpy.int32).astype(smallest_type(self.largest), copy=False)
+        return map_file(self.file, self.dtype, self.length)
+
+
+def look_up(ids, table, limit, folder):
+    """Look each of `ids` (tokens,) up in `table`.
+
+    More than `limit` go to a file without a name in `folder`, which ends with the process. Raises OSError where that
+    cannot be written.
+    """
+    if len(ids) <= limit:
+        return table[ids]
+    with tempfile.TemporaryFile(dir=folder) as file:
+        for block in id_blocks(ids):
+            file.write(table[block])
+        return map_file(file, table.dtype, len(ids))
+
+
+def count_ids(ids, lengths, types):
+    """Count how often each of so many `types` is in each split; `ids` (tokens,) are those of splits of `lengths`.
+
+    Returns (splits, types).
+    """
+    counts, start = numpy.zeros((len(lengths), types), numpy.int64), 0
+    for row, length in zip(counts, lengths):
+        for block in id_blocks(ids, start, start + length):
+            row += numpy.bincount(block, minlength=types)
+        start += length
+    return counts
+
+
+# --- the cache -------------------------------------------------------------------------------------------------------
+
+def read_and_keep(paths, level, limit, path, key):
+    """Read text files; more than `limit` ids go to the cache at `path`, with the checksum `key` of the files.
+
+    Returns the ids of all (tokens,), the number of ids of each file, and the tokens by id. Raises OSError where the
+    cache cannot be written.
+    """
+    with ExitStack() as stack:
+        def open_file():
+            remove_partial(path)
+            return stack.enter_context(replacing(path, "w+b"))
+
+        store = IdStore(limit, open_file)
+        lengths, words = read_texts(paths, level, store.append)
+        ids = store.collected()
+        if store.file:
+            about = {"format": CACHE_FORMAT, "version": CACHE_VERSION, "key": key, "type": ids.dtype.name,
+                     "lengths": lengths, "words": words}
+            about = json.dumps(about).encode()
+            about += f"{len(about):{SIZE}}".encode()
+            store.file.write(about + check_ids(ids, about)[0])
+    return ids, lengths, words
 
 
 def load_cache(path, key):
-    """Load what `read_texts` returned when the cache at `path` was made.
+    """Load what `read_and_keep` returned when the cache at `path` was made.
 
     The ids are mapped from the file. Returns None when the cache is missing, damaged, or of files with another checksum
     than `key`.
     """
     try:
         with open(path, "rb") as file:
-            checksum, header = file.readline(100), file.readline()
-            start = file.tell()
-        about = json.loads(header)
-        if (about["format"], about["version"], about["key"]) != (CACHE_FORMAT, CACHE_VERSION, key):
-            return None
-        lengths, words = about["lengths"], about["words"]
-        ids = numpy.memmap(path, ID_TYPES[ID_TYPES.index(about["type"])], mode="c", offset=start)
-        whole = (checksum == checksum_of_cache(header, ids) and sum(lengths) == len(ids) and min(lengths) >= 0
-                 and ids.min() >= 0 and ids.max() < len(words) == len(set(words)))
-        return (ids, lengths, words) if whole else None
+            end = file.seek(-SIZE - CHECKSUM, os.SEEK_END)
+            size = int(file.read(SIZE))
+            start = file.seek(end - size)
+            about, checksum = file.read(size + SIZE), file.read()
+            header = json.loads(about[:size])
+            if (header["format"], header["version"], header["key"]) != (CACHE_FORMAT, CACHE_VERSION, key):
+                return None
+            dtype, lengths, words = header["type"], header["lengths"], header["words"]
+            if dtype not in ID_TYPES or sum(lengths) * numpy.dtype(dtype).itemsize != start or min(lengths) < 0:
+                return None
+            ids = map_file(file, dtype, sum(lengths))
+        found, low, high = check_ids(ids, about)
+        return (ids, lengths, words) if found == checksum and 0 <= low <= high < len(words) == len(set(words)) else None
     except (OSError, ValueError, LookupError, TypeError, RecursionError):
         return None  # it will be made anew
 
 
-def checksum_of_cache(header, ids):
-    """Compute the first line of the cache, over all that follows it."""
-    total = hashlib.sha256(header)
-    total.update(ids)
-    return total.hexdigest().encode() + b"\n"
+def check_ids(ids, about):
+    """Compute the end of the cache, a checksum of `ids` and what is written `about` them, and the least and last id."""
+    total, low, high = hashlib.sha256(), 0, 0
+    for block in id_blocks(ids):
+        total.update(block)
+        low, high = min(low, block.min()), max(high, block.max())
+    total.update(about)
+    return total.hexdigest().encode(), low, high

@@ -7,20 +7,22 @@ The vocabulary is that of all three splits, numbered by first appearance, unless
 the vocabulary of a model is given. Then what is not in it becomes <unk>.
 
 A corpus of more than CACHE_TOKENS tokens is read once and kept as `.NAME.LEVEL.cache` beside the text
-(`corpus_cache.py`).
+(`corpus_cache.py`). Its ids are mapped from there. With another vocabulary they are mapped from a file without a name,
+which ends with the process.
 """
 
+import math
 import os
 from pathlib import Path
 
 import numpy
 import torch
 
-from corpus_cache import checksum_of_files, load_cache, save_cache
+from corpus_cache import checksum_of_files, count_ids, id_blocks, load_cache, look_up, read_and_keep
 from errors import BadInput
-from text import LEVELS, read_texts
+from text import LEVELS
 from utils import batchify
-from vocabulary import UNKNOWN, Dictionary, Rules, choose_vocabulary, renumber
+from vocabulary import UNKNOWN, Dictionary, Rules, choose_vocabulary, id_table
 
 SPLITS = ("train", "valid", "test")
 CACHE_TOKENS = 2**22  # a text of this length is read in a second or two
@@ -51,6 +53,9 @@ class Corpus:
                            "'./getdata.sh --list' names into data/NAME")
         self.has_test = is_folder or len(shares) == len(SPLITS)
         self.level = level or default_level(path)
+        rules = rules or Rules()
+        if words is None:
+            rules.check(self.level)
         self.checksum = checksum_of_files(paths)
         cached = (path / f".{self.level}.cache") if is_folder else path.with_name(f".{path.name}.{self.level}.cache")
         ids, lengths, tokens = self.read(paths, cached, cache)
@@ -59,38 +64,49 @@ class Corpus:
             if not self.has_test:
                 lengths[1] = len(ids) - lengths[0]
             lengths.append(len(ids) - sum(lengths))
-        rules = rules or Rules()
-        if words is None and rules.choose():
-            words = choose_vocabulary(tokens, ids[:lengths[0]], self.level, rules)
         self.unknown, self.first_unknown = dict.fromkeys(SPLITS, 0), {}
-        if words is not None and words != tokens:
-            self.note_unknown(ids, lengths, tokens, words)
-            ids, tokens = renumber(ids, tokens, words), words
+        if rules.choose() if words is None else words != tokens:
+            counts = count_ids(ids, lengths, len(tokens))
+            words = choose_vocabulary(tokens, counts[0], rules) if words is None else words
+            self.note_unknown(ids, lengths, tokens, counts, words)
+            ids, tokens = self.renumber(ids, id_table(tokens, words), cached.parent if cache else None), words
         self.train, self.valid, self.test = torch.from_numpy(ids).split(lengths)
         self.dictionary = Dictionary(tokens)
 
     def read(self, paths, cached, cache):
-        """Read the text from its cache or, where there is none, from its files; returns what `read_texts` does."""
+        """Read the text from its cache or, where there is none, from its files; returns what `read_and_keep` does."""
         self.cache_error = None
         loaded = load_cache(cached, self.checksum)
-        if loaded is None:
-            loaded = read_texts(paths, self.level)
-            if cache and len(loaded[0]) > CACHE_TOKENS:
-                try:
-                    save_cache(cached, self.checksum, *loaded)
-                except OSError as error:
-                    self.cache_error = f"{cached} was not written: {error.strerror}; the next run reads the text again"
-        return loaded
+        if loaded is None and cache:
+            try:
+                return read_and_keep(paths, self.level, CACHE_TOKENS, cached, self.checksum)
+            except OSError as error:
+                self.cache_error = (f"{cached} was not written: {error.strerror}; the text is in memory, and the next "
+                                    "run reads it again")
+        return loaded or read_and_keep(paths, self.level, math.inf, cached, self.checksum)
 
-    def note_unknown(self, ids, lengths, tokens, words):
-        """Count the tokens of each split that `words` lacks; without an <unk> in it, note the first of them."""
-        known = set(words)
+    def renumber(self, ids, table, folder):
+        """Look `ids` up in `table`, by way of a file in `folder` (None: in memory) where they are many."""
+        try:
+            return look_up(ids, table, math.inf if folder is None else CACHE_TOKENS, folder)
+        except OSError as error:
+            self.cache_error = f"{folder}: no room for ids of this vocabulary: {error.strerror}; they are in memory"
+            return table[ids]
+
+    def note_unknown(self, ids, lengths, tokens, counts, words):
+        """Count the tokens of each split that `words` lacks; without an <unk> in it, note the first of them.
+
+        `counts` (splits, V) are those of `count_ids`.
+        """
+        known, start = set(words), 0
         unknown = numpy.array([token not in known for token in tokens])
-        for split, part in zip(SPLITS, numpy.split(ids, numpy.cumsum(lengths)[:-1])):
-            places = unknown[part]
-            self.unknown[split] = int(places.sum())
+        for split, length, row in zip(SPLITS, lengths, counts):
+            self.unknown[split] = int(row[unknown].sum())
             if self.unknown[split] and UNKNOWN not in known:
-                self.first_unknown[split] = tokens[part[places.argmax()]]
+                blocks = id_blocks(ids, start, start + length)
+                self.first_unknown[split] = next(tokens[block[unknown[block].argmax()]] for block in blocks
+                                                 if unknown[block].any())
+            start += length
 
     def describe(self):
         """Describe the corpus in one line, for the log."""

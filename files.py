@@ -29,6 +29,8 @@ def replacing(path, mode="wb", **how):
     partial = f"{path}.{os.getpid()}{PARTIAL}"
     try:
         with open(partial, mode, **how) as file:
+            if fcntl:
+                take(file)  # so that `remove_partial` leaves it alone
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -46,7 +48,14 @@ def remove_partial(*paths):
         with suppress(OSError):
             for entry in os.listdir(folder or "."):
                 if entry.startswith(f"{name}.") and entry.endswith(PARTIAL):
-                    os.unlink(os.path.join(folder, entry))
+                    remove_unless_open(os.path.join(folder, entry))
+
+
+def remove_unless_open(path):
+    """Remove the file `path` unless a process is writing it (`replacing`)."""
+    with suppress(OSError), open(path, "rb") as file:
+        if fcntl is None or take(file):  # Windows removes no file that is open
+            os.unlink(path)
 
 
 def copy_file(source, target):

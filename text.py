@@ -21,7 +21,7 @@ BYTES = {"<eos>", *map(str, range(256))}  # the tokens at byte level
 
 BLOCK = 2**22             # bytes read at a time
 LONGEST_WORD = 2**20      # bytes; a longer one is not a word
-ID_TYPES = ("uint8", "int16", "int32")  # the smallest that holds every id is used
+IDS = 2**20               # ids handed on at a time
 
 SIGNATURES = (  # how a file begins, what it then is, and what to do
     (b"\xff\xfe", "UTF-16", "convert it (iconv -f UTF-16 -t UTF-8)"),
@@ -89,29 +89,38 @@ def detokenize(tokens, level):
 
 # --- files -----------------------------------------------------------------------------------------------------------
 
-def read_texts(paths, level):
-    """Read text files.
+def read_texts(paths, level, append):
+    """Read text files, and hand their ids on to `append`, arrays (n,) of int32.
 
-    Returns the ids of all (tokens,), the number of ids of each file, and the tokens by id.
+    Returns the number of ids of each file, and the tokens by id.
     """
     numbering = defaultdict()
     numbering.default_factory = numbering.__len__  # a new token gets the next number
-    ids, lengths = array("i"), []
+    lengths = []
     for path in paths:
         if level != "byte":
             check_head(path)
-        before = len(ids)
-        if level == "word":
-            for words in read_words(path):
-                ids.extend(map(numbering.__getitem__, words))
-        else:
-            for part in read_symbols(path, level, numbering):
-                ids.frombytes(memoryview(part).cast("B"))
-        if len(ids) == before:
+        length = 0
+        parts = read_word_ids(path, numbering) if level == "word" else read_symbols(path, level, numbering)
+        for ids in parts:
+            append(ids)
+            length += len(ids)
+        if not length:
             raise BadInput(f"{path}: is empty")
-        lengths.append(len(ids) - before)
-    smallest = next(dtype for dtype in ID_TYPES if len(numbering) - 1 <= numpy.iinfo(dtype).max)
-    return numpy.frombuffer(ids, dtype=numpy.int32).astype(smallest, copy=False), lengths, list(numbering)
+        lengths.append(length)
+    return lengths, list(numbering)
+
+
+def read_word_ids(path, numbering):
+    """Yield arrays (n,) of the ids of a text's words; the mapping `numbering` gives the ids."""
+    ids = array("i")
+    for words in read_words(path):
+        ids.extend(map(numbering.__getitem__, words))
+        if len(ids) >= IDS:
+            yield numpy.array(ids, numpy.int32)
+            del ids[:]
+    if ids:
+        yield numpy.array(ids, numpy.int32)
 
 
 def read_words(path):

@@ -42,15 +42,18 @@ class Rules:
     def choose(self):
         return self.restrict() or self.order != "appearance"
 
+    def check(self, level):
+        """Raise BadInput when there is a choice at a `level` that has none."""
+        if level == "byte" and self.choose():
+            raise BadInput("--min-count, --max-vocab and --vocab-order are for words and characters")
 
-def choose_vocabulary(tokens, train, level, rules):
-    """Choose a vocabulary among `tokens`, which are numbered by appearance, for the ids `train` (tokens,).
 
-    Tokens that are as frequent stay in the order of their appearance. Raises BadInput at byte level.
+def choose_vocabulary(tokens, counts, rules):
+    """Choose a vocabulary among `tokens`, numbered by appearance, of which the training text has `counts`.
+
+    Tokens that are as frequent stay in the order of their appearance.
     """
-    if level == "byte":
-        raise BadInput("--min-count, --max-vocab and --vocab-order are for words and characters")
-    counts = numpy.bincount(train, minlength=len(tokens)).tolist()
+    counts = [int(count) for count in counts]
     kept = list(range(len(tokens)))
     if rules.restrict():
         always = [i for i in kept if tokens[i] in ALWAYS]
@@ -67,14 +70,14 @@ def choose_vocabulary(tokens, train, level, rules):
     return list(frequency)
 
 
-def renumber(ids, tokens, words):
-    """Renumber `ids` (tokens,) of `tokens` as those of the vocabulary `words`; what is not in it becomes <unk>.
+def id_table(tokens, words):
+    """Make the table (V,) of the ids that `tokens` have in the vocabulary `words`; what is not in it is <unk>.
 
     Where `words` has no <unk> such an id is -1.
     """
     known = Dictionary(words).word2idx
     table = numpy.array([known.get(token, known.get(UNKNOWN, -1)) for token in tokens])
-    return table.astype("int32" if len(words) > 2**15 else "int16")[ids]
+    return table.astype("int32" if len(words) > 2**15 else "int16")
 
 
 def carry_rows(weights, words, new_words):

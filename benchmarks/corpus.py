@@ -1,13 +1,16 @@
-"""Measure the loading of a corpus of 100 million tokens: time and peak memory of the first load and of the cached one.
+"""Measure how large corpora are loaded: seconds, peak memory, and disk, at several sizes.
 
-    python benchmarks/corpus.py                          (generates about 600 MB of text in a temporary folder)
-    python benchmarks/corpus.py --tokens 10000000
+    python benchmarks/corpus.py                                        (20 and 100 million words, 100 million bytes)
+    python benchmarks/corpus.py --words 20e6 100e6 200e6 1e9 --bytes 0     (12 GB of disk, 20 minutes)
 
-Two texts are generated: words out of a vocabulary of 267,735 (that of WikiText-103) with a Zipf-like distribution, and
-bytes. Each load runs in a process of its own, which imports PyTorch first; the time is that of `Corpus(...)` alone.
+Texts are generated, words with a frequency of 1 / rank as in English, each of `--types` at least once. A text is loaded
+three times: first, then from its cache, then with another vocabulary. Each load is a process of its own that imports
+PyTorch first. The time is that of `Corpus(...)` alone. A text is removed when it has been measured.
 """
 
 import argparse
+import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -16,67 +19,94 @@ from pathlib import Path
 import numpy
 
 ROOT = Path(__file__).parent.parent
+LOADS = {"first": "", "cached": "", "--min-count 3": "Rules(min_count=3)"}
 LOAD = """
 import sys, time
 from data import Corpus
 from device import peak_memory
+from vocabulary import Rules
 base = peak_memory()
-start = time.perf_counter()
-corpus = Corpus(sys.argv[1])
-seconds = time.perf_counter() - start
+start = time.perf_counter(), time.process_time()
+corpus = Corpus(sys.argv[1], rules={rules})
+seconds = time.perf_counter() - start[0], time.process_time() - start[1]
 tokens = len(corpus.train) + len(corpus.valid) + len(corpus.test)
-print(f"{seconds:.2f} {peak_memory() / 2**20:.0f} {base / 2**20:.0f} {tokens} {len(corpus.dictionary)}")
+print(*seconds, peak_memory() / 2**20, base / 2**20, tokens, len(corpus.dictionary))
 """
+SHARES = (("valid", 0.02), ("test", 0.02), ("train", 0.96))
+LINE, BLOCK = 25, 2_000_000  # words of a line, and generated at a time
 
 
-def generate_words(folder, tokens, words=267_735):
-    """Write `tokens` words over the three splits, each of the vocabulary at least once."""
+def generate_words(folder, tokens, types):
+    """Write about `tokens` words over the three splits, <eos> of each line among them."""
     random = numpy.random.default_rng(0)
-    names = numpy.array([numpy.base_repr(index, 36).lower() for index in range(words - 1)], dtype=object)
-    for split, share in (("train", 0.96), ("valid", 0.02), ("test", 0.02)):
+    spelling = str.maketrans("012345", "etaoin")  # short words are frequent; five letters and a space on average
+    names = [numpy.base_repr(rank, 6).translate(spelling) for rank in range(1, types)]
+    within, last = (numpy.array([name + end for name in names], dtype=object) for end in (" ", "\n"))
+    for split, share in SHARES:
         with open(folder / f"{split}.txt", "w", encoding="utf-8") as file:
-            left = int(tokens * share)
+            left = int(tokens * share * LINE / (LINE + 1))
+            while left > 0:
+                size = min(left, BLOCK)
+                ids = numpy.minimum(types ** random.random(size) - 1, types - 2).astype(int)
+                words = within[ids]
+                words[LINE - 1::LINE] = last[ids[LINE - 1::LINE]]
+                words[-1] = last[ids[-1]]
+                file.write("".join(words.tolist()))
+                left -= size
             if split == "train":
                 file.write(" ".join(names) + "\n")
-                left -= words
-            while left > 0:
-                size = min(left, 2_000_000)
-                ids = numpy.minimum(words ** random.random(size) - 1, words - 2).astype(int)
-                lines = names[ids].reshape(-1)
-                for start in range(0, size, 25):
-                    file.write(" ".join(lines[start:start + 25]) + "\n")
-                left -= size + size // 25
 
 
-def generate_bytes(folder, tokens):
+def generate_bytes(folder, tokens, _):
     """Write `tokens` bytes over the three splits: 205 different ones, the newline among them."""
     random = numpy.random.default_rng(0)
-    for split, share in (("train", 0.9), ("valid", 0.05), ("test", 0.05)):
+    for split, share in SHARES:
         symbols = numpy.minimum(206 ** random.random(int(tokens * share)) - 1, 204).astype(numpy.uint8)
         (folder / f"{split}.txt").write_bytes((symbols + 10).tobytes())
     (folder / "level").write_text("byte\n")
 
 
+def measure(name, folder, loads):
+    """Print a row for each load of the text in `folder`."""
+    text = sum(path.stat().st_size for path in folder.glob("*.txt"))
+    for load in loads:
+        command = [sys.executable, "-c", LOAD.format(rules=LOADS[load] or None), folder]
+        seconds, cpu, peak, base, tokens, types = map(float, subprocess.run(
+            command, cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True).stdout.split())
+        disk = sum(path.stat().st_size for path in folder.glob(".*"))
+        print(f"| {name} | {tokens:13,.0f} | {types:7,.0f} | {text / 2**20:6,.0f} | {load:13} | {seconds:7,.1f} | "
+              f"{cpu:7,.1f} | {peak:8,.0f} | {base:4,.0f} | {disk / 2**20:6,.0f} |", flush=True)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--tokens", type=int, default=100_000_000, help="more than data.CACHE_TOKENS")
-    parser.add_argument("--keep", metavar="DIR", help="generate the texts here and keep them")
+    parser.add_argument("--words", type=float, nargs="+", default=[20e6, 100e6], metavar="N",
+                        help="sizes of texts of words (0: none)")
+    parser.add_argument("--bytes", type=float, nargs="+", default=[100e6], metavar="N",
+                        help="sizes of texts of bytes (0: none)")
+    parser.add_argument("--types", type=int, default=793_471, metavar="V",
+                        help="different words, <eos> among them (default: those of the One Billion Word Benchmark)")
+    parser.add_argument("--folder", metavar="DIR", help="where there is room for the texts (default: the system's)")
+    parser.add_argument("--keep", action="store_true", help="leave the texts in --folder, and use those there")
     args = parser.parse_args()
-    with tempfile.TemporaryDirectory() as temporary:
-        print("| text  |      tokens | vocabulary | load   | seconds | peak MiB | of it before loading |")
-        print("|-------|------------:|-----------:|--------|--------:|---------:|---------------------:|")
-        for name, generate in (("words", generate_words), ("bytes", generate_bytes)):
-            folder = Path(args.keep or temporary).resolve() / name
-            folder.mkdir(parents=True, exist_ok=True)
-            generate(folder, args.tokens)
-            for cache in folder.glob(".*.cache"):
-                cache.unlink()
-            for load in ("first", "cached"):
-                ended = subprocess.run([sys.executable, "-c", LOAD, folder], cwd=ROOT, check=True,
-                                       capture_output=True, text=True)
-                seconds, peak, base, tokens, words = ended.stdout.split()
-                print(f"| {name} | {int(tokens):11,} | {int(words):10,} | {load:6} | "
-                      f"{seconds:>7} | {peak:>8} | {base:>20} |", flush=True)
+    if args.keep and not args.folder:
+        parser.error("--keep: in which --folder?")
+    with tempfile.TemporaryDirectory(dir=args.folder) as temporary:
+        print("| text  |        tokens |   types | of MiB | load          | seconds |  of CPU | peak MiB | idle | "
+              "cache, MiB |")
+        print("|-------|--------------:|--------:|-------:|---------------|--------:|--------:|---------:|-----:|"
+              "-----------:|")
+        for name, generate, sizes in (("words", generate_words, args.words), ("bytes", generate_bytes, args.bytes)):
+            for size in map(int, filter(None, sizes)):
+                folder = Path(args.folder if args.keep else temporary).resolve() / f"{name}-{size}"
+                if not folder.is_dir():
+                    folder.mkdir(parents=True)
+                    generate(folder, size, args.types)
+                for cache in folder.glob(".*.cache"):
+                    os.unlink(cache)
+                measure(name, folder, list(LOADS)[:3 if name == "words" else 2])
+                if not args.keep:
+                    shutil.rmtree(folder)
 
 
 if __name__ == "__main__":

@@ -3,14 +3,18 @@
 import hashlib
 import json
 import os
+import sys
 from pathlib import Path
 
+import numpy
 import pytest
 import torch
 
 import data
+from corpus_cache import IdStore
 from data import Corpus
 from errors import BadInput
+from files import take
 from utils import batchify, get_batch, repackage_hidden
 
 
@@ -149,7 +153,7 @@ def content(corpus):
 def forbid_reading(monkeypatch):
     def read_again(*_):
         raise AssertionError("the text was read again")
-    monkeypatch.setattr(data, "read_texts", read_again)
+    monkeypatch.setattr("corpus_cache.read_texts", read_again)
 
 
 def test_the_cache_takes_the_place_of_reading(cached, monkeypatch):
@@ -180,17 +184,25 @@ def test_a_cache_that_is_not_whole_is_made_again(cached):
         assert cache.read_bytes() == whole
 
 
+def rebuilt(whole, change):
+    """A cache with a change in its header, and the checksum that belongs to it."""
+    start = whole.index(b'{"format"')
+    header = json.dumps({**json.loads(whole[start:-80]), **change}).encode()
+    before = whole[:start] + header + f"{len(header):16}".encode()
+    return before + hashlib.sha256(before).hexdigest().encode()
+
+
 @pytest.mark.parametrize("change", [
     {"version": 2}, {"format": "other"}, {"key": "0"}, {"type": "float64"}, {"words": ["a"]}, {"words": ["a"] * 9},
     {"words": [["a"], "b", "c", "d", "e"]}, {"lengths": [1]}, {"lengths": None}, {"lengths": [99, -99]},
+    {"lengths": [2**70]}, {"lengths": []},
 ])
 def test_a_cache_with_other_content_is_made_again(cached, change):
     """... though its checksum is right."""
     folder, cache, level, expected = cached
     whole = cache.read_bytes()
-    _, header, ids = whole.split(b"\n", 2)
-    header = json.dumps({**json.loads(header), **change}).encode() + b"\n"
-    cache.write_bytes(hashlib.sha256(header + ids).hexdigest().encode() + b"\n" + header + ids)
+    assert rebuilt(whole, {}) == whole
+    cache.write_bytes(rebuilt(whole, change))
     assert content(Corpus(folder, level)) == expected
     assert cache.read_bytes() == whole
 
@@ -217,6 +229,84 @@ def test_a_corpus_without_room_for_the_cache_says_so(cached, monkeypatch):
     assert "was not written: No space left on device" in corpus.cache_error
     assert not cache.exists()
     assert not list(folder.glob("*.partial"))
+
+
+@pytest.mark.parametrize("limit", [0, 100, 300, 40_000, 10**6])
+def test_ids_are_widened_on_the_way_and_none_is_lost(tmp_path, monkeypatch, limit):
+    """... in blocks of all sizes, whether they go to memory or to a file, and from whichever id on."""
+    monkeypatch.setattr("corpus_cache.BLOCK_IDS", 1000)
+    ids, dtypes = numpy.concatenate([numpy.arange(40_000), numpy.arange(500)]).astype(numpy.int32), []
+    with open(tmp_path / "ids", "w+b") as file:
+        store, start = IdStore(limit, lambda: file), 0
+        for size in (1, 200, 54, 1, 1, 2000, 30_000, 7000, 2000):
+            store.append(ids[start:start + size])
+            dtypes.append(store.dtype.name)
+            start += size
+        assert start > 40_000
+        assert store.collected().tolist() == ids[:start].tolist()
+    if limit < 100:
+        assert dtypes == ["uint8"] * 3 + ["uint8", "int16", "int16", "int16", "int32", "int32"]
+
+
+@pytest.mark.parametrize("stop", [KeyboardInterrupt, BadInput, MemoryError])
+def test_an_interrupted_reading_leaves_nothing_behind(tmp_path, monkeypatch, stop):
+    monkeypatch.setattr(data, "CACHE_TOKENS", 3)
+    monkeypatch.setattr("text.IDS", 2)
+    write(tmp_path)
+    before, appended = sorted(tmp_path.iterdir()), IdStore.append
+
+    def append(self, ids):
+        appended(self, ids)
+        if self.length == 8:
+            assert list(tmp_path.glob(".word.cache.*.partial"))
+            raise stop
+
+    monkeypatch.setattr(IdStore, "append", append)
+    with pytest.raises(stop):
+        Corpus(tmp_path)
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_what_a_killed_run_left_is_removed_and_what_another_is_writing_is_not(tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "CACHE_TOKENS", 3)
+    left, written = (write(tmp_path) / f".word.cache.{pid}.partial" for pid in (1, 2))
+    left.write_bytes(b"x")
+    with open(written, "wb") as file:
+        take(file)
+        Corpus(tmp_path)
+        assert (left.exists(), written.exists()) == (False, True)
+
+
+def test_another_vocabulary_of_a_long_text_is_mapped_and_leaves_no_file(cached):
+    folder, _, level, expected = cached
+    before = sorted(folder.iterdir())
+    words = [*sorted({token for split in expected for token in split}), "more"]
+    corpus = Corpus(folder, level, words=words)
+    assert content(corpus) == expected
+    if sys.platform.startswith("linux"):
+        lines = Path("/proc/self/maps").read_text().splitlines()
+        assert any(str(folder) in line and line.endswith("(deleted)") for line in lines)
+    assert sorted(folder.iterdir()) == before
+
+
+def test_without_room_for_another_vocabulary_it_is_in_memory_and_says_so(cached, monkeypatch):
+    folder, _, level, expected = cached
+
+    def full_disk(**_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("tempfile.TemporaryFile", full_disk)
+    corpus = Corpus(folder, level, words=sorted({token for split in expected for token in split}))
+    assert content(corpus) == expected
+    assert "No space left on device; they are in memory" in corpus.describe()
+
+
+def test_a_dry_run_keeps_a_long_text_in_memory(cached):
+    folder, cache, level, expected = cached
+    cache.unlink()
+    before = sorted(folder.iterdir())
+    assert content(Corpus(folder, level, cache=False)) == expected
+    assert sorted(folder.iterdir()) == before
 
 
 def test_ids_are_as_small_as_the_vocabulary_allows(tmp_path):
