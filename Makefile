@@ -4,7 +4,7 @@
 # make test-slow       the other tests: killed runs, hostile inputs, other systems, whole scripts: some minutes
 # make test-long       training killed 100 times, and 5,000 hostile inputs: ten minutes
 # make test-machines   a part of the tests as other machines would run it: fewer instructions, other locales, not root
-# make bench           the speed of each part beside a plain baseline: 20 minutes, on a machine that does nothing else
+# make bench           the speed of each part beside a plain baseline: half an hour, on a machine that does nothing else
 # make gpu-check       whether all is right and fast on the GPU; the PYTHON given has torch, numpy, tqdm, pytest
 # make reproduce ROW=ptb-qrnn   a row of the papers from end to end; MINUTES=8 stops in time, the same command goes on
 # make clean           forget the environment and the demo
@@ -37,6 +37,7 @@ test-long: $(VENV)/.installed-test
 
 bench: $(VENV)/.installed
 	$(PY) benchmarks/speed.py --json benchmarks/results/speed.json
+	$(PY) benchmarks/score_speed.py
 
 gpu-check:
 	$(PYTHON) benchmarks/gpu_check.py --json benchmarks/results/gpu.json

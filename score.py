@@ -16,12 +16,10 @@ if __name__ == "__main__":  # before torch, whose import takes seconds
 
 import json
 import math
-import queue
 import sys
-import threading
 from argparse import ArgumentTypeError
-from collections import namedtuple
 from dataclasses import dataclass
+from itertools import islice
 
 import torch
 
@@ -32,14 +30,11 @@ from errors import BadInput
 from flags import Parser, add_device_flags, non_negative_float, positive_int, probability
 from metrics import loss_metrics
 from process import run_script
-from text import split_line
-from vocabulary import END, UNKNOWN, Dictionary
+from stream import batches, read_lines
+from vocabulary import END, Dictionary
 
-WAIT = 0.05  # seconds that a batch waits for another line, where they come slowly
-LOGITS = 2**24  # most values of a softmax at a time
-BOM = b"\xef\xbb\xbf"
-
-Line = namedtuple("Line", "number tokens ids unknown")  # unknown: where its tokens are not the model's
+BATCHES = 16  # batches that are scored before they are written: more lines of one length
+LOGITS = 2**22  # most values of a softmax at a time: they stay in the cache
 
 
 def parse_flags(argv):
@@ -76,63 +71,6 @@ def make_cache(values):
         raise BadInput(f"--cache: {error}") from error
 
 
-# --- reading ---------------------------------------------------------------------------------------------------------
-
-def read_lines(file, dictionary, level, no_eos):
-    """Yield the lines of a binary file as Lines. Raises BadInput for one that the model cannot read."""
-    known, unknown_id = dictionary.word2idx, dictionary.word2idx.get(UNKNOWN)
-    for number, line in enumerate(file, 1):
-        line = line.removesuffix(b"\n")
-        if level != "byte":  # where every byte counts
-            line = (line.removeprefix(BOM) if number == 1 else line).removesuffix(b"\r")
-        try:
-            tokens = split_line(line, level)
-        except UnicodeDecodeError as error:
-            raise BadInput(f"line {number} is not UTF-8 text") from error
-        tokens += [] if no_eos else [END]
-        unknown = [token not in known for token in tokens]
-        if unknown_id is None and any(unknown):
-            raise BadInput(f"line {number}: the model's vocabulary of {len(dictionary)} does not include "
-                           f"{tokens[unknown.index(True)]!r}, the first of {sum(unknown)} unknown tokens, and has no "
-                           f"{UNKNOWN} for them")
-        yield Line(number, tokens, [known.get(token, unknown_id) for token in tokens], unknown)
-
-
-def batches(lines, size):
-    """Yield lists of up to `size` lines as they come: a list does not wait for more than WAIT seconds.
-
-    A thread reads ahead. What it raises is raised here, after the lines before it.
-    """
-    arrived, end = queue.Queue(maxsize=4 * size), object()
-
-    def read():
-        try:
-            for line in lines:
-                arrived.put(line)
-            arrived.put(end)
-        except OSError as error:
-            arrived.put(BadInput(f"cannot be read: {error.strerror}"))
-        except BaseException as error:  # any one: the caller's thread is the one to end the script
-            arrived.put(error)
-
-    threading.Thread(target=read, daemon=True).start()
-    batch, last = [], None
-    while last is None:
-        try:
-            item = arrived.get(timeout=WAIT if batch else None)
-            if item is end or isinstance(item, BaseException):
-                last = item
-            else:
-                batch.append(item)
-        except queue.Empty:
-            item = None
-        if batch and (item is None or last is not None or len(batch) == size):
-            yield batch
-            batch = []
-    if last is not end:
-        raise last
-
-
 # --- scoring ---------------------------------------------------------------------------------------------------------
 
 @torch.no_grad()
@@ -161,48 +99,52 @@ def logprobs(model, columns, hidden, pad, cache=None):
 
 
 class Scorer:
-    """Score batches of Lines; with `carry` they are one text, else each follows an <eos>."""
+    """Score lists of Lines, up to `batch_size` at a time.
 
-    def __init__(self, model, dictionary, carry, cache=None):
-        self.model, self.carry, self.cache = model.eval(), carry, cache
+    With `carry` they are one text, else each follows an <eos>.
+    """
+
+    def __init__(self, model, dictionary, batch_size, carry=False, cache=None):
+        self.model, self.batch_size, self.carry, self.cache = model.eval(), batch_size, carry, cache
         self.start = dictionary.word2idx.get(END, 0)
         self.hidden, self.context = model.init_hidden(1), []  # of the text so far: state, and id not yet read
 
     def __call__(self, lines):
         """Return the log-probabilities of the tokens of each line; that of a text's first token is None."""
         if self.carry:
-            return [self.go_on(line) for line in lines]
-        order = sorted(range(len(lines)), key=lambda i: len(lines[i].ids))
+            return self.go_on(lines)
         found = [[] for _ in lines]
-        for group in groups(order, [len(line.ids) for line in lines]):
+        for group in groups([len(line.ids) for line in lines], self.batch_size):
             columns = [[self.start, *lines[i].ids] for i in group]
             scores, _ = logprobs(self.model, columns, self.model.init_hidden(len(group)), self.start)
             for i, score in zip(group, scores):
                 found[i] = score
         return found
 
-    def go_on(self, line):
-        """Score the next line of the text."""
-        ids, scores = self.context + line.ids, []
-        first = [None] if line.ids and not self.context else []
+    def go_on(self, lines):
+        """Score the next lines of the text."""
+        ids, scores = self.context + [i for line in lines for i in line.ids], []
+        if ids and not self.context:
+            scores.append(None)
         if len(ids) > 1:
-            (scores,), self.hidden = logprobs(self.model, [ids], self.hidden, self.start, self.cache)
+            (new,), self.hidden = logprobs(self.model, [ids], self.hidden, self.start, self.cache)
+            scores += new
         self.context = ids[-1:]
-        return first + scores
+        scores = iter(scores)
+        return [list(islice(scores, len(line.ids))) for line in lines]
 
 
-def groups(order, lengths):
-    """Cut `order`, line numbers by rising length, where padding would double the work.
+def groups(lengths, size):
+    """Yield lists of up to `size` indices of lines, by rising length, cut too where padding would be much of the work.
 
     Lines without a token are left out.
     """
     group = []
-    for i in order:
-        if group and lengths[i] > 2 * lengths[group[0]] + 8:
+    for i in sorted(filter(lengths.__getitem__, range(len(lengths))), key=lengths.__getitem__):
+        if len(group) == size or (group and lengths[i] > 2 * lengths[group[0]] + 8):
             yield group
             group = []
-        if lengths[i]:
-            group.append(i)
+        group.append(i)
     if group:
         yield group
 
@@ -272,9 +214,10 @@ def main(argv=None):
         file = open(sys.stdin.fileno() if args.file == "-" else args.file, "rb", closefd=args.file != "-")  # noqa: SIM115
     except OSError as error:
         raise BadInput(f"{args.file}: cannot be read: {error.strerror}") from error
-    scorer, totals = Scorer(model, dictionary, args.carry, make_cache(args.cache)), Totals()
+    scorer = Scorer(model, dictionary, args.batch_size, args.carry, make_cache(args.cache))
+    totals, arrived = Totals(), read_lines(file, dictionary, level, args.no_eos)
     try:
-        for lines in batches(read_lines(file, dictionary, level, args.no_eos), args.batch_size):
+        for lines in batches(arrived, BATCHES * args.batch_size):
             for line, scores in zip(lines, scorer(lines)):
                 totals.add(scores, line.unknown)
                 print(format_line(line, scores, args.per_word, args.json))

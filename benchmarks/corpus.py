@@ -33,26 +33,38 @@ tokens = len(corpus.train) + len(corpus.valid) + len(corpus.test)
 print(*seconds, peak_memory() / 2**20, base / 2**20, tokens, len(corpus.dictionary))
 """
 SHARES = (("valid", 0.02), ("test", 0.02), ("train", 0.96))
-LINE, BLOCK = 25, 2_000_000  # words of a line, and generated at a time
+LINE, BLOCK, POOL = 25, 2_000_000, 50  # words of a line, words of a block, blocks
+
+
+def draw_block(random, within, last):
+    """Draw the text of BLOCK words, of rank r with a probability near 1 / r."""
+    ids = numpy.minimum((len(within) + 1) ** random.random(BLOCK) - 1, len(within) - 1).astype(int)
+    words = within[ids]
+    words[LINE - 1::LINE] = last[ids[LINE - 1::LINE]]
+    return "".join(words.tolist())
 
 
 def generate_words(folder, tokens, types):
-    """Write about `tokens` words over the three splits, <eos> of each line among them."""
+    """Write about `tokens` words over the three splits, <eos> of each line among them.
+
+    After POOL blocks, which take the time, blocks come again in random order.
+    """
     random = numpy.random.default_rng(0)
     spelling = str.maketrans("012345", "etaoin")  # short words are frequent; five letters and a space on average
     names = [numpy.base_repr(rank, 6).translate(spelling) for rank in range(1, types)]
     within, last = (numpy.array([name + end for name in names], dtype=object) for end in (" ", "\n"))
+    pool = []
     for split, share in SHARES:
         with open(folder / f"{split}.txt", "w", encoding="utf-8") as file:
             left = int(tokens * share * LINE / (LINE + 1))
             while left > 0:
-                size = min(left, BLOCK)
-                ids = numpy.minimum(types ** random.random(size) - 1, types - 2).astype(int)
-                words = within[ids]
-                words[LINE - 1::LINE] = last[ids[LINE - 1::LINE]]
-                words[-1] = last[ids[-1]]
-                file.write("".join(words.tolist()))
-                left -= size
+                if len(pool) < POOL:
+                    block = draw_block(random, within, last)
+                    pool.append(block)
+                else:
+                    block = pool[random.integers(POOL)]
+                file.write(block if left >= BLOCK else block[:int(len(block) * left / BLOCK)] + "\n")
+                left -= BLOCK
             if split == "train":
                 file.write(" ".join(names) + "\n")
 

@@ -16,6 +16,8 @@ from helpers import read_metrics
 import checkpoint
 import pointer
 import score
+import stream
+from data import Corpus
 from errors import BadInput
 from vocabulary import Dictionary
 
@@ -180,12 +182,56 @@ class Slow(io.RawIOBase):
 
 
 def test_a_batch_waits_for_no_line_that_does_not_come():
-    sizes = [len(batch) for batch in score.batches(Slow([b"a", b"b", b"c"], 4 * score.WAIT), 64)]
+    sizes = [len(batch) for batch in stream.batches(Slow([b"a", b"b", b"c"], 4 * stream.WAIT), 64)]
     assert sizes == [1, 1, 1]
 
 
+@pytest.mark.parametrize("level", ["word", "char", "byte"])
+@pytest.mark.parametrize("text", [
+    b"a b\nc\n", b"a b\nc", b"a\r\nb\r\n", b"a\rb\r", b"a\rb", b"a\r\r\nb\n\r", b"\n\n a \n", b"\xef\xbb\xbfa\nb",
+    b"\r", "größe\r\n東\r京\n\n".encode() * 3,
+])
+@pytest.mark.parametrize("block", [1, 2, 3, 2**16])
+def test_lines_have_the_tokens_of_a_corpus(tmp_path, monkeypatch, level, text, block):
+    monkeypatch.setattr(stream, "BLOCK", block)
+    (tmp_path / "book.txt").write_bytes(text)
+    corpus = Corpus(tmp_path / "book.txt", level)
+    ids = torch.cat([corpus.train, corpus.valid, corpus.test]).tolist()
+    lines = list(stream.read_lines(io.BytesIO(text), corpus.dictionary, level, no_eos=False))
+    assert [i for line in lines for i in line.ids] == ids
+    assert all("<eos>" not in line.tokens[:-1] for line in lines)
+
+
+def line_of(tokens):
+    return stream.Line(1, ["a"] * tokens, [0] * tokens, [False] * tokens)
+
+
+def test_long_lines_are_not_read_ahead(monkeypatch):
+    """... further than a number of tokens, and as many are handed on together."""
+    monkeypatch.setattr(stream, "AHEAD", 1000)
+    read = []
+
+    def lines():
+        for number in range(50):
+            read.append(number)
+            yield line_of(400)
+
+    handed_on = 0
+    for batch in stream.batches(lines(), 64):
+        time.sleep(0.01)
+        handed_on += len(batch)
+        assert len(batch) <= 3
+        assert len(read) <= handed_on + 3 + 1
+    assert handed_on == 50
+
+
+def test_a_line_waits_no_longer_than_a_moment_though_others_come():
+    first = next(stream.batches(Slow([b"a"] * 64, stream.WAIT / 2), 64))
+    assert len(first) < 32
+
+
 def test_lines_that_are_there_make_full_batches():
-    sizes = [len(batch) for batch in score.batches(iter(range(130)), 64)]
+    sizes = [len(batch) for batch in stream.batches(iter(range(130)), 64)]
     assert sum(sizes) == 130
     assert sizes[0] == 64
 
