@@ -135,10 +135,23 @@ def load_split(corpus, split, batch_size, device, rows=2):
 
 def default_level(path):
     """Return the level that the folder `path` says it is made for, else "word"."""
+    return folder_level(path) or "word"
+
+
+def folder_level(path):
+    """Return the level that the file `level` of the folder `path` says, None where there is no such file."""
     try:
-        level = (path / "level").read_text(encoding="utf-8-sig", errors="replace").strip()
+        level = (Path(path) / "level").read_text(encoding="utf-8-sig", errors="replace").strip()
     except OSError:
-        return "word"
+        return None
     if level not in LEVELS:
-        raise BadInput(f"{path / 'level'}: {level!r} is none of the levels {', '.join(LEVELS)}")
+        raise BadInput(f"{Path(path) / 'level'}: {level!r} is none of the levels {', '.join(LEVELS)}")
     return level
+
+
+def check_level(path, level, model):
+    """Raise BadInput when the folder `path` says another level than that of the model at `model`."""
+    made_for = folder_level(path)
+    if made_for not in (None, level):
+        raise BadInput(f"{path} is made for --level {made_for}, and {model} is a model at {level} level; with --level "
+                       f"{level} it is read so")

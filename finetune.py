@@ -17,6 +17,7 @@ if __name__ == "__main__":  # before torch, whose import takes seconds
 
 import checkpoint
 import run_files
+from data import check_level
 from device import set_up_device
 from errors import BadInput
 from files import copy_file, same_file
@@ -100,6 +101,8 @@ def start(argv, load, save, device):
     if not args.dry_run:
         check_place(load, save, args.vocab, args.overwrite)
     checkpoint.check_data(content, load, args.data)
+    if isinstance(parse_flags(argv).level, ModelsOwn) and args.data != content["flags"].get("data"):
+        check_level(args.data, args.level, load)
     corpus = open_corpus(args, content["vocabulary"] if args.vocab == "model" else None)
     batches = open_batches(corpus, args, device)
     if args.vocab == "corpus":

@@ -2,7 +2,7 @@
 
 import checkpoint
 import run_files
-from data import Corpus
+from data import Corpus, check_level
 from errors import BadInput
 from metrics import Metrics, format_loss, log, loss_metrics
 
@@ -13,11 +13,14 @@ def open_trained(parse_flags, argv, device):
     Flags that `argv` does not give are those that trained the model: --model, --data, --level and --shares. Returns
     the flags, the Corpus and the model on `device`. Raises BadInput when they do not belong together.
     """
-    save = parse_flags(argv).save
+    given = parse_flags(argv)
+    save = given.save
     content = checkpoint.load_model(save, device)
     args, _ = checkpoint.merge_flags(parse_flags, argv, content, save, ["model", "data", "level", "shares"],
                                      fixed=["model", "level"])
     checkpoint.check_data(content, save, args.data)
+    if given.level is None and args.data != content["flags"].get("data"):
+        check_level(args.data, args.level, save)
     corpus = Corpus(args.data, args.level, args.shares, words=content["vocabulary"])
     log(corpus.describe())
     return args, corpus, checkpoint.restore_model(content, save, device=device)

@@ -7,6 +7,7 @@ import torch
 from helpers import read_metrics
 
 import checkpoint
+import dynamic
 import finetune
 import main
 import pointer
@@ -209,3 +210,21 @@ def test_a_text_of_unknown_words_alone_is_still_a_text(train, tmp_path):
     (tmp_path / "new.txt").write_text("ein zwei drei vier\n" * 200)
     pointer.main(["--no-cuda", "--data", str(tmp_path / "new.txt"), "--save", str(tmp_path / "m.pt"), "--window", "9"])
     assert math.isfinite(read_metrics(tmp_path / "m.pt")["pointer"][0]["loss"])
+
+
+@pytest.mark.parametrize("script", [pointer.main, dynamic.main, finetune.main])
+def test_a_folder_made_for_another_level_is_refused_unless_the_command_says_so(train, other, tmp_path, script):
+    train(tmp_path / "m.pt", "--epochs", "1", "--min-count", "2")
+    (other / "level").write_text("char\n")
+    flags = ["--no-cuda", "--data", str(other), "--save", str(tmp_path / "m.pt")]
+    flags += ["--epochs", "0"] if script is finetune.main else ["--window", "5"]
+    with pytest.raises(BadInput, match="is made for --level char, and .* at word level; with --level word it is read"):
+        script(flags)
+    assert not script([*flags, "--level", "word"])
+
+
+def test_the_text_of_a_model_is_read_at_its_level_whatever_its_folder_says(train, corpus_dir, tmp_path):
+    (corpus_dir / "level").write_text("char\n")
+    train(tmp_path / "m.pt", "--epochs", "1", "--level", "word")
+    pointer.main(["--no-cuda", "--save", str(tmp_path / "m.pt"), "--window", "5"])
+    assert read_metrics(tmp_path / "m.pt")["pointer"]
