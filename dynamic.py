@@ -20,11 +20,11 @@ if __name__ == "__main__":  # before torch, whose import takes seconds
 
 
 import math
-import pickle
+import os
 import time
-import zipfile
 from contextlib import contextmanager
 from itertools import product
+from types import NoneType
 
 import torch
 
@@ -34,7 +34,7 @@ from corpus_cache import checksum_of_file
 from data import load_split
 from device import set_up_device
 from errors import BadInput
-from files import locked, replacing
+from files import locked
 from flags import (
     CACHE_DEFAULTS,
     Parser,
@@ -46,18 +46,17 @@ from flags import (
     positive_float,
     positive_int,
 )
-from metrics import log, progress_bar
+from gradients import gradient_statistics
+from metrics import log, progress_bar, read_metrics
 from model import DROPOUTS, LAYERS
 from process import run_script
 from scoring import open_trained, record, report
-from steps import forward_backward
 from utils import get_batch, repackage_hidden
 
 FAST_WORDS = 30_000  # of validation, on which --fast searches
 NO_CACHE = {"window": [1], "theta": [0.0], "lambdasm": [0.0]}  # a share of 0 leaves the model alone
 # The flags of each rule, with their defaults.
 RULES = {"rms": {"lr": 5e-5, "lamb": 0.002, "epsilon": 2e-5}, "sgd": {"lr": 0.2, "lamb": 0.002}}
-STATISTICS = "awd-lstm-statistics"  # the format of the file
 
 
 def parse_flags(argv):
@@ -66,6 +65,9 @@ def parse_flags(argv):
                            "applied to test.")
     add_data_flags(parser)
     parser.add_argument("--save", default="best.pt", metavar="FILE", help="the trained model (default: %(default)s)")
+    parser.add_argument("--resume", action="store_true",
+                        help="go on with what was stopped: scores in the record, of this model, text and setting, are "
+                             "not computed again")
     parser.add_argument("--model", choices=list(LAYERS), help="recurrent layer; has to be that of the trained model")
     group = parser.add_argument_group("dynamic evaluation")
     group.add_argument("--rule", choices=list(RULES), default="rms",
@@ -100,79 +102,8 @@ def parse_flags(argv):
     return args
 
 
-# --- gradient statistics ---------------------------------------------------------------------------------------------
-
-def gradient_rms(model, source, bptt, max_batches=0):
-    """Compute the root mean square of the gradient of each parameter over batches of `source` (N, B).
-
-    Batches have `bptt` time steps. There are at most `max_batches` of them (0: all). The hidden state is carried along.
-    Returns a dict of tensors by the names of the parameters, a tied one once.
-    """
-    rows = range(0, len(source) - 2, bptt)[:max_batches or None]
-    parameters = dict(model.named_parameters())
-    squares = [torch.zeros_like(parameter) for parameter in parameters.values()]
-    hidden = model.init_hidden(source.size(1))
-    with progress_bar(len(rows), 0, "batch", "gradient statistics") as bar:
-        for number, row in enumerate(rows, 1):
-            words, targets = get_batch(source, row, bptt)
-            hidden, loss_and_norm = forward_backward(model, words, targets, hidden)
-            if not loss_and_norm.isfinite().all():
-                raise BadInput(f"batch {number} of the training text: its loss or its gradient is not finite")
-            gradients = [parameter.grad for parameter in parameters.values()]
-            torch._foreach_addcmul_(squares, gradients, gradients)
-            bar.update()
-    torch._foreach_div_(squares, len(rows))
-    torch._foreach_sqrt_(squares)
-    return dict(zip(parameters, squares))
-
-
-def gradient_statistics(model, corpus, args, device):
-    """Return `gradient_rms` over the training text, from the file beside the checkpoint where that has it.
-
-    Else the file is written, so that later settings find it. It holds one set of statistics, the last one.
-    """
-    path = run_files.statistics_path(args.save)
-    key = {"checkpoint": checksum_of_file(args.save), "text": corpus.checksum, "level": corpus.level,
-           "shares": args.shares, "batch_size": args.batch_size, "bptt": args.bptt, "max_batches": args.max_batches}
-    statistics = load_statistics(path, key, model, device)
-    if statistics:
-        log(f"gradient statistics: from {path}")
-        return statistics
-    start = time.perf_counter()
-    source = load_split(corpus, "train", args.batch_size, device, rows=3)
-    statistics = gradient_rms(model, source, args.bptt, args.max_batches)
-    seconds = time.perf_counter() - start
-    try:
-        with replacing(path) as file:
-            torch.save({"format": STATISTICS, "key": key, "statistics": statistics}, file)
-        where = f"kept in {path}"
-    except (OSError, RuntimeError) as error:
-        reason = error if isinstance(error, OSError) else error.__context__  # PyTorch's error hides that of the disk
-        where = f"not kept: {reason}"
-    log(f"gradient statistics: {seconds:.2f} s; {where}")
-    return statistics
-
-
-def load_statistics(path, key, model, device):
-    """Load the statistics that were kept under `key`.
-
-    Returns None when there are none, or of another key, or damaged. They are computed anew then.
-    """
-    try:
-        with zipfile.ZipFile(path) as archive:
-            if archive.testzip():  # compares checksums; PyTorch would load wrong values silently
-                return None
-        content = torch.load(path, map_location=device, weights_only=True)
-        if (content["format"], content["key"]) != (STATISTICS, key):
-            return None
-        statistics = content["statistics"]
-        for name, parameter in model.named_parameters():
-            if (statistics[name].shape, statistics[name].dtype) != (parameter.shape, parameter.dtype):
-                return None
-        return statistics
-    except (OSError, zipfile.BadZipFile, pickle.UnpicklingError, RuntimeError, LookupError, TypeError, ValueError,
-            AttributeError, EOFError):
-        return None
+class Diverged(BadInput):
+    """Say that the loss of a setting is not finite: where, and with which learning rate."""
 
 
 # --- a pass over a text ----------------------------------------------------------------------------------------------
@@ -235,7 +166,7 @@ def dynamic_chunks(model, source, bptt, update, what, lr):
     """Run `model` over `source` (N, 1) in chunks of up to `bptt` predictions, and `update` it after each.
 
     Yields what `pointer.scored_chunks` does. A chunk is predicted before it is learnt from. `what` and `lr` are for
-    messages. Raises BadInput when a loss is not finite.
+    messages. Raises Diverged when a loss is not finite.
     """
     hidden = model.init_hidden(1)
     with progress_bar(len(source) - 1, 0, "word", f"dynamic evaluation, {what}") as bar:
@@ -247,7 +178,7 @@ def dynamic_chunks(model, source, bptt, update, what, lr):
             loss = -logprob.mean()
             value = loss.item()
             if not math.isfinite(value):
-                raise BadInput(f"chunk {number:,} of {what} (from word {row + 1:,} on): the loss is {value} with --lr "
+                raise Diverged(f"chunk {number:,} of {what} (from word {row + 1:,} on): the loss is {value} with --lr "
                                f"{lr:g}; a smaller one may do")
             loss.backward()
             hidden = repackage_hidden(hidden)
@@ -260,18 +191,69 @@ def score_split(model, source, split, bptt, statistics, setting, cache):
     """Score `source` (N, 1) with a `setting` of the rule, from the trained weights, which are put back.
 
     `cache` has the windows, thetas and lambdasms of the cache, by these names, or nothing. All their combinations are
-    scored in the same pass. Returns [(setting, loss), ...] and the seconds that they took together.
+    scored in the same pass. Returns their losses, the last of these changing fastest. Raises Diverged.
     """
-    start = time.perf_counter()
     with trained_weights(model) as trained:
         update = make_update(model, trained, statistics, **setting)
         chunks = dynamic_chunks(model, source, bptt, update, split, setting["lr"])
-        losses = mixture_losses(chunks, *(cache or NO_CACHE).values()).flatten().tolist()
-    named = [setting | dict(zip(cache, values)) for values in product(*cache.values())]
-    return list(zip(named, losses)), time.perf_counter() - start
+        return mixture_losses(chunks, *(cache or NO_CACHE).values()).flatten().tolist()
 
 
 # --- the command -----------------------------------------------------------------------------------------------------
+
+class Scores:
+    """Score a trained model, and print and record each score as it comes, so that a stop loses none.
+
+    `description` is what lines of the record say besides the setting: of which model, text and flags a score is. What
+    has been scored once is not computed again. Given --resume, neither is what the record has.
+    """
+
+    def __init__(self, model, args, statistics, description):
+        self.model, self.args, self.statistics, self.description = model, args, statistics, description
+        self.known = recorded_scores(run_files.metrics_path(args.save)) if args.resume else []
+        self.recording = True
+
+    def score(self, kind, split, source, setting, cache, may_diverge=False):
+        """Score `source` (N, 1) with a `setting` of the rule and each combination of `cache`.
+
+        Returns [(loss, combination), ...]. A loss that is not finite is infinite if the setting `may_diverge`. Else it
+        raises Diverged.
+        """
+        further = {"tokens": len(source) - 1, **self.description}
+        settings = [setting | dict(zip(cache, values)) for values in product(*cache.values())]
+        lines = [self.find(kind, {"split": split, **one, **further}) for one in settings]
+        if None in lines:
+            start = time.perf_counter()
+            try:
+                losses = score_split(self.model, source, split, self.args.bptt, self.statistics, setting, cache)
+            except Diverged as error:
+                if not may_diverge:
+                    raise
+                log(f"| {kind:7} | {error}")
+                losses = [math.inf] * len(settings)
+            seconds = time.perf_counter() - start
+            lines = [{"kind": None, "loss": loss, "seconds": seconds} for loss in losses]
+        losses = [math.inf if line["loss"] is None else line["loss"] for line in lines]
+        for one, loss, line in zip(settings, losses, lines):
+            _, values = report(kind, split, one, loss, line["seconds"], **further)
+            if line["kind"] != kind:
+                self.known.append({"kind": kind, **values})
+                self.recording = self.recording and record(self.args.save, [(kind, values)])
+        return list(zip(losses, settings))
+
+    def find(self, kind, values):
+        """Return the known score that has these `values`, of this `kind` if there is one, or None."""
+        values = dict.fromkeys(CACHE_DEFAULTS) | values
+        same = [line for line in self.known if all(line.get(name) == value for name, value in values.items())]
+        return max(same, key=lambda line: line["kind"] == kind, default=None)
+
+
+def recorded_scores(path):
+    """Read what the record at `path` has of dynamic evaluation; an infinite loss is None."""
+    lines = read_metrics(path) if os.path.exists(path) else []
+    return [line for line in lines if line["kind"] in ("dynamic", "dynamic-grid")
+            and isinstance(line.get("loss", ""), (float, NoneType)) and isinstance(line.get("seconds"), float)]
+
 
 def main(argv=None):
     args = parse_flags(argv)
@@ -281,51 +263,37 @@ def main(argv=None):
 
 
 def score(argv, device):
-    """Score validation and test, print and record what comes out.
-
-    When a setting fails, those before it are recorded.
-    """
+    """Score validation and test, print and record what comes out."""
     args, corpus, model = open_trained(parse_flags, argv, device)
     valid, test = load_split(corpus, "valid", 1, device), load_split(corpus, "test", 1, device)
     without_dropout(model)
-    statistics = gradient_statistics(model, corpus, args, device) if args.rule == "rms" else None
-    names = RULES[args.rule]
+    checksum = checksum_of_file(args.save)
+    statistics = gradient_statistics(model, corpus, checksum, args, device) if args.rule == "rms" else None
+    names = [*RULES[args.rule]]
     settings = [dict(zip(names, values)) for values in product(*(getattr(args, name) for name in names))]
     cache = {name: getattr(args, name) for name in CACHE_DEFAULTS} if args.window else {}
     if cache:
         log_idle("dynamic", args.window, valid=valid, test=test)
-    lines, found = [], []
-
-    def add(kind, split, source, setting, loss, seconds):
-        lines.append(report(kind, split, setting, loss, seconds, tokens=len(source) - 1, **described(args)))
-
-    try:
-        is_grid = len(settings) > 1 or any(len(values) > 1 for values in cache.values())
-        part = valid[:FAST_WORDS + 1] if args.fast and is_grid else valid
-        for setting in settings:
-            scores, seconds = score_split(model, part, "valid", args.bptt, statistics, setting, cache)
-            for one, loss in scores:
-                found.append((loss, seconds, one))
-                if is_grid:
-                    add("dynamic-grid", "valid", part, one, loss, seconds)
-        loss, seconds, best = min(found, key=lambda scored: scored[0])
-        setting, cache = {name: best[name] for name in names}, {name: [best[name]] for name in cache}
-        if len(part) < len(valid):
-            scores, seconds = score_split(model, valid, "valid", args.bptt, statistics, setting, cache)
-            loss = scores[0][1]
-        add("dynamic", "valid", valid, best, loss, seconds)
-        scores, seconds = score_split(model, test, "test", args.bptt, statistics, setting, cache)
-        add("dynamic", "test", test, best, scores[0][1], seconds)
-    finally:
-        if lines:
-            record(args.save, lines)
+    scores = Scores(model, args, statistics, described(args, corpus, checksum))
+    best = settings[0] | {name: values[0] for name, values in cache.items()}
+    if len(settings) > 1 or any(len(values) > 1 for values in cache.values()):
+        part = valid[:FAST_WORDS + 1] if args.fast else valid
+        found = [scored for setting in settings
+                 for scored in scores.score("dynamic-grid", "valid", part, setting, cache, may_diverge=True)]
+        loss, best = min(found, key=lambda scored: scored[0])
+        if loss == math.inf:
+            raise BadInput("no setting of the grid has a finite loss; a smaller --lr may do")
+    setting, cache = {name: best[name] for name in names}, {name: [best[name]] for name in cache}
+    scores.score("dynamic", "valid", valid, setting, cache)
+    scores.score("dynamic", "test", test, setting, cache)
     log.check()
 
 
-def described(args):
-    """Collect what else the metrics file says of a setting."""
+def described(args, corpus, checksum):
+    """Collect what the metrics file says of a score besides its setting."""
     names = ("rule", "bptt", "batch_size", "max_batches") if args.rule == "rms" else ("rule", "bptt")
-    return {name: getattr(args, name) for name in names}
+    return {"checkpoint": checksum, "text": corpus.checksum, "shares": args.shares,
+            **{name: getattr(args, name) for name in names}}
 
 
 if __name__ == "__main__":

@@ -37,7 +37,7 @@ def report(kind, split, setting, loss, seconds, **further):
 
 
 def record(save, lines):
-    """Add lines, each a kind and its values, to the record of the model at `save`.
+    """Add lines, each a kind and its values, to the record of the model at `save`; returns whether that was possible.
 
     A read-only folder is not an error: its model can still be scored.
     """
@@ -47,3 +47,5 @@ def record(save, lines):
             metrics.write(kind, **values)
     except (OSError, BadInput) as error:
         log(f"not recorded: {error}")
+        return False
+    return True

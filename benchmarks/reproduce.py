@@ -5,6 +5,9 @@
 
 Training, fine-tuning, the cache with the published setting and with the best one of a grid, and dynamic evaluation. All
 files of a row lie in `runs/ROW`; the row is made from the metrics there and from nothing else.
+
+Training that was stopped goes on with the next batch. Dynamic evaluation begins the pass anew that it was in, and the
+cache its stage.
 """
 
 import argparse
@@ -14,16 +17,19 @@ import signal
 import subprocess
 import sys
 import time
+from itertools import zip_longest
 from pathlib import Path
 
 from recipes import GRID, RECIPES
+from table import rows
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from metrics import read_metrics  # noqa: E402
 from run_files import last_path, metrics_path  # noqa: E402  the scripts of the project are no package
 
 ROOT = Path(__file__).parent.parent
-SCORES = {"cache": "pointer.py", "grid": "pointer.py", "dynamic": "dynamic.py"}  # stages after training, their scripts
+# The stages after training, and their scripts.
+SCORES = {"cache": "pointer.py", "grid": "pointer.py", "dynamic": "dynamic.py", "both": "dynamic.py"}
 MARGIN = 20  # seconds, at most a quarter of the time, that a stage gets to finish its batch and write its state
 
 
@@ -38,8 +44,14 @@ def is_done(stage, folder):
     lines = records(folder / f"{stage if stage in ('train', 'finetune') else 'finetune'}.pt")
     if stage in ("train", "finetune"):
         return any(line["kind"] == "test" and line["finished"] for line in lines)
-    kind = "pointer" if stage == "cache" else stage
-    return any(line["kind"] == kind and (stage == "grid" or line["split"] == "test") for line in lines)
+    if stage == "grid":
+        return any(line["kind"] == "grid" for line in lines)
+    return bool(scored(lines, stage))
+
+
+def scored(lines, stage):
+    """List (validation, test) perplexities of a stage after training; those of the grid are among the cache's."""
+    return [(valid, test) for name, _, valid, test, _ in rows(lines) if name == stage]
 
 
 def command(stage, recipe, folder, extra):
@@ -47,7 +59,8 @@ def command(stage, recipe, folder, extra):
     save = folder / f"{stage}.pt"
     if stage in SCORES:
         flags = GRID if stage == "grid" else recipe[stage]
-        return [SCORES[stage], "--save", str(folder / "finetune.pt"), *shlex.split(flags)]
+        resume = ["--resume"] if SCORES[stage] == "dynamic.py" else []
+        return [SCORES[stage], "--save", str(folder / "finetune.pt"), *resume, *shlex.split(flags)]
     script = {"train": "main.py", "finetune": "finetune.py"}[stage]
     if (ROOT / last_path(save, stage)).exists():
         return [script, "--resume", str(save)]
@@ -77,15 +90,13 @@ def row(name, folder):
         for line in stage:
             if line["kind"] == "test" and line["finished"]:
                 words = f"{math.exp(line['valid_loss']):.2f} / {line['ppl']:.2f}"
-                cells.append(f"{line['bpc']:.3f} bpc" if "bpc" in recipe["published"][0] else words)
-    for kind in ("pointer", "dynamic"):
-        scored = {split: [line for line in tuned if line["kind"] == kind and line["split"] == split]
-                  for split in ("valid", "test")}
-        cells += [f"{valid['ppl']:.2f} / {test['ppl']:.2f}" for valid, test in zip(*scored.values())]
+                cells.append(f"{line['bpc']:.3f} bpc" if "bpc" in "".join(recipe["published"]) else words)
+    for stage in ("cache", "dynamic", "both"):
+        cells += [f"{valid:.2f} / {test:.2f}" for valid, test in scored(tuned, stage)]
     begun = next(line for line in lines if line["kind"] == "run")
     minutes = sum(line["seconds"] for line in [*lines, *tuned] if line["kind"] == "test" and line["finished"]) / 60
     published = [*recipe["published"][:3], "", *recipe["published"][3:]]  # none for the grid
-    pairs = [f"{cell} ({there})" if there else cell for cell, there in zip(cells, published)]
+    pairs = [f"{cell} ({there})" if there else cell for cell, there in zip_longest(cells, published[:len(cells)])]
     return " | ".join(["", name, *pairs, f"seed {begun['seed']}", f"commit {(begun['commit'] or 'unknown')[:7]}",
                        begun["device"], f"{minutes:,.0f} minutes", ""]).strip()
 
@@ -103,7 +114,7 @@ def main():
     folder = args.folder.resolve() if args.folder else Path("runs", args.row)  # the latter below ROOT, as all commands
     (ROOT / folder).mkdir(parents=True, exist_ok=True)
     recipe = RECIPES[args.row]
-    stages = [stage for stage in ("train", "finetune", "cache", "grid", "dynamic")
+    stages = [stage for stage in ("train", "finetune", *SCORES)
               if stage in recipe or (stage == "grid" and "cache" in recipe)]
     for stage in stages:
         if not is_done(stage, folder) and not run(command(stage, recipe, folder, shlex.split(args.extra)), deadline):

@@ -11,6 +11,7 @@ import main
 import pointer
 
 TINY = "--emsize 5 --nhid 6 --nlayers 2 --batch_size 4 --bptt 7 --lr 1 --epochs 30 --nonmono 3 --no-cuda"
+DYNAMIC = "--batch_size 4 --lr 1e-4 1e-3 1e-2 --lamb 0.01 0.1"
 
 
 @pytest.fixture
@@ -19,7 +20,8 @@ def make(corpus_dir, tmp_path, monkeypatch, capfd):
     monkeypatch.setattr(reproduce, "GRID", "--window 5 20 --theta 1 --lambdasm 0.1 0.3 --no-cuda")
     monkeypatch.setitem(reproduce.RECIPES, "tiny", {
         "train": f"{TINY} --data {corpus_dir}", "finetune": f"{TINY} --data {corpus_dir}",
-        "cache": "--window 9 --no-cuda", "dynamic": "--batch_size 4 --no-cuda",
+        "cache": "--window 9 --no-cuda", "dynamic": f"{DYNAMIC} --no-cuda",
+        "both": f"{DYNAMIC} --window 5 9 --no-cuda",
         "published": ["9.1 / 9.2", "8.1 / 8.2", "7.1 / 7.2", "6.1 / 6.2"]})
 
     def call(folder, *flags):
@@ -31,7 +33,8 @@ def make(corpus_dir, tmp_path, monkeypatch, capfd):
 
 def test_every_recipe_is_one_that_the_scripts_take():
     for recipe in reproduce.RECIPES.values():
-        for stage, script in (("train", main), ("finetune", finetune), ("cache", pointer), ("dynamic", dynamic)):
+        for stage, script in (("train", main), ("finetune", finetune), ("cache", pointer), ("dynamic", dynamic),
+                              ("both", dynamic)):
             if stage in recipe:
                 script.parse_flags(recipe[stage].split())
     pointer.parse_flags(reproduce.GRID.split())
@@ -43,27 +46,34 @@ def test_a_row_stage_by_stage(make):
     row = printed.splitlines()[-1]
     cells = [cell.strip() for cell in row.strip("|").split("|")]
     assert cells[0] == "tiny"
-    assert [cell.partition(" (")[2] for cell in cells[1:6]] == [
-        "9.1 / 9.2)", "8.1 / 8.2)", "7.1 / 7.2)", "", "6.1 / 6.2)"]
+    assert [cell.partition(" (")[2] for cell in cells[1:7]] == [
+        "9.1 / 9.2)", "8.1 / 8.2)", "7.1 / 7.2)", "", "6.1 / 6.2)", ""]
+    assert cells[7] == "seed 1111"
     assert make("whole").splitlines() == [row], "nothing is left to do"
 
 
 @pytest.mark.slow
-def test_a_stage_that_is_stopped_goes_on(make, tmp_path, monkeypatch):
+@pytest.mark.parametrize("script, count, begun", [("main.py", 2, '"kind"'), ("dynamic.py", 3, '"dynamic-grid"')])
+def test_a_stage_that_is_stopped_goes_on(make, tmp_path, monkeypatch, script, count, begun):
     """Stopped by its deadline as often as it takes, the row is that of the run that never stopped."""
     whole = make("whole").splitlines()[-1].split(" | ")
     wait = reproduce.subprocess.Popen.wait
-    stops = []
+    seen = {0}
 
     def impatient(process, timeout=None):
-        if timeout is not None and len(stops) < 2:
-            while not list((tmp_path / "stopped").glob("*.metrics.jsonl")):
-                reproduce.time.sleep(0.05)
-            stops.append(timeout)
-            raise reproduce.subprocess.TimeoutExpired(process.args, timeout)
+        """Let the deadline come as soon as the stage has recorded something new."""
+        if timeout is not None and script in process.args and len(seen) <= count:
+            while process.poll() is None:
+                records = "".join(path.read_text() for path in (tmp_path / "stopped").glob("*.metrics.jsonl"))
+                if records.count(begun) not in seen:
+                    seen.add(records.count(begun))
+                    raise reproduce.subprocess.TimeoutExpired(process.args, timeout)
+                reproduce.time.sleep(0.01)
         return wait(process, timeout)
 
     monkeypatch.setattr(reproduce.subprocess.Popen, "wait", impatient)
-    for _ in range(2):
-        assert "the same command goes on" in make("stopped", "--minutes", "5")
-    assert make("stopped", "--minutes", "5").splitlines()[-1].split(" | ")[:7] == whole[:7]
+    printed = [make("stopped", "--minutes", "5") for _ in range(count + 1)]
+    assert "the same command goes on" in printed[0]
+    assert printed[-1].splitlines()[-1].split(" | ")[:8] == whole[:8]
+    lines = (tmp_path / "stopped" / "finetune.metrics.jsonl").read_text()
+    assert lines.count('"dynamic-grid"') == 6 + 6 * 2, "each setting once"

@@ -60,6 +60,7 @@ def test_scripts_run_without_what_only_linux_has(corpus_dir, tmp_path):
                            ("main.py", "--resume", save, "--epochs", 2),
                            ("finetune.py", "--save", save, "--epochs", 1),
                            ("pointer.py", "--save", save, "--window", 5),
+                           ("dynamic.py", "--save", save, "--batch_size", 4, "--window", 5),
                            ("generate.py", "--checkpoint", save, "--words", 5, "--outf", "-"),
                            ("main.py", *TINY, "--data", corpus_dir, "--dry-run")):
         ended = call(script, *flags, before=HIDE)
