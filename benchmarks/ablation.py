@@ -1,0 +1,300 @@
+"""Take the parts of AWD-LSTM away one at a time, on a text that is small enough for the model to overfit.
+
+    python benchmarks/ablation.py --data data/penn --jobs 2                   (make reproduce ROW=ablation)
+    python benchmarks/ablation.py --data data/penn --minutes 60               (stops in time; the same command goes on)
+    python benchmarks/ablation.py --report benchmarks/results                 (the table and the picture of records)
+
+The rows are those of table 4 of arXiv 1708.02182, each by flags alone. The text is the first 100,000 words of the
+training text, with the whole of validation and test. Every row is trained for the same number of epochs, well beyond
+its switch to ASGD, and fine-tuned to its plateau. A run that is finished is not begun again, one that was stopped goes
+on. The table comes from the records and from nothing else.
+"""
+
+import argparse
+import os
+import shlex
+import subprocess
+import sys
+import time
+from collections import namedtuple
+from pathlib import Path
+
+from reproduce import ROOT, command, is_done
+from table import rows
+
+sys.path.insert(0, str(ROOT))
+import plot  # noqa: E402  the scripts of the project are no package
+from curves import read_stages  # noqa: E402
+from errors import BadInput  # noqa: E402
+from files import replacing  # noqa: E402
+from metrics import read_metrics  # noqa: E402
+from process import StopSignals, run_script  # noqa: E402
+from run_files import metrics_path  # noqa: E402
+
+WORDS = 100_000  # of the training text
+SEEDS = (1, 2)
+EPOCHS = 120     # of training; the full model switches to ASGD in the first quarter
+TUNING = 50      # epochs of fine-tuning at most; its plateau ends it
+POLL = 0.5       # seconds between looks at the processes
+MARGIN = 20      # seconds, at most a quarter of the time, that runs get to finish a batch and write their state
+STAGES = ("train", "finetune")
+
+FULL = ("--batch_size 20 --emsize 200 --nhid 400 --nlayers 3 --dropout 0.4 --dropouth 0.25 --dropouti 0.4 "
+        "--dropoute 0.1 --wdrop 0.5 --alpha 2 --beta 1 --wdecay 1.2e-6 --precision bf16")
+NEVER = 10**6    # of --nonmono: no switch
+
+# title, flags that differ, last stage, and what was published for PTB: perplexity on validation and test.
+Row = namedtuple("Row", "title flags stage published")
+ABLATION = {
+    "full": Row("AWD-LSTM", "", "finetune", (60.0, 57.3)),
+    # The training stage of the full model.
+    "no-finetuning": Row("fine-tuning", None, "train", (60.7, 58.8)),
+    # Plain SGD. Its learning rate is divided by 10 about when the others switch, and once more. Fine-tuning averages
+    # too, so there is none.
+    "no-asgd": Row("NT-ASGD", f"--nonmono {NEVER} --when {EPOCHS // 4} {EPOCHS // 2}", "train", (66.3, 63.7)),
+    # Lengths around 700, or 350, are all capped at 70; with them the learning rate is scaled by 70 / 700.
+    "no-lengths": Row("variable sequence lengths", "--bptt 700 --max-bptt 70 --lr 300", "finetune", (61.3, 58.9)),
+    "no-dropoute": Row("embedding dropout", "--dropoute 0", "finetune", (65.1, 62.7)),
+    "no-wdecay": Row("weight decay", "--wdecay 0", "finetune", (63.7, 61.0)),
+    "no-ar-tar": Row("AR/TAR", "--alpha 0 --beta 0", "finetune", (62.7, 60.3)),
+    # The embedding as large as the hidden layers.
+    "full-embedding": Row("full-sized embedding", "--emsize 400", "finetune", (68.0, 65.6)),
+    "no-wdrop": Row("weight dropping", "--wdrop 0", "finetune", (71.1, 68.9)),
+}
+TRAINED = [name for name, row in ABLATION.items() if row.flags is not None]
+
+
+def source(name):
+    """Return the row whose run has the figures of the row `name`."""
+    return name if name in TRAINED else "full"
+
+
+def recipe(name, seed, data, extra=""):
+    """Spell the flags of each stage of a row, as in `recipes.RECIPES`; `extra` ones change all rows."""
+    row = ABLATION[name]
+    flags = f"--data {shlex.quote(str(data))} {FULL} {extra} {row.flags} --seed {seed}"
+    stages = {"train": f"--epochs {EPOCHS} {flags} --min-count 1", "finetune": f"--epochs {TUNING} {flags}"}
+    return {stage: stages[stage] for stage in STAGES[:STAGES.index(row.stage) + 1]}
+
+
+def cut_corpus(data, folder, words=WORDS):
+    """Write the corpus of the ablation into `folder`: whole lines of the training text, with `words` words or more.
+
+    Each line has an <eos>, which counts. Raises BadInput when another corpus is there.
+    """
+    splits = {split: (Path(data) / f"{split}.txt").read_bytes() for split in ("train", "valid", "test")}
+    count, lines = 0, []
+    for line in splits["train"].splitlines(True):
+        if count >= words:
+            break
+        count += len(line.split()) + 1
+        lines.append(line)
+    splits["train"] = b"".join(lines)
+    folder.mkdir(parents=True, exist_ok=True)
+    for split, content in splits.items():
+        path = folder / f"{split}.txt"
+        if not path.exists():
+            with replacing(path) as file:
+                file.write(content)
+        elif path.read_bytes() != content:
+            raise BadInput(f"{path}: is not of the text {data}; another --folder begins anew")
+
+
+# --- the runs --------------------------------------------------------------------------------------------------------
+
+def next_command(name, seed, folder, corpus, extra=""):
+    """Return the command that begins the next stage of a run, or goes on with it; None when all is done."""
+    stages, place = recipe(name, seed, corpus, extra), run_folder(folder, name, seed)
+    for stage in stages:
+        if not is_done(stage, place):
+            return command(stage, stages, place, [])
+    return None
+
+
+def run_folder(folder, name, seed):
+    return folder / f"{name}-{seed}"
+
+
+def start(arguments, place):
+    """Start a script on one thread; what it prints goes to the file `log.txt` in the folder `place`."""
+    print("+", shlex.join(["python", *arguments]), flush=True)
+    place.mkdir(parents=True, exist_ok=True)
+    with open(place / "log.txt", "ab") as log:
+        return subprocess.Popen([sys.executable, *arguments], cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"},
+                                stdout=log, stderr=subprocess.STDOUT)
+
+
+def run_all(runs, folder, corpus, jobs, deadline=None, extra=""):
+    """Take all `runs`, each a row and a seed, to their end, with at most `jobs` processes at a time.
+
+    At the `deadline`, and at a signal, all processes are told to write their state and stop. Returns the exit status.
+    """
+    waiting, running, failed = list(runs), {}, False
+    with StopSignals() as signals:
+        while (waiting or running) and not signals.stop and (deadline is None or time.monotonic() < deadline):
+            while waiting and len(running) < jobs:
+                run = waiting.pop(0)
+                arguments = next_command(*run, folder, corpus, extra)
+                if arguments:
+                    running[run] = start(arguments, run_folder(folder, *run))
+            for run, process in list(running.items()):
+                if process.poll() is None:
+                    continue
+                del running[run]
+                if process.returncode == 0:
+                    waiting.insert(0, run)  # its next stage
+                else:
+                    failed = True
+                    print(f"{run_folder(folder, *run)}: ended with {process.returncode}; log.txt there says why")
+            time.sleep(POLL)
+        for process in running.values():
+            process.terminate()
+        for process in running.values():
+            process.wait()
+    if running or waiting:
+        print("stopped; the same command goes on")
+    return 128 + signals.stop if signals.stop else int(failed)
+
+
+def gather(folder):
+    """Join the records of each run, stage by stage, into one file; `report` reads those."""
+    for name in TRAINED:
+        for seed in SEEDS:
+            parts = [metrics_path(run_folder(folder, name, seed) / f"{stage}.pt") for stage in STAGES]
+            content = b"".join(path.read_bytes() for path in parts if path.exists())
+            if content:
+                with replacing(record_path(folder, name, seed)) as file:
+                    file.write(content)
+
+
+# --- what came out ---------------------------------------------------------------------------------------------------
+
+def record_path(folder, name, seed):
+    return Path(folder) / f"ablation-{name}-{seed}.metrics.jsonl"
+
+
+def read_scores(folder):
+    """Read what came out of each row whose runs are finished: {row: {seed: (valid, test)}}, perplexities."""
+    scores = {}
+    for name, row in ABLATION.items():
+        for seed in SEEDS:
+            path = record_path(folder, source(name), seed)
+            lines = read_metrics(path) if path.exists() else []
+            lines = [line for line in lines if line["kind"] != "test" or line["finished"]]
+            stages = {stage: (valid, test) for stage, _, valid, test, _ in rows(lines)}
+            if row.stage in stages:
+                scores.setdefault(name, {})[seed] = stages[row.stage]
+    return scores
+
+
+def differences(scores, name):
+    """Subtract the full model's perplexities from those of a row: {seed: (valid, test)}."""
+    full = scores.get("full", {})
+    return {seed: tuple(value - base for value, base in zip(pair, full[seed]))
+            for seed, pair in scores.get(name, {}).items() if seed in full}
+
+
+def published_difference(name):
+    return tuple(value - base for value, base in zip(ABLATION[name].published, ABLATION["full"].published))
+
+
+def sign(found):
+    """Say whether a part helps in all the differences `found`, as published for every part, or in none."""
+    values = [value for pair in found.values() for value in pair]
+    if not values:
+        return ""
+    return "same" if min(values) > 0 else "other" if max(values) <= 0 else "unclear"
+
+
+def table(scores):
+    """Yield the lines of a Markdown table: each row, and what it loses to the full model, here and as published."""
+    yield "| | " + " | ".join(f"seed {seed}" for seed in SEEDS) + " | " + " | ".join(
+        f"difference, seed {seed}" for seed in SEEDS) + " | published | sign |"
+    yield "|---|" + "---:|" * (2 * len(SEEDS) + 1) + "---|"
+    for name, row in ABLATION.items():
+        found = differences(scores, name) if name != "full" else {}
+        cells = [pair_of(scores.get(name, {}).get(seed), "{:.2f}") for seed in SEEDS]
+        cells += [pair_of(found.get(seed), "{:+.2f}") for seed in SEEDS]
+        cells += [pair_of(published_difference(name) if name != "full" else None, "{:+.1f}"), sign(found)]
+        yield f"| {row.title if name == 'full' else f'− {row.title}'} | {' | '.join(cells)} |"
+
+
+def pair_of(pair, form):
+    return " / ".join(map(form.format, pair)) if pair else ""
+
+
+def draw(folder, out):
+    """Draw the curves of the first seed, and the differences on test of all seeds beside the published ones.
+
+    Raises BadInput when matplotlib is missing.
+    """
+    matplotlib, seed, scores = plot.import_matplotlib(), SEEDS[0], read_scores(folder)
+    runs = {ABLATION[name].title if name == "full" else f"− {ABLATION[name].title}": path
+            for name in TRAINED if (path := record_path(folder, name, seed)).exists()}
+    runs = {title: read_stages(path) for title, path in runs.items()}
+    figure = matplotlib.figure.Figure(figsize=(8, 10), layout="constrained")
+    curves, bars = figure.subplots(2, 1, height_ratios=(3, 2))
+    plot.draw_runs(curves, runs, "epochs", "ppl", log_axis=False)
+    best = min(loss.valid for stages in runs.values() for stage in stages for loss in stage.epochs.values())
+    low = plot.loss_metrics(best)["ppl"]
+    curves.set_ylim(0.85 * low, 2 * low)
+    curves.set_title(f"Validation and training, seed {seed}")
+    names = [name for name in ABLATION if name != "full"][::-1]
+    for place, name in enumerate(names):
+        found = [pair[1] for pair in differences(scores, name).values()]
+        bars.plot(found, [place] * len(found), "ko", markersize=6)
+        bars.plot([published_difference(name)[1]], [place], "kD", markersize=8, markerfacecolor="none")
+    bars.plot([], [], "ko", label="here, a dot a seed")
+    bars.plot([], [], "kD", markerfacecolor="none", label="published (PTB, the large model)")
+    bars.axvline(0, color="0.5", linewidth=1)
+    bars.set_yticks(range(len(names)), labels=[f"− {ABLATION[name].title}" for name in names])
+    bars.set_xlabel("test perplexity minus that of the full model (right of 0: the part helps)")
+    bars.grid(axis="x", color="0.88", linewidth=0.6)
+    bars.set_axisbelow(True)
+    bars.legend(fontsize="small")
+    with replacing(out) as file:
+        figure.savefig(file, format="png", dpi=120)
+
+
+def report(folder, out):
+    """Print the table of the records in `folder` and draw their picture into `out`, where there is matplotlib."""
+    print("\n".join(table(read_scores(folder))))
+    if any(record_path(folder, name, SEEDS[0]).exists() for name in TRAINED):
+        try:
+            draw(folder, out)
+            print(f"picture: {out}")
+        except BadInput as error:  # no epoch yet, or no matplotlib
+            print(f"no picture: {error}")
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description="Take the parts of AWD-LSTM away one at a time.")
+    parser.add_argument("--data", type=Path, default=ROOT / "data" / "penn", metavar="PATH",
+                        help="folder with train.txt, valid.txt and test.txt (default: data/penn)")
+    parser.add_argument("--folder", type=Path, default=ROOT / "runs" / "ablation", metavar="PATH",
+                        help="where the files go (default: runs/ablation)")
+    parser.add_argument("--jobs", type=int, default=1, metavar="N",
+                        help="runs at a time, each on one thread (default: %(default)s)")
+    parser.add_argument("--minutes", type=float, help="stop in time; the same command goes on (default: to the end)")
+    parser.add_argument("--rows", nargs="+", choices=TRAINED, default=TRAINED, metavar="ROW",
+                        help=f"the runs to take to their end (default: all): {', '.join(TRAINED)}")
+    parser.add_argument("--extra", default="", metavar="FLAGS", help="further flags of all rows, for a smaller trial")
+    parser.add_argument("--report", type=Path, metavar="PATH",
+                        help="run nothing: the table and the picture (PATH/ablation.png) of the records in a folder")
+    args = parser.parse_args(argv)
+    if args.report:
+        report(args.report, args.report / "ablation.png")
+        return 0
+    seconds = args.minutes and 60 * args.minutes
+    deadline = seconds and time.monotonic() + seconds - min(MARGIN, seconds / 4)
+    folder = args.folder.resolve()
+    cut_corpus(args.data, folder / "corpus")
+    runs = [(name, seed) for seed in SEEDS for name in args.rows]
+    status = run_all(runs, folder, folder / "corpus", args.jobs, deadline, args.extra)
+    gather(folder)
+    report(folder, folder / "ablation.png")
+    return status
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,188 @@
+"""Each row of the ablation lacks one thing, a run that was stopped goes on, and the table is that of the records."""
+
+import json
+import math
+import signal
+from argparse import Namespace
+
+import ablation
+import numpy
+import pytest
+
+import finetune
+import main
+from errors import BadInput
+from metrics import Metrics
+from steps import sample_seq_len
+
+CHANGED = {  # by each row, beside the full model
+    "no-asgd": {"nonmono", "when"}, "no-lengths": {"bptt", "max_bptt", "lr"}, "no-dropoute": {"dropoute"},
+    "no-wdecay": {"wdecay"}, "no-ar-tar": {"alpha", "beta"}, "full-embedding": {"emsize"}, "no-wdrop": {"wdrop"}}
+SCRIPTS = {"main.py": main, "finetune.py": finetune}
+TINY = "--emsize 5 --nhid 6 --nlayers 2 --batch_size 4 --bptt 7 --lr 1 --precision fp32 --no-cuda"
+
+
+# --- the rows --------------------------------------------------------------------------------------------------------
+
+def flags(name, stage):
+    script = {"train": main, "finetune": finetune}[stage]
+    return vars(script.parse_flags(ablation.recipe(name, 1, "text")[stage].split()))
+
+
+@pytest.mark.parametrize("name", CHANGED)
+def test_a_row_differs_from_the_full_model_in_one_part(name):
+    for stage in ablation.recipe(name, 1, "text"):
+        row, full = flags(name, stage), flags("full", stage)
+        different = {flag for flag in full if flag != "when" and str(row[flag]) != str(full[flag])}
+        assert different | {"when"} & CHANGED[name] == CHANGED[name]
+
+
+def test_all_rows_but_one_are_trained_and_all_but_one_of_these_tuned():
+    assert sorted(ablation.TRAINED) == sorted(["full", *CHANGED])
+    assert [name for name in ablation.TRAINED if "finetune" not in ablation.recipe(name, 1, "text")] == ["no-asgd"]
+
+
+def test_a_part_that_is_taken_away_is_off():
+    values = {name: flags(name, "train") for name in CHANGED}
+    assert values["no-dropoute"]["dropoute"] == values["no-wdecay"]["wdecay"] == values["no-wdrop"]["wdrop"] == 0
+    assert values["no-ar-tar"]["alpha"] == values["no-ar-tar"]["beta"] == 0
+    assert values["full-embedding"]["emsize"] == values["full-embedding"]["nhid"]
+    assert values["no-asgd"]["nonmono"] > values["no-asgd"]["epochs"] > max(values["no-asgd"]["when"])
+
+
+def test_without_variable_lengths_every_batch_has_one_length_and_rate():
+    numpy.random.seed(1)
+    row, full = flags("no-lengths", "train"), flags("full", "train")
+    lengths = {sample_seq_len(row["bptt"], row["max_bptt"]) for _ in range(1000)}
+    assert lengths == {full["bptt"]}
+    assert row["lr"] * full["bptt"] / row["bptt"] == main.DEFAULT_LR["sgd"]
+
+
+def test_the_text_is_the_first_words_in_whole_lines(tmp_path):
+    for split, text in (("train", "a b c\nd e\nf g h\n"), ("valid", "v\n"), ("test", "t\n")):
+        (tmp_path / f"{split}.txt").write_text(text)
+    for words, lines in ((1, "a b c\n"), (4, "a b c\n"), (5, "a b c\nd e\n"), (99, "a b c\nd e\nf g h\n")):
+        folder = tmp_path / str(words)
+        for _ in range(2):  # the second time it is there
+            ablation.cut_corpus(tmp_path, folder, words)
+        assert [(folder / f"{split}.txt").read_text() for split in ("train", "valid", "test")] == [lines, "v\n", "t\n"]
+    with pytest.raises(BadInput, match="another --folder begins anew"):
+        ablation.cut_corpus(tmp_path, tmp_path / "1", 5)
+
+
+# --- the runs --------------------------------------------------------------------------------------------------------
+
+class Ended:
+    """A process that has run its script, here, before it is looked at."""
+
+    def __init__(self, arguments, **_):
+        script, *rest = arguments[1:]
+        self.returncode = SCRIPTS[script].main(rest)
+        Ended.commands.append(" ".join(arguments[1:]))
+
+    def poll(self):
+        return self.returncode
+
+
+@pytest.fixture
+def run(corpus_dir, tmp_path, monkeypatch):
+    """Run the rows "full" and "no-asgd" on a tiny model; returns the status and the commands that ran."""
+    monkeypatch.setattr(ablation, "subprocess", Namespace(Popen=Ended, STDOUT=None))
+    for name, value in {"SEEDS": (1,), "EPOCHS": 4, "TUNING": 2, "POLL": 0}.items():
+        monkeypatch.setattr(ablation, name, value)
+    monkeypatch.setattr(ablation, "FULL", "")
+
+    def call(folder):
+        Ended.commands = []
+        flags = ["--data", str(corpus_dir), "--folder", str(tmp_path / folder), "--rows", "full", "no-asgd"]
+        return ablation.main([*flags, f"--extra={TINY}"]), Ended.commands
+    return call
+
+
+def test_a_run_that_is_stopped_goes_on_and_one_that_is_finished_is_left(run, tmp_path, monkeypatch, capsys):
+    status, commands = run("whole")
+    assert (status, [command.split()[0] for command in commands]) == (0, ["main.py", "finetune.py", "main.py"])
+    whole = capsys.readouterr().out
+    write = Metrics.write
+
+    def stop(metrics, kind, **values):
+        write(metrics, kind, **values)
+        if kind == "epoch" and values["epoch"] == stop.epoch:
+            stop.epoch = None
+            signal.raise_signal(signal.SIGTERM)
+    monkeypatch.setattr(Metrics, "write", stop)
+    stop.epoch = 2
+    status, commands = run("stopped")
+    assert status == 1, "a process that something else has stopped"
+    status, commands = run("stopped")
+    assert status == 0
+    assert commands[0].startswith("main.py --resume")
+    assert [command.split()[0] for command in commands] == ["main.py", "finetune.py"]
+    printed = capsys.readouterr().out
+    assert last_table(printed) == last_table(whole)
+    before = [path.read_bytes() for path in sorted(tmp_path.glob("stopped/*/*.pt"))]
+    assert run("stopped") == (0, [])
+    assert [path.read_bytes() for path in sorted(tmp_path.glob("stopped/*/*.pt"))] == before
+
+
+def last_table(printed):
+    """The table that was printed last."""
+    return printed[printed.rindex("| | seed"):].splitlines()[:len(ablation.ABLATION) + 2]
+
+
+@pytest.mark.parametrize("cause", ["signal", "deadline"])
+def test_a_stop_tells_every_process(tmp_path, monkeypatch, cause):
+    """They get SIGTERM and are waited for; no other is begun."""
+    told = []
+
+    class Running:
+        def __init__(self, *_, **__):
+            told.append("begun")
+            if cause == "signal" and told.count("begun") == 2:
+                signal.raise_signal(signal.SIGTERM)
+
+        def poll(self):
+            return None
+
+        def terminate(self):
+            told.append("terminate")
+
+        def wait(self):
+            told.append("wait")
+    monkeypatch.setattr(ablation, "subprocess", Namespace(Popen=Running, STDOUT=None))
+    monkeypatch.setattr(ablation, "POLL", 0)
+    deadline = ablation.time.monotonic() + 0.2 if cause == "deadline" else None
+    status = ablation.run_all([("full", 1), ("no-asgd", 1), ("full", 2)], tmp_path, tmp_path, 2, deadline)
+    assert status == (143 if cause == "signal" else 0)
+    assert told == ["begun"] * 2 + ["terminate"] * 2 + ["wait"] * 2
+
+
+# --- the table -------------------------------------------------------------------------------------------------------
+
+def write_record(folder, name, seed, **losses):
+    """A record of a run whose stages have these (validation, test) perplexities."""
+    lines = []
+    for stage, (valid, test) in losses.items():
+        lines += [{"kind": "run", "stage": stage},
+                  {"kind": "test", "epochs": 9, "seconds": 1.0, "finished": True, "valid_loss": math.log(valid),
+                   "loss": math.log(test)}]
+    ablation.record_path(folder, name, seed).write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def test_the_table_has_the_differences_of_the_records(tmp_path):
+    write_record(tmp_path, "full", 1, train=(150, 140), finetune=(148, 139))
+    write_record(tmp_path, "full", 2, train=(151, 142), finetune=(149, 138))
+    write_record(tmp_path, "no-wdrop", 1, train=(160, 150), finetune=(158.5, 149.25))
+    write_record(tmp_path, "no-wdrop", 2, train=(163, 150), finetune=(159, 148))
+    write_record(tmp_path, "no-asgd", 1, train=(148.5, 138))
+    write_record(tmp_path, "no-asgd", 2, train=(149.5, 138.5))
+    write_record(tmp_path, "no-wdecay", 1, train=(140, 130), finetune=(138, 129))
+    write_record(tmp_path, "no-ar-tar", 1, train=(140, 130))
+    lines = {line.split(" | ")[0][2:]: line for line in ablation.table(ablation.read_scores(tmp_path))}
+    assert lines["AWD-LSTM"] == "| AWD-LSTM | 148.00 / 139.00 | 149.00 / 138.00 |  |  |  |  |"
+    assert lines["− fine-tuning"] == ("| − fine-tuning | 150.00 / 140.00 | 151.00 / 142.00 | +2.00 / +1.00 | "
+                                      "+2.00 / +4.00 | +0.7 / +1.5 | same |")
+    assert lines["− weight dropping"].endswith("| +10.50 / +10.25 | +10.00 / +10.00 | +11.1 / +11.6 | same |")
+    assert lines["− NT-ASGD"].endswith("| +0.50 / -1.00 | +0.50 / +0.50 | +6.3 / +6.4 | unclear |")
+    assert lines["− weight decay"].endswith("| -10.00 / -10.00 |  | +3.7 / +3.7 | other |")
+    assert lines["− AR/TAR"] == "| − AR/TAR |  |  |  |  | +2.7 / +3.0 |  |", "not fine-tuned yet"
