@@ -1,6 +1,6 @@
 """Take the parts of AWD-LSTM away one at a time, on a text that is small enough for the model to overfit.
 
-    python benchmarks/ablation.py --data data/penn --jobs 2                   (make reproduce ROW=ablation)
+    python benchmarks/ablation.py --data data/penn                            (make reproduce ROW=ablation)
     python benchmarks/ablation.py --data data/penn --minutes 60               (stops in time; the same command goes on)
     python benchmarks/ablation.py --report benchmarks/results                 (the table and the picture of records)
 
@@ -27,6 +27,7 @@ import plot  # noqa: E402  the scripts of the project are no package
 from curves import read_stages  # noqa: E402
 from errors import BadInput  # noqa: E402
 from files import replacing  # noqa: E402
+from flags import positive_float, positive_int  # noqa: E402
 from metrics import read_metrics  # noqa: E402
 from process import StopSignals, run_script  # noqa: E402
 from run_files import metrics_path  # noqa: E402
@@ -237,7 +238,7 @@ def draw(folder, out):
     plot.draw_runs(curves, runs, "epochs", "ppl", log_axis=False)
     best = min(loss.valid for stages in runs.values() for stage in stages for loss in stage.epochs.values())
     low = plot.loss_metrics(best)["ppl"]
-    curves.set_ylim(0.85 * low, 2 * low)
+    curves.set_ylim(0.9 * low, 1.6 * low)
     curves.set_title(f"Validation and training, seed {seed}")
     names = [name for name in ABLATION if name != "full"][::-1]
     for place, name in enumerate(names):
@@ -273,9 +274,10 @@ def main(argv=None):
                         help="folder with train.txt, valid.txt and test.txt (default: data/penn)")
     parser.add_argument("--folder", type=Path, default=ROOT / "runs" / "ablation", metavar="PATH",
                         help="where the files go (default: runs/ablation)")
-    parser.add_argument("--jobs", type=int, default=1, metavar="N",
-                        help="runs at a time, each on one thread (default: %(default)s)")
-    parser.add_argument("--minutes", type=float, help="stop in time; the same command goes on (default: to the end)")
+    parser.add_argument("--jobs", type=positive_int, default=os.cpu_count(), metavar="N",
+                        help="runs at a time, each on one thread (default: as many as there are cores)")
+    parser.add_argument("--minutes", type=positive_float, metavar="N",
+                        help="stop in time; the same command goes on (default: to the end)")
     parser.add_argument("--rows", nargs="+", choices=TRAINED, default=TRAINED, metavar="ROW",
                         help=f"the runs to take to their end (default: all): {', '.join(TRAINED)}")
     parser.add_argument("--extra", default="", metavar="FLAGS", help="further flags of all rows, for a smaller trial")

@@ -94,7 +94,8 @@ def run(corpus_dir, tmp_path, monkeypatch):
 
     def call(folder):
         Ended.commands = []
-        flags = ["--data", str(corpus_dir), "--folder", str(tmp_path / folder), "--rows", "full", "no-asgd"]
+        flags = ["--data", str(corpus_dir), "--folder", str(tmp_path / folder), "--rows", "full", "no-asgd",
+                 "--jobs", "1"]
         return ablation.main([*flags, f"--extra={TINY}"]), Ended.commands
     return call
 

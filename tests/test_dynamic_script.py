@@ -193,10 +193,11 @@ def test_what_is_done_is_not_done_again(trained, passes_over_text):
     assert printed.count("| dynamic |") == 2
 
 
-@pytest.mark.parametrize("change", ["no --resume", "--bptt=7", "--rule=rms", "--window=9", "text", "model", "damage"])
+@pytest.mark.parametrize("change", ["no --resume", "--bptt=7", "--rule=rms", "--window=9", "no window", "text",
+                                    "model", "damage"])
 def test_scores_of_something_else_are_computed(trained, passes_over_text, corpus_dir, change):
     flags = ["--lr", "0.1", "--lamb", "0.5"]
-    trained("--rule", "sgd", *flags)
+    trained("--rule", "sgd", *flags, *(["--window", "9"] if change == "no window" else []))
     path = run_files.metrics_path(trained.save)
     if change == "text":
         text = corpus_dir / "train.txt"
