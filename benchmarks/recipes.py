@@ -20,7 +20,7 @@ WT2_QRNN_DYNAMIC = "--lr 0.00012 --lamb 0.008 --epsilon 2e-5 --bptt 20 --batch_s
 # The settings for this model were not published, only the grid.
 WT2_LSTM_DYNAMIC = "--lr 3e-5 4e-5 5e-5 6e-5 7e-5 1e-4 --lamb 0.001 0.002 0.003 0.005 --bptt 5 --batch_size 100 --fast"
 # Found on the small model: rates and decays between which its best lies.
-SMALL_DYNAMIC = "--lr 1e-4 2e-4 4e-4 --lamb 0.02 0.05 0.1 --bptt 20 --batch_size 100 --fast"
+SMALL_DYNAMIC = "--lr 2e-4 4e-4 8e-4 --lamb 0.05 0.1 0.2 --bptt 20 --batch_size 100 --fast"
 SMALL_BOTH = f"{SMALL_DYNAMIC} --window 500 2000 --theta 0.3 0.66 1 --lambdasm 0.05 0.1 0.2"
 GRID = "--window 500 2000 3785 --theta 0.3 0.66 1 1.5 --lambdasm 0.05 0.1 0.15 0.2 0.3"
 
