@@ -243,12 +243,12 @@ def generator_states():
     """Collect the states of all random generators of training, as tensors and plain values."""
     name, keys, *position = numpy.random.get_state()
     return {"numpy": [name, torch.from_numpy(keys.astype(numpy.int64)), *position], "torch": torch.get_rng_state(),
-            "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []}
+            "cuda": [torch.cuda.get_rng_state()] if torch.cuda.is_available() else []}
 
 
 def restore_generators(states):
     name, keys, *position = states["numpy"]
     numpy.random.set_state((name, keys.cpu().numpy().astype(numpy.uint32), *position))
     torch.set_rng_state(states["torch"].cpu())
-    for device, state in enumerate(states["cuda"][:torch.cuda.device_count()]):
-        torch.cuda.set_rng_state(state.cpu(), device)
+    if states["cuda"] and torch.cuda.is_available():
+        torch.cuda.set_rng_state(states["cuda"][0].cpu())  # of the one GPU that a process uses

@@ -12,10 +12,11 @@ All flags of main.py may be repeated, except those of its schedule. Paper: arXiv
 if __name__ == "__main__":  # before torch, whose import takes seconds
     import process
 
-    process.begin()
+    process.begin(alone=False)
 
 
 import checkpoint
+import distributed
 import run_files
 from data import check_level
 from device import set_up_device
@@ -62,6 +63,7 @@ def parse_flags(argv):
 
 def main(argv=None):
     args = parse_flags(argv)
+    distributed.check_flags(args)
     device = set_up_device(args.cuda, args.cuda_graphs)
     check_board(args.tensorboard, args.dry_run)
     load = run_files.follow(args.load or args.save)
@@ -69,8 +71,10 @@ def main(argv=None):
         raise BadInput("which model? --save FILE fine-tunes it in place, --load FILE --save OTHER keeps it as it is")
     save = run_files.follow(args.save or (run_files.best_path(args.resume) if args.resume else load))
     with run_files.claimed(save, "finetune", args.dry_run):
-        run = resume(parse_flags, argv, "finetune", device) if args.resume else start(argv, load, save, device)
-        return train(run)
+        argv = distributed.after_restart(argv, save, "finetune")
+        again = parse_flags(argv).resume
+        run = resume(parse_flags, argv, "finetune", device) if again else start(argv, load, save, device)
+        return train(distributed.hand_over(run))
 
 
 def check_place(load, save, vocab, overwrite):
@@ -126,4 +130,4 @@ def start(argv, load, save, device):
 
 
 if __name__ == "__main__":
-    run_script(main)
+    run_script(distributed.in_group(main, train))

@@ -9,6 +9,9 @@ import torch
 
 MIN_MASK_VALUES = 2**16  # on the CPU, `fill_from_bits` draws masks of so many values or more
 
+# Of a batch that processes share: how many columns it has, and the slice of this process (`distributed.py`).
+columns = None
+
 
 def dropout_mask(like, shape, p):
     """Draw a mask of `shape`: 0 with probability `p`, else 1/(1 - p).
@@ -16,6 +19,17 @@ def dropout_mask(like, shape, p):
     It has the device and dtype of `like`.
     """
     return fill_mask(like.new_empty(shape), p)
+
+
+def column_mask(like, shape, p):
+    """Draw a mask as `dropout_mask` does, one for each batch column: `shape` is (1 or T, B, H).
+
+    Of a batch that processes share, the mask of all columns is drawn. This process takes its part.
+    """
+    if columns is None:
+        return dropout_mask(like, shape, p)
+    count, mine = columns
+    return dropout_mask(like, (shape[0], count, *shape[2:]), p)[:, mine]
 
 
 def fill_mask(mask, p):
@@ -49,4 +63,4 @@ def locked_dropout(x, p, training=True):
     """
     if not training or p == 0:
         return x
-    return x * dropout_mask(x, (1, *x.shape[1:]), p)
+    return x * column_mask(x, (1, *x.shape[1:]), p)

@@ -10,11 +10,12 @@ learning rate. Papers: arXiv 1708.02182 and 1803.08240.
 if __name__ == "__main__":  # before torch, whose import takes seconds
     import process
 
-    process.begin()
+    process.begin(alone=False)
 
 
 import time
 
+import distributed
 import run_files
 import sizes
 from budget import Budget
@@ -60,6 +61,7 @@ def parse_flags(argv):
 
 def main(argv=None):
     args = parse_flags(argv)
+    distributed.check_flags(args)
     device = set_up_device(args.cuda, args.cuda_graphs)
     check_board(args.tensorboard, args.dry_run)
     if args.resume:
@@ -67,9 +69,11 @@ def main(argv=None):
     else:
         save = args.save = run_files.follow(args.save or f"{time.time_ns() // 10**6}.pt")
     with run_files.claimed(save, dry_run=args.dry_run):
-        run = resume(parse_flags, argv, "train", device) if args.resume else start(args, argv, device)
+        argv = distributed.after_restart(argv, save, "train")
+        going_on = parse_flags(argv).resume
+        run = resume(parse_flags, argv, "train", device) if going_on else start(args, argv, device)
         run.budget = Budget(run.args.minutes, run.progress.spent, run.args.epochs)
-        return train(run)
+        return train(distributed.hand_over(run))
 
 
 def start(args, argv, device):
@@ -103,4 +107,4 @@ def start(args, argv, device):
 
 
 if __name__ == "__main__":
-    run_script(main)
+    run_script(distributed.in_group(main, train))

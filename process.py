@@ -15,15 +15,30 @@ began = None  # when the script did, by the monotonic clock; None where a notebo
 STOP, SAVE = ("SIGINT", "SIGTERM", "SIGHUP"), ("SIGUSR1",)  # not every system has all of them
 
 
-def begin():
-    """Prepare a script before torch is imported, which takes seconds: Ctrl-C is one line, SIGUSR1 ends nothing."""
+def begin(alone=True):
+    """Prepare a script before torch is imported, which takes seconds: Ctrl-C is one line, SIGUSR1 ends nothing.
+
+    A script that runs `alone` ends here when torchrun has started it in several processes.
+    """
     global began
     began = time.monotonic()
+    if alone and int(os.environ.get("WORLD_SIZE", 1)) > 1 and "TORCHELASTIC_RUN_ID" in os.environ:
+        refuse_torchrun()
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, leave)
     for name in SAVE:
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), signal.SIG_IGN)
+
+
+def refuse_torchrun():
+    """End a script that several processes cannot share, with one line from rank 0."""
+    if os.environ["RANK"] == "0":
+        tell(f"{sys.argv[0]}: error: torchrun: this script runs in one process, with python; main.py and finetune.py "
+             "run in several")
+    else:
+        time.sleep(10)  # torchrun ends all when the first has ended, which has a line to print
+    sys.exit(2)
 
 
 def leave(*_):

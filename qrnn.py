@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
 
-from locked_dropout import dropout_mask
+from locked_dropout import column_mask
 from products import PackedLinear, linear
 from utils import blocks
 
@@ -196,6 +196,6 @@ class QRNN(nn.Module):
         zoneout_mask = None
         if self.zoneout:
             shape, keep = (*x.shape[:2], self.hidden_size), 1 - self.zoneout
-            zoneout_mask = dropout_mask(c, shape, self.zoneout) * keep if self.training else c.new_full(shape, keep)
+            zoneout_mask = column_mask(c, shape, self.zoneout) * keep if self.training else c.new_full(shape, keep)
         output, c = fo_pool(linear_map, c[0], zoneout_mask)
         return output, (c.unsqueeze(0), x[-1:]) if self.window == 2 else (c.unsqueeze(0),)

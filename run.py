@@ -62,6 +62,7 @@ class Run:
     forward_backward: Callable | None = None        # a pass of training; from `begin` on
     saved_at: float = 0.0                           # when its state was last written, by the monotonic clock
     checksum: str = ""                              # of the text
+    stop: int = 0                                   # the signal that ends it, in all processes; 0: none
     budget: Budget = field(default_factory=Budget)  # of time
 
     def epochs(self):

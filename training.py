@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from dataclasses import asdict
 
 import checkpoint
+import distributed
 import run_files
 from device import peak_memory
 from errors import BadInput
@@ -40,13 +41,22 @@ def train(run):
         return dry_run(run)
     begin(run)
     with StopSignals() as signals:
-        while not (signals.stop or log.error or is_finished(run)):
+        while not (is_asked(run, signals)[0] or is_finished(run)):
             if train_epoch(run, signals):
                 end_epoch(run)           # validate, keep the best model
                 update_optimizer(run)    # NT-ASGD, --when
                 save_state(run)
     log.check()
-    return report_test(run, signals.stop)
+    return report_test(run, run.stop)
+
+
+def is_asked(run, signals, save=False):
+    """Return whether to stop and whether to save, as any process of the run is asked to.
+
+    Sets `run.stop` to the signal.
+    """
+    run.stop, failed, save = distributed.agree(signals.stop or 0, bool(log.error), bool(save or signals.save))
+    return bool(run.stop or failed), save
 
 
 def is_finished(run):
@@ -61,25 +71,35 @@ def begin(run):
     args, progress, model = run.args, run.progress, run.model
     owned = {id(p) for group in run.optimizer.param_groups for p in group["params"]}
     assert owned == {id(p) for p in model.parameters() if p.requires_grad}, "the optimizer has to own what can learn"
-    remove_partial(*run_files.all_files(args.save))  # left by a run that was killed
     resumed = progress.metrics_bytes > 0
+    if distributed.is_first():
+        open_record(run, resumed)
+    run.forward_backward = distributed.summed(
+        choose_pass(run.model, args.precision, args.alpha, args.beta, args.cuda_graphs))
+    if distributed.is_first():
+        run.budget.time_scoring(run.model, run.batches, args.bptt)
+    run.saved_at = time.monotonic()
+    if run.stage == "finetune" and not resumed:
+        save_state(run)  # from the start there is one to resume from, as there is a model
+
+
+def open_record(run, resumed):
+    """Open the metrics file, and describe the run there and in the log."""
+    args, progress, model = run.args, run.progress, run.model
+    remove_partial(*run_files.all_files(args.save))  # left by a run that was killed
     run.metrics = Metrics(run_files.metrics_path(args.save), progress.metrics_bytes if resumed else None, run.stage)
     run.metrics.board = open_board(args.tensorboard, run.stage, total_tokens(run))
-    description = describe_run(vars(args), model.parameter_count(), run.batches.train.device)
+    description = describe_run(vars(args), model.parameter_count(), run.batches.train.device) | distributed.describe()
     run.metrics.write("resume" if resumed else "run", stage=run.stage, epoch=progress.epoch + 1, batch=progress.batch,
                       corpus=run.checksum, **description)
     if run.stage == "finetune" and not resumed:
         run.metrics.write("loaded", **loss_metrics(progress.best_loss))
     log(f"{run.stage}: {' '.join(f'{name}={value}' for name, value in vars(args).items())}")
-    log(f"model: {args.model}, {model.parameter_count():,} parameters, on {description['device']}")
+    processes = ", {processes} processes".format_map(description) if "processes" in description else ""
+    log(f"model: {args.model}, {model.parameter_count():,} parameters, on {description['device']}{processes}")
     if args.bptt < SHORT:
         log(f"--bptt {args.bptt}: as in the original a batch has {MIN_SEQ_LEN} time steps or more, and the learning "
             f"rate is scaled by steps / bptt: up to {(args.bptt + 20) / args.bptt:.0f} times")
-    run.forward_backward = choose_pass(run.model, args.precision, args.alpha, args.beta, args.cuda_graphs)
-    run.budget.time_scoring(run.model, run.batches, args.bptt)
-    run.saved_at = time.monotonic()
-    if run.stage == "finetune" and not resumed:
-        save_state(run)  # from the start there is one to resume from, as there is a model
 
 
 def train_epoch(run, signals):
@@ -95,8 +115,8 @@ def train_epoch(run, signals):
             if plan := run.budget.plan(run.epochs()):
                 log(plan)
             due = run.args.save_interval and time.monotonic() > run.saved_at + 60 * run.args.save_interval
-            stop = signals.stop or log.error
-            if due or stop or signals.save:
+            stop, save = is_asked(run, signals, due)
+            if save or stop:
                 save_state(run)
                 signals.save = False
             if stop:
@@ -111,7 +131,7 @@ def train_batches(run):
     step, so that no part of the text weighs more than another. Raises BadInput when a loss or gradient is not finite,
     or when memory runs out.
     """
-    args, progress, source = run.args, run.progress, run.batches.train
+    args, progress, source = run.args, run.progress, distributed.my_columns(run.batches.train)
     max_bptt = args.bptt + 10 if run.stage == "finetune" and args.max_bptt is None else args.max_bptt
     run.model.train()
     progress.hidden = progress.hidden or run.model.init_hidden(source.size(1))
@@ -171,7 +191,8 @@ def log_batch(run, rows, loss, seconds, scale):
                       tokens=progress.window_rows * source.size(1), lr=lr, mean_lr=used, ms_per_batch=ms,
                       **loss_metrics(mean))
     log(f"| epoch {progress.epoch + 1:3d} | {progress.batch:5d}/{len(source) // args.bptt:5d} batches | "
-        f"lr {used:8.5f} | ms/batch {ms:8.2f} | {format_loss('', mean)}")
+        f"lr {used:8.5f} | ms/batch {ms:8.2f} | {format_loss('', mean)}"
+        f"{distributed.format_speed(progress.window_rows * source.size(1), progress.window_seconds)}")
     clear_window(progress)
 
 
@@ -201,7 +222,7 @@ def end_epoch(run):
         clear_window(progress)
     epoch = math.ceil(run.epochs())
     with averaged_weights(run.optimizer):
-        loss = evaluate(run.model, run.batches.valid, run.args.bptt)
+        loss = distributed.evaluate(run.model, run.batches.valid, run.args.bptt)
         if not math.isfinite(loss):
             raise BadInput(f"the validation loss after epoch {epoch} is {loss}; the best checkpoint is as it was")
         if loss < progress.best_loss:
@@ -241,18 +262,21 @@ def update_optimizer(run):
 
 
 def save_model(run, path, loss, **extra):
-    checkpoint.save(path, run.model, vars(run.args), run.vocabulary, loss, run.progress.epoch, run.stage, **extra)
+    if distributed.is_first():
+        checkpoint.save(path, run.model, vars(run.args), run.vocabulary, loss, run.progress.epoch, run.stage, **extra)
 
 
 def save_state(run):
     """Write the state from which training can go on as if it had never stopped."""
     progress = run.progress
     progress.metrics_bytes, progress.spent = run.metrics.size(), run.budget.spent()
-    state = {"stage": run.stage, "progress": asdict(progress), "averaging": is_averaging(run.optimizer),
-             "optimizer": run.optimizer.state_dict(), "generators": checkpoint.generator_states(),
-             "corpus": run.checksum}
+    hidden = distributed.whole_hidden(progress.hidden)
+    state = {"stage": run.stage, "progress": {**asdict(progress), "hidden": hidden},
+             "averaging": is_averaging(run.optimizer), "optimizer": run.optimizer.state_dict(),
+             "generators": checkpoint.generator_states(), "corpus": run.checksum}
     loss = progress.history[-1] if progress.history else math.inf
     save_model(run, run_files.last_path(run.args.save, run.stage), loss, state=state)
+    distributed.note_saved()
     run.saved_at = time.monotonic()
 
 
@@ -264,6 +288,8 @@ def report_test(run, stop):
             f"batch {progress.batch + 1}")
     if stop and stop != signal.SIGINT:
         return 128 + stop
+    if not distributed.is_first():
+        return 128 + stop if stop else 0
     if progress.best_loss == math.inf:
         log("no epoch was completed: there is no model to test")
     else:
@@ -287,7 +313,8 @@ def dry_run(run):
     Logs what they need and writes nothing. Returns the exit status.
     """
     args, batches = run.args, run.batches
-    run.forward_backward = choose_pass(run.model, args.precision, args.alpha, args.beta, args.cuda_graphs)
+    run.forward_backward = distributed.summed(
+        choose_pass(run.model, args.precision, args.alpha, args.beta, args.cuda_graphs))
     for _ in range(3 if args.cuda_graphs else 1):  # the third batch of a length is the first pure replay
         seed_everything(args.seed)
         run.progress = Progress()
@@ -295,7 +322,7 @@ def dry_run(run):
     log(f"| dry run | {rows * args.batch_size / seconds:,.0f} tokens/s in the first batch | "
         f"{format_loss('train', loss)}")
     with averaged_weights(run.optimizer):
-        loss = evaluate(run.model, batches.valid[:args.bptt + 1], args.bptt)
+        loss = distributed.evaluate(run.model, batches.valid[:args.bptt + 1], args.bptt)
     log(f"| dry run | {format_loss('valid', loss)}")
     peak = peak_memory(batches.train.device)
     memory = "unknown on this system" if peak is None else f"{peak / 2**20:,.0f} MiB"
