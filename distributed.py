@@ -13,6 +13,7 @@ In a process that was started otherwise, each function gives back what it is giv
 import io
 import math
 import os
+import re
 import signal
 import sys
 import time
@@ -44,19 +45,17 @@ group = None  # this process among those of torchrun; None: it is alone
 class Group:
     """Connect this process to the others of torchrun, and take part in what they do together.
 
-    `job` is a store of keys that outlives a restart of the processes, `store` is one of the present start. `rank` is
-    this process, from 0, of `size`. Small tensors on the CPU travel by gloo. Those on a GPU travel by NCCL.
+    `job` is torchrun's store of keys, which outlives a restart of the processes. `store` is of the present start. This
+    process is `rank`, from 0, of `size`. Tensors on the CPU travel by gloo, those on a GPU by NCCL.
     """
 
     def __init__(self):
         self.rank, self.size, self.local_rank, self.restarts = (
             int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "TORCHELASTIC_RESTART_COUNT"))
-        is_master = self.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != str(True)
         self.parent, self.flat, self.columns, self.save = os.getppid(), None, None, None
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() and dist.is_nccl_available() else "gloo"
         try:
-            self.job = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), timeout=TIMEOUT,
-                                            is_master=is_master, wait_for_workers=False)
+            self.job = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), timeout=TIMEOUT)
             self.store = dist.PrefixStore(f"start {self.restarts}", self.job)
             dist.init_process_group(backend, store=self.store, rank=self.rank, world_size=self.size,
                                            timeout=TIMEOUT)
@@ -100,7 +99,8 @@ class Group:
             yield
         except RuntimeError as error:
             again = f"; --resume {self.save} goes on from the last state" if self.save else ""
-            line = f"another process of this run has gone ({str(error).splitlines()[0]}){again}"
+            reason = re.sub(r"^\[.*?\] ", "", str(error).splitlines()[0]).split(". ")[0]  # gloo begins with [its file]
+            line = f"another process of this run has gone ({reason}){again}"
             raise SystemExit(self.tell_once(GONE, line)) from error
 
     def tell_once(self, status, line):
@@ -117,18 +117,22 @@ class Group:
             return status
 
     def wait(self, key):
-        """Wait until `key` is in the store, for as long as the store is there; returns its number."""
+        """Wait until `key` is in the store, for as long as the store is there; returns its number.
+
+        Ends this process when another one has ended with an error.
+        """
         while not self.store.check([key]):
+            if self.store.check(["ended"]):
+                raise SystemExit(int(self.store.get("ended")))
             time.sleep(POLL)
         return int(self.store.get(key))
 
     def end(self, status):
         """Wait until rank 0 has done what it does alone."""
-        if self.rank == 0:
-            self.store.set("ended", str(status))
-        else:
-            with self.exchanging():
-                self.wait("ended")
+        with self.exchanging():
+            if self.rank == 0:
+                self.store.set("ended", str(status))
+            self.wait("ended")
         dist.destroy_process_group()
 
 

@@ -1,0 +1,355 @@
+"""Several processes train as one does: the recorded runs, states that others go on from, and what goes wrong.
+
+Most tests start the processes themselves, as torchrun would, from one that has imported all. `test_torchrun.py` has
+those that need torchrun.
+"""
+
+import importlib
+import multiprocessing
+import os
+import signal
+import sys
+from multiprocessing import forkserver
+
+import pytest
+import test_reference
+import torch
+from helpers import TINY, read_metrics, script
+from torch.distributed import TCPStore
+
+import checkpoint
+import distributed
+import locked_dropout
+import run_files
+import training
+from process import run_script
+
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(["test_reference", "distributed", "torch._dynamo"])  # what the optimizers import
+LIMIT = 120  # seconds
+
+
+@pytest.fixture(autouse=True, scope="module")
+def forks():
+    """Start the process that the others are forked from, with the paths of this one."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
+        forkserver.ensure_running()
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_shared():
+    assert distributed.group is None
+    assert locked_dropout.columns is None
+
+
+def together(size, folder, name, argv, prepare=None, *details):
+    """Run a script in `size` processes; returns their exit statuses and what they all printed, stdout and stderr.
+
+    `prepare(rank, *details)` is called in each before it begins.
+    """
+    store = TCPStore("localhost", 0, is_master=True, wait_for_workers=False)  # torchrun has it
+    argv = list(map(str, argv))
+    started = [FORKS.Process(target=one_of, args=(rank, size, store.port, folder, name, argv, prepare, details))
+               for rank in range(size)]
+    for one in started:
+        one.start()
+    for one in started:
+        one.join(LIMIT)
+        one.kill()
+    printed = ["".join((folder / f"{rank}.{stream}").read_text() for rank in range(size)) for stream in ("out", "err")]
+    return [one.exitcode for one in started], *printed
+
+
+def one_of(rank, size, port, folder, name, argv, prepare, details):
+    """Be one of the processes."""
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size), "MASTER_ADDR": "localhost",
+                   "MASTER_PORT": str(port), "TORCHELASTIC_RUN_ID": "test", "TORCHELASTIC_RESTART_COUNT": "0",
+                   "TORCHELASTIC_MAX_RESTARTS": os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")}
+    for stream, name_of in ((sys.stdout, "out"), (sys.stderr, "err")):
+        os.dup2(os.open(folder / f"{rank}.{name_of}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), stream.fileno())
+    torch.set_num_threads(1)
+    main = (prepare and prepare(rank, *details)) or importlib.import_module(name).main
+    run_script(distributed.in_group(lambda: main(argv), training.train))
+
+
+def command(corpus_dir, save, *flags):
+    return [*TINY, "--batch_size", "5", "--data", corpus_dir, "--save", save, *flags]
+
+
+def alone(corpus_dir, save, *flags):
+    return importlib.import_module("main").main(list(map(str, command(corpus_dir, save, *flags))))
+
+
+def in_float64(_):
+    torch.set_default_dtype(torch.float64)
+
+
+def state_difference(one, other, stage="train"):
+    """The largest difference of two runs' states: weights, averages, hidden state, losses."""
+    def tensors(nested):
+        if isinstance(nested, torch.Tensor):
+            yield nested.double()
+        elif isinstance(nested, (dict, list, tuple)):
+            for part in nested.values() if isinstance(nested, dict) else nested:
+                yield from tensors(part)
+
+    contents = [checkpoint.load(run_files.last_path(save, stage)) for save in (one, other)]
+    for content in contents:
+        progress = content["state"]["progress"]
+        content["losses"] = torch.tensor([*progress["history"], progress["epoch_loss"]])
+    parts = [list(tensors([content["model"], content["state"], content["losses"]])) for content in contents]
+    pairs = zip(*parts, strict=True)
+    return max(abs(a - b).max().item() for a, b in pairs if a.numel())
+
+
+# --- the same run ----------------------------------------------------------------------------------------------------
+
+def as_recorded(rank, case, save):
+    """Give a process the masks of a recorded run, and rank 0 its weights."""
+    torch.set_default_dtype(torch.float64)
+    patch = pytest.MonkeyPatch()
+    if rank:
+        test_reference.RecordedMasks(patch, case["flags"]["seed"])
+        return None
+    return lambda _: test_reference.train(case, save, patch) and 0
+
+
+QUICK = [("lstm_ntasgd", 3), ("lstm_finetune", 2)]
+
+
+@pytest.mark.parametrize(("name", "size"), [
+    pytest.param(name, size, marks=[] if (name, size) in QUICK else pytest.mark.slow)
+    for name in test_reference.CASES for size in (2, 3)])
+@pytest.mark.usefixtures("in_float64")
+def test_float64_follows_every_loss_of_the_original(name, size, tmp_path, monkeypatch, record_property):
+    def train(case, save, *_, **__):
+        statuses, _, errors = together(size, tmp_path, "main", [], as_recorded, case, save)
+        assert statuses == [0] * size, errors
+        return read_metrics(save)
+
+    case = test_reference.CASES[name]
+    monkeypatch.setattr(test_reference, "train", train)
+    largest = test_reference.follow(case, tmp_path, monkeypatch, lambda *_: None)
+    record_property("followed", f"{name} in {size} processes: largest difference {largest:.1e}")
+    assert largest <= test_reference.TOLERANCE
+    assert test_reference.weight_difference(case, tmp_path / "run.pt") <= test_reference.TOLERANCE
+
+
+def fast_masks(rank):
+    in_float64(rank)
+    locked_dropout.MIN_MASK_VALUES = 8
+
+
+@pytest.mark.usefixtures("in_float64")
+def test_masks_of_the_fast_generator_are_shared_out_too(corpus_dir, tmp_path, monkeypatch):
+    monkeypatch.setattr(locked_dropout, "MIN_MASK_VALUES", 8)
+    flags = ["--epochs", "2", "--model", "QRNN"]
+    alone(corpus_dir, tmp_path / "one.pt", *flags)
+    assert together(2, tmp_path, "main", command(corpus_dir, tmp_path / "two.pt", *flags), fast_masks)[0] == [0, 0]
+    assert state_difference(tmp_path / "one.pt", tmp_path / "two.pt") <= 1e-9
+
+
+def keep_weights(rank, folder):
+    """Keep what each process holds in the end."""
+    report_test = training.report_test
+
+    def report(run, stop):
+        torch.save([run.model.state_dict(), run.optimizer.state_dict()["state"]], folder / f"{rank}.weights")
+        return report_test(run, stop)
+    training.report_test = report
+
+
+def test_all_processes_hold_the_same_weights_and_averages(corpus_dir, tmp_path):
+    flags = ["--epochs", "5", "--nonmono", "1", "--lr", "20"]
+    together(3, tmp_path, "main", command(corpus_dir, tmp_path / "m.pt", *flags), keep_weights, tmp_path)
+    (weights, averages), *others = (torch.load(tmp_path / f"{rank}.weights") for rank in range(3))
+    assert "ax" in averages[0]
+    for other_weights, other_averages in others:
+        assert all(torch.equal(weights[name], other_weights[name]) for name in weights)
+        assert all(torch.equal(averages[i]["ax"], other_averages[i]["ax"]) for i in averages)
+
+
+def test_columns_are_shared_out_once_each():
+    for size in range(1, 6):
+        for columns in range(12):
+            ranks = [distributed.Group.__new__(distributed.Group) for _ in range(size)]
+            for rank, one in enumerate(ranks):
+                one.rank, one.size = rank, size
+            parts = [list(range(columns))[one.part(columns)] for one in ranks]
+            assert sum(parts, []) == list(range(columns))
+            assert max(map(len, parts)) - min(map(len, parts)) <= 1
+
+
+# --- what is written -------------------------------------------------------------------------------------------------
+
+def test_one_process_logs_and_records_for_all(corpus_dir, tmp_path):
+    flags = ["--epochs", "1", "--log-interval", "5"]
+    _, printed, errors = together(2, tmp_path, "main", command(corpus_dir, tmp_path / "m.pt", *flags))
+    record = read_metrics(tmp_path / "m.pt")
+    assert not errors
+    assert printed.count("2 processes") == printed.count("end of training") == 1
+    assert printed.count("tokens/s") == len(record["batch"])
+    assert [line["processes"] for line in record["run"]] == [2]
+    assert len(record["epoch"]) == len(record["test"]) == 1
+
+
+def test_a_dry_run_writes_nothing(corpus_dir, tmp_path):
+    statuses, printed, _ = together(2, tmp_path, "main", command(corpus_dir, tmp_path / "m.pt", "--dry-run"))
+    assert statuses == [0, 0]
+    assert printed.count("peak memory") == 1
+    assert not list(tmp_path.glob("m.*"))
+
+
+# --- states ----------------------------------------------------------------------------------------------------------
+
+def stop_one(rank, batches):
+    """Send SIGTERM to the last process only, after so many batches; all in float64."""
+    in_float64(rank)
+    if rank == 1:
+        train_step, done = training.train_step, []
+
+        def step(*inputs, **how):
+            done.append(1)
+            if len(done) == batches:
+                signal.raise_signal(signal.SIGTERM)
+            return train_step(*inputs, **how)
+        training.train_step = step
+
+
+@pytest.mark.parametrize("model", ["LSTM", "QRNN"])
+@pytest.mark.usefixtures("in_float64")
+def test_a_state_from_the_middle_of_an_epoch_goes_on_in_any_number_of_processes(corpus_dir, tmp_path, model):
+    flags = ["--model", model, "--epochs", "2", "--nonmono", "0", "--lr", "5"]
+    whole, parts = tmp_path / "whole.pt", tmp_path / "parts.pt"
+    assert together(2, tmp_path, "main", command(corpus_dir, whole, *flags), in_float64)[0] == [0, 0]
+    statuses, printed, _ = together(2, tmp_path, "main", command(corpus_dir, parts, *flags), stop_one, 5)
+    assert statuses == [143, 143]
+    assert "stopped by SIGTERM | --resume" in printed
+    for size in (1, 2, 3):
+        save = tmp_path / f"in{size}.pt"
+        again = command(corpus_dir, save, *flags, "--resume", parts)
+        if size == 1:
+            alone(corpus_dir, save, *flags, "--resume", parts)
+        else:
+            assert together(size, tmp_path, "main", again, in_float64)[0] == [0] * size
+        difference = state_difference(whole, save)
+        assert difference == 0 if size == 2 else difference <= 1e-9
+    alone(corpus_dir, tmp_path / "alone.pt", *flags)
+    again = command(corpus_dir, tmp_path / "alone.pt", *flags, "--resume", tmp_path / "alone.pt", "--epochs", "3")
+    assert together(2, tmp_path, "main", again, in_float64)[0] == [0, 0]
+
+
+def test_fine_tuning_goes_on_as_if_it_had_not_stopped(corpus_dir, tmp_path):
+    alone(corpus_dir, tmp_path / "m.pt", "--epochs", "1")
+    data = ["--no-cuda", "--data", corpus_dir, "--load", tmp_path / "m.pt", "--save"]
+    for save, epochs in (("whole.pt", 3), ("parts.pt", 1)):
+        flags = [*data, tmp_path / save, "--epochs", epochs]
+        assert together(2, tmp_path, "finetune", flags)[0] == [0, 0]
+    again = ["--no-cuda", "--resume", tmp_path / "parts.pt", "--epochs", 3]
+    assert together(2, tmp_path, "finetune", again)[0] == [0, 0]
+    assert state_difference(tmp_path / "whole.pt", tmp_path / "parts.pt", "finetune") == 0
+
+
+# --- what goes wrong -------------------------------------------------------------------------------------------------
+
+def the_line(size, folder, flags, *how):
+    """The one line that bad input gives, with exit status 2 of all."""
+    statuses, _, errors = together(size, folder, "main", flags, *how)
+    assert statuses == [2] * size, errors
+    assert errors.count("\n") == 1, errors
+    return errors
+
+
+@pytest.mark.parametrize(("flags", "line"), [
+    (["--emsize", "x"], "argument --emsize: must be a whole number"),
+    (["--data", "nowhere"], "nowhere: no such file or folder"),
+    (["--batch_size", "2"], "--batch-size 2: too few columns for 3 processes"),
+    (["--cuda-graphs"], "--cuda-graphs: in one process, not in 3"),
+    (["--lr", "1e29", "--clip", "0"], "a smaller --lr or a --clip may help")])
+def test_what_is_wrong_with_all_is_one_line(corpus_dir, tmp_path, flags, line):
+    assert line in the_line(3, tmp_path, command(corpus_dir, tmp_path / "m.pt", *flags))
+
+
+def test_a_restart_needs_a_name_to_go_on_from(corpus_dir, tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "1")
+    assert "--save FILE, which is not given" in the_line(2, tmp_path, [*TINY, "--data", corpus_dir], restarts)
+
+
+def restarts(_):
+    os.environ["TORCHELASTIC_MAX_RESTARTS"] = "1"
+
+
+def other_text(rank):
+    if rank:
+        open_batches = distributed.open_batches
+
+        def opened(*inputs):
+            corpus, batches = open_batches(*inputs)
+            corpus.checksum = "other"
+            return corpus, batches
+        distributed.open_batches = opened
+
+
+def test_another_text_on_another_machine_is_refused(corpus_dir, tmp_path):
+    line = the_line(2, tmp_path, command(corpus_dir, tmp_path / "m.pt"), other_text)
+    assert "of rank 1 is not the text of rank 0" in line
+
+
+def full_disk(rank):
+    """Let the disk of rank 0 be full from its second file on."""
+    save, saved = checkpoint.torch.save, []
+
+    def write(content, file):
+        saved.append(1)
+        if rank == 0 and len(saved) > 2:
+            raise OSError(28, "No space left on device")
+        save(content, file)
+    checkpoint.torch.save = write
+
+
+def test_a_full_disk_ends_all(corpus_dir, tmp_path):
+    line = the_line(2, tmp_path, command(corpus_dir, tmp_path / "m.pt", "--epochs", "3"), full_disk)
+    assert "m.last.pt: could not be written: [Errno 28] No space left" in line
+    assert not list(tmp_path.glob("*.partial"))
+
+
+def killed(rank, victim):
+    if rank == victim:
+        end_epoch = training.end_epoch
+
+        def end(run):
+            if run.progress.epoch == 1:
+                os.kill(os.getpid(), signal.SIGKILL)
+            end_epoch(run)
+        training.end_epoch = end
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_the_others_end_with_a_line_when_one_is_killed(corpus_dir, tmp_path, victim):
+    save = tmp_path / "m.pt"
+    statuses, _, errors = together(3, tmp_path, "main", command(corpus_dir, save, "--epochs", "3"), killed, victim)
+    assert statuses == [-signal.SIGKILL if rank == victim else distributed.GONE for rank in range(3)]
+    assert errors.count("another process of this run has gone") == 1
+    assert f"--resume {save} goes on" in errors
+    assert checkpoint.load(run_files.last_path(save))["epoch"] == 1
+
+
+@pytest.mark.parametrize("name", ["pointer", "dynamic", "score", "generate", "convert", "plot"])
+def test_scripts_for_one_process_say_so(name, monkeypatch):
+    for variable, value in (("RANK", "0"), ("WORLD_SIZE", "2"), ("TORCHELASTIC_RUN_ID", "test")):
+        monkeypatch.setenv(variable, value)
+    run = script(name)
+    _, errors = run.communicate()
+    assert run.returncode == 2
+    assert errors.count("\n") == 1
+    assert "this script runs in one process" in errors
+
+
+def test_a_process_that_is_alone_is_left_alone():
+    def main():
+        pass
+    assert distributed.in_group(main, training.train) is main
+    assert distributed.summed(main) is main
+    assert distributed.hand_over(main) is main
+    assert distributed.agree(15, True) == (15, True)
