@@ -170,6 +170,27 @@ def test_all_processes_hold_the_same_weights_and_averages(corpus_dir, tmp_path):
         assert all(torch.equal(averages[i]["ax"], other_averages[i]["ax"]) for i in averages)
 
 
+def other_clock(rank, folder):
+    """Let the clock of each process say something else, and keep its weights."""
+    keep_weights(rank, folder)
+    take_over = distributed.take_over
+
+    def take():
+        run = take_over()
+        run.budget.began -= 3 * rank
+        return run
+    distributed.take_over = take
+
+
+def test_minutes_are_those_of_one_clock(corpus_dir, tmp_path):
+    flags = command(corpus_dir, tmp_path / "m.pt", "--minutes", "0.1")
+    statuses, printed, errors = together(2, tmp_path, "main", flags, other_clock, tmp_path)
+    assert statuses == [0, 0], errors
+    assert printed.count("| end of time |") == 1
+    (weights, _), (other_weights, _) = (torch.load(tmp_path / f"{rank}.weights") for rank in range(2))
+    assert all(torch.equal(weights[name], other_weights[name]) for name in weights)
+
+
 def test_columns_are_shared_out_once_each():
     for size in range(1, 6):
         for columns in range(12):
