@@ -303,13 +303,13 @@ def restarts(_):
 
 def other_text(rank):
     if rank:
-        open_batches = distributed.open_batches
+        open_corpus = distributed.open_corpus
 
         def opened(*inputs):
-            corpus, batches = open_batches(*inputs)
+            corpus = open_corpus(*inputs)
             corpus.checksum = "other"
-            return corpus, batches
-        distributed.open_batches = opened
+            return corpus
+        distributed.open_corpus = opened
 
 
 def test_another_text_on_another_machine_is_refused(corpus_dir, tmp_path):

@@ -163,7 +163,8 @@ def test_every_kind_of_line_end_is_one_eos(tmp_path, ends, level):
 def test_line_ends_at_the_border_of_a_block(tmp_path, monkeypatch, size):
     monkeypatch.setattr("text.BLOCK", size)
     (tmp_path / "book.txt").write_bytes(b"a\r\nb\rc\n" * 9 + b"d\r")
-    ids, _, words = read_texts([tmp_path / "book.txt"], "word")
+    ids = []
+    _, words = read_texts([tmp_path / "book.txt"], "word", ids.extend)
     assert [words[i] for i in ids] == ["a", "<eos>", "b", "<eos>", "c", "<eos>"] * 9 + ["d", "<eos>"]
 
 
