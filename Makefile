@@ -2,7 +2,7 @@
 # make demo            a small AWD-LSTM from nothing: corpus, training, fine-tuning, cache, text; needs no network
 # make test            the tests that are quick, and the linter: about a minute
 # make test-slow       the other tests: killed runs, hostile inputs, other systems, whole scripts: some minutes
-# make test-long       training killed 100 times, and 5,000 hostile inputs: ten minutes
+# make test-long       training killed 100 times, also under torchrun, and 5,000 hostile inputs: a quarter of an hour
 # make test-machines   a part of the tests as other machines would run it: fewer instructions, other locales, not root
 # make bench           the speed of each part beside a plain baseline: half an hour, on a machine that does nothing else
 # make gpu-check       whether all is right and fast on the GPU; the PYTHON given has torch, numpy, tqdm, pytest
@@ -28,13 +28,13 @@ test: $(VENV)/.installed-test
 	$(PY) -m pytest -n auto -m "not slow"
 
 test-slow: $(VENV)/.installed-test
-	$(PY) -m pytest -n auto -m slow
+	$(PY) -m pytest -n auto -m slow --ignore tests/test_torchrun.py
 
 test-machines: $(VENV)/.installed-test
 	PYTHON=$(PY) tests/machines.sh
 
 test-long: $(VENV)/.installed-test
-	KILLS=100 FUZZ=5000 $(PY) -m pytest tests/test_kill.py tests/test_fuzz.py
+	KILLS=100 FUZZ=5000 $(PY) -m pytest tests/test_kill.py tests/test_fuzz.py tests/test_torchrun.py
 
 bench: $(VENV)/.installed
 	$(PY) benchmarks/speed.py --json benchmarks/results/speed.json
