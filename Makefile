@@ -28,7 +28,7 @@ test: $(VENV)/.installed-test
 	$(PY) -m pytest -n auto -m "not slow"
 
 test-slow: $(VENV)/.installed-test
-	$(PY) -m pytest -n auto -m slow --ignore tests/test_torchrun.py
+	$(PY) -m pytest -n auto -m slow
 
 test-machines: $(VENV)/.installed-test
 	PYTHON=$(PY) tests/machines.sh

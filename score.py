@@ -51,12 +51,15 @@ def parse_flags(argv):
     parser.add_argument("--json", action="store_true", help="write a JSON object a line")
     parser.add_argument("--cache", nargs=3, metavar=("WINDOW", "THETA", "LAMBDA"),
                         help="with a neural cache on top, as in pointer.py; needs --carry")
-    parser.add_argument("--batch-size", type=positive_int, default=64, metavar="B",
-                        help="lines scored at once; 1 with --carry (default: %(default)s)")
+    parser.add_argument("--batch-size", type=positive_int, metavar="B",
+                        help="lines scored at once (default: 64; 1 with --carry)")
     add_device_flags(parser)
     args = parser.parse_args(argv)
     if args.cache and not args.carry:
         raise BadInput("--cache: a cache remembers the lines before, so it needs --carry")
+    if args.carry and args.batch_size not in (None, 1):
+        raise BadInput("--batch-size: the lines of one text are scored one after the other, so it is 1 with --carry")
+    args.batch_size = args.batch_size or 64
     return args
 
 

@@ -1,12 +1,15 @@
 import os
 import signal
 import sys
+from multiprocessing import forkserver
 
 import pytest
 import torch
 from helpers import TINY, read_metrics
 
 import convert
+import distributed
+import locked_dropout
 import main
 from device import allow_tf32
 from process import run_script
@@ -21,6 +24,15 @@ def one_thread_and_fp32():
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 1)))
     if torch.cuda.is_available():
         allow_tf32(False)
+
+
+@pytest.fixture
+def forks(monkeypatch):
+    """Let the test start those of `processes.py`, with the paths of this one; none shares a batch when it begins."""
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
+    forkserver.ensure_running()
+    assert distributed.group is None
+    assert locked_dropout.columns is None
 
 
 @pytest.fixture

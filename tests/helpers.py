@@ -12,7 +12,7 @@ import checkpoint
 import finetune
 import generate
 from metrics import parse_lines
-from run_files import metrics_path
+from run_files import last_path, metrics_path
 from utils import map_hidden
 
 ROOT = Path(generate.__file__).parent
@@ -65,6 +65,19 @@ def weights(path):
 
 def same_weights(one, other):
     return all(torch.equal(weights(one)[name], weights(other)[name]) for name in weights(one))
+
+
+def assert_undisturbed(whole, parts):
+    """Training that was killed and went on, at `parts`, is that of `whole`: models, states, record; nothing is left."""
+    for one, other in (whole, parts), map(last_path, (whole, parts)):
+        assert same_weights(one, other)
+    records = [read_metrics(save) for save in (whole, parts)]
+    assert records[0]["switch"]
+    for kind in ("batch", "epoch", "switch"):
+        lines = [[{key: line[key] for key in ("epoch", "batch", "loss") if key in line} for line in record[kind]]
+                 for record in records]
+        assert lines[0] == lines[1][-len(lines[0]):]
+    assert not list(parts.parent.glob("*.partial"))
 
 
 def script(name, *arguments, **how):

@@ -8,6 +8,7 @@ from helpers import read_metrics
 import budget
 import checkpoint
 import data
+import pointer
 import steps
 import training
 from errors import BadInput
@@ -158,6 +159,8 @@ def test_two_shares_leave_no_test_split(tmp_path, train):
     _, metrics = train(tmp_path / "m.pt", "--data", str(book), "--shares", "90", "10", "--epochs", "1")
     (test,) = metrics["test"]
     assert "loss" not in test
+    with pytest.raises(BadInput, match="leaves no test split"):
+        pointer.main(["--no-cuda", "--save", str(tmp_path / "m.pt")])
     assert test["valid_loss"] == metrics["epoch"][0]["loss"]
 
 

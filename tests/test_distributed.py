@@ -1,80 +1,25 @@
-"""Several processes train as one does: the recorded runs, states that others go on from, and what goes wrong.
+"""Several processes train as one does: the recorded runs, and states that others go on from.
 
-Most tests start the processes themselves, as torchrun would, from one that has imported all. `test_torchrun.py` has
-those that need torchrun.
+The tests start the processes themselves, as torchrun would. `test_distributed_faults.py` has what goes wrong,
+`test_torchrun.py` what needs torchrun.
 """
 
 import importlib
-import multiprocessing
-import os
 import signal
-import sys
-from multiprocessing import forkserver
 
 import pytest
 import test_reference
 import torch
-from helpers import TINY, read_metrics, script
-from torch.distributed import TCPStore
+from helpers import read_metrics
+from processes import command, together
 
 import checkpoint
 import distributed
 import locked_dropout
 import run_files
 import training
-from process import run_script
 
-FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["test_reference", "distributed", "torch._dynamo"])  # what the optimizers import
-LIMIT = 120  # seconds
-
-
-@pytest.fixture(autouse=True, scope="module")
-def forks():
-    """Start the process that the others are forked from, with the paths of this one."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
-        forkserver.ensure_running()
-
-
-@pytest.fixture(autouse=True)
-def nothing_is_shared():
-    assert distributed.group is None
-    assert locked_dropout.columns is None
-
-
-def together(size, folder, name, argv, prepare=None, *details):
-    """Run a script in `size` processes; returns their exit statuses and what they all printed, stdout and stderr.
-
-    `prepare(rank, *details)` is called in each before it begins.
-    """
-    store = TCPStore("localhost", 0, is_master=True, wait_for_workers=False)  # torchrun has it
-    argv = list(map(str, argv))
-    started = [FORKS.Process(target=one_of, args=(rank, size, store.port, folder, name, argv, prepare, details))
-               for rank in range(size)]
-    for one in started:
-        one.start()
-    for one in started:
-        one.join(LIMIT)
-        one.kill()
-    printed = ["".join((folder / f"{rank}.{stream}").read_text() for rank in range(size)) for stream in ("out", "err")]
-    return [one.exitcode for one in started], *printed
-
-
-def one_of(rank, size, port, folder, name, argv, prepare, details):
-    """Be one of the processes."""
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size), "MASTER_ADDR": "localhost",
-                   "MASTER_PORT": str(port), "TORCHELASTIC_RUN_ID": "test", "TORCHELASTIC_RESTART_COUNT": "0",
-                   "TORCHELASTIC_MAX_RESTARTS": os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")}
-    for stream, name_of in ((sys.stdout, "out"), (sys.stderr, "err")):
-        os.dup2(os.open(folder / f"{rank}.{name_of}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), stream.fileno())
-    torch.set_num_threads(1)
-    main = (prepare and prepare(rank, *details)) or importlib.import_module(name).main
-    run_script(distributed.in_group(lambda: main(argv), training.train))
-
-
-def command(corpus_dir, save, *flags):
-    return [*TINY, "--batch_size", "5", "--data", corpus_dir, "--save", save, *flags]
+pytestmark = pytest.mark.usefixtures("forks")
 
 
 def alone(corpus_dir, save, *flags):
@@ -270,101 +215,6 @@ def test_fine_tuning_goes_on_as_if_it_had_not_stopped(corpus_dir, tmp_path):
     again = ["--no-cuda", "--resume", tmp_path / "parts.pt", "--epochs", 3]
     assert together(2, tmp_path, "finetune", again)[0] == [0, 0]
     assert state_difference(tmp_path / "whole.pt", tmp_path / "parts.pt", "finetune") == 0
-
-
-# --- what goes wrong -------------------------------------------------------------------------------------------------
-
-def the_line(size, folder, flags, *how):
-    """The one line that bad input gives, with exit status 2 of all."""
-    statuses, _, errors = together(size, folder, "main", flags, *how)
-    assert statuses == [2] * size, errors
-    assert errors.count("\n") == 1, errors
-    return errors
-
-
-@pytest.mark.parametrize(("flags", "line"), [
-    (["--emsize", "x"], "argument --emsize: must be a whole number"),
-    (["--data", "nowhere"], "nowhere: no such file or folder"),
-    (["--batch_size", "2"], "--batch-size 2: too few columns for 3 processes"),
-    (["--cuda-graphs"], "--cuda-graphs: in one process, not in 3"),
-    (["--lr", "1e29", "--clip", "0"], "a smaller --lr or a --clip may help")])
-def test_what_is_wrong_with_all_is_one_line(corpus_dir, tmp_path, flags, line):
-    assert line in the_line(3, tmp_path, command(corpus_dir, tmp_path / "m.pt", *flags))
-
-
-def test_a_restart_needs_a_name_to_go_on_from(corpus_dir, tmp_path, monkeypatch):
-    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "1")
-    assert "--save FILE, which is not given" in the_line(2, tmp_path, [*TINY, "--data", corpus_dir], restarts)
-
-
-def restarts(_):
-    os.environ["TORCHELASTIC_MAX_RESTARTS"] = "1"
-
-
-def other_text(rank):
-    if rank:
-        open_corpus = distributed.open_corpus
-
-        def opened(*inputs):
-            corpus = open_corpus(*inputs)
-            corpus.checksum = "other"
-            return corpus
-        distributed.open_corpus = opened
-
-
-def test_another_text_on_another_machine_is_refused(corpus_dir, tmp_path):
-    line = the_line(2, tmp_path, command(corpus_dir, tmp_path / "m.pt"), other_text)
-    assert "of rank 1 is not the text of rank 0" in line
-
-
-def full_disk(rank):
-    """Let the disk of rank 0 be full from its second file on."""
-    save, saved = checkpoint.torch.save, []
-
-    def write(content, file):
-        saved.append(1)
-        if rank == 0 and len(saved) > 2:
-            raise OSError(28, "No space left on device")
-        save(content, file)
-    checkpoint.torch.save = write
-
-
-def test_a_full_disk_ends_all(corpus_dir, tmp_path):
-    line = the_line(2, tmp_path, command(corpus_dir, tmp_path / "m.pt", "--epochs", "3"), full_disk)
-    assert "m.last.pt: could not be written: [Errno 28] No space left" in line
-    assert not list(tmp_path.glob("*.partial"))
-
-
-def killed(rank, victim):
-    if rank == victim:
-        end_epoch = training.end_epoch
-
-        def end(run):
-            if run.progress.epoch == 1:
-                os.kill(os.getpid(), signal.SIGKILL)
-            end_epoch(run)
-        training.end_epoch = end
-
-
-@pytest.mark.parametrize("victim", [0, 1])
-def test_the_others_end_with_a_line_when_one_is_killed(corpus_dir, tmp_path, victim):
-    save = tmp_path / "m.pt"
-    statuses, _, errors = together(3, tmp_path, "main", command(corpus_dir, save, "--epochs", "3"), killed, victim)
-    assert statuses == [-signal.SIGKILL if rank == victim else distributed.GONE for rank in range(3)]
-    assert errors.count("another process of this run has gone") == 1
-    assert f"--resume {save} goes on" in errors
-    assert checkpoint.load(run_files.last_path(save))["epoch"] == 1
-
-
-@pytest.mark.parametrize("name", ["pointer", "dynamic", "score", "generate", "convert", "plot"])
-def test_scripts_for_one_process_say_so(name, monkeypatch):
-    for variable, value in (("RANK", "0"), ("WORLD_SIZE", "2"), ("TORCHELASTIC_RUN_ID", "test")):
-        monkeypatch.setenv(variable, value)
-    run = script(name)
-    _, errors = run.communicate()
-    assert run.returncode == 2
-    assert errors.count("\n") == 1
-    assert "this script runs in one process" in errors
 
 
 def test_a_process_that_is_alone_is_left_alone():

@@ -115,8 +115,9 @@ def test_a_cache_on_carried_lines_has_the_loss_of_pointer(run, trained, corpus_d
 @pytest.mark.parametrize("flags, message", [
     (["--cache", "5", "1", "0.1"], "needs --carry"), (["--carry", "--cache", "0", "1", "0.1"], "--cache: must be"),
     (["--carry", "--cache", "5", "1", "1"], "--cache: must be"),
+    (["--carry", "--batch-size", "5"], "is 1 with --carry"),
 ])
-def test_a_cache_that_cannot_be(run, flags, message):
+def test_flags_that_cannot_be(run, flags, message):
     with pytest.raises(BadInput, match=message):
         run("the cat\n", *flags)
 

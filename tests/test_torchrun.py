@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
-from helpers import read_metrics, same_weights
+from helpers import assert_undisturbed
 
 import checkpoint
 import main
@@ -70,18 +70,6 @@ def whole(tmp_path, flags):
     return tmp_path / "whole.pt"
 
 
-def assert_same_run(whole, parts):
-    for one, other in (whole, parts), map(run_files.last_path, (whole, parts)):
-        assert same_weights(one, other)
-    records = [read_metrics(save) for save in (whole, parts)]
-    assert records[0]["switch"]
-    for kind in ("batch", "epoch", "switch"):
-        lines = [[{key: line[key] for key in ("epoch", "batch", "loss") if key in line} for line in record[kind]]
-                 for record in records]
-        assert lines[0] == lines[1][-len(lines[0]):]
-    assert not list(parts.parent.glob("*.partial"))
-
-
 def test_a_job_of_which_any_process_is_killed_ends_and_goes_on_undisturbed(whole, flags, tmp_path):
     parts, chance = tmp_path / "parts.pt", random.Random(0)
     last = run_files.last_path(parts)
@@ -97,7 +85,7 @@ def test_a_job_of_which_any_process_is_killed_ends_and_goes_on_undisturbed(whole
             assert not path.exists() or checkpoint.load(path), "readable at every instant"
     again = ["--resume", parts] if last.exists() else []
     assert Job(tmp_path, *flags, "--save", parts, *again).end() == (0, [])
-    assert_same_run(whole, parts)
+    assert_undisturbed(whole, parts)
 
 
 def test_a_job_that_restarts_goes_on_from_its_last_state(whole, flags, tmp_path):
@@ -109,7 +97,7 @@ def test_a_job_that_restarts_goes_on_from_its_last_state(whole, flags, tmp_path)
         os.kill(job.workers()[kill % SIZE], signal.SIGKILL)
     assert job.end()[0] == 0
     assert "resuming" in job.out.read_text()
-    assert_same_run(whole, parts)
+    assert_undisturbed(whole, parts)
 
 
 def test_a_signal_to_torchrun_saves_once_and_ends_all(whole, flags, tmp_path):
@@ -121,7 +109,7 @@ def test_a_signal_to_torchrun_saves_once_and_ends_all(whole, flags, tmp_path):
     assert (status, errors) == (1, [])
     assert job.out.read_text().count("stopped by SIGTERM | --resume") == 1
     assert Job(tmp_path, *flags, "--save", parts, "--resume", parts).end() == (0, [])
-    assert_same_run(whole, parts)
+    assert_undisturbed(whole, parts)
 
 
 def test_bad_flags_are_one_line(flags, tmp_path):

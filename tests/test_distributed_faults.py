@@ -1,0 +1,108 @@
+"""What goes wrong in several processes: one line, one exit status, nothing half-written."""
+
+import os
+import signal
+
+import pytest
+from helpers import TINY, script
+from processes import command, together
+
+import checkpoint
+import distributed
+import run_files
+import training
+
+pytestmark = pytest.mark.usefixtures("forks")
+
+
+def the_line(size, folder, flags, *how):
+    """The one line that bad input gives, with exit status 2 of all."""
+    statuses, _, errors = together(size, folder, "main", flags, *how)
+    assert statuses == [2] * size, errors
+    assert errors.count("\n") == 1, errors
+    return errors
+
+
+@pytest.mark.parametrize(("flags", "line"), [
+    (["--emsize", "x"], "argument --emsize: must be a whole number"),
+    (["--data", "nowhere"], "nowhere: no such file or folder"),
+    (["--batch_size", "2"], "--batch-size 2: too few columns for 3 processes"),
+    (["--cuda-graphs"], "--cuda-graphs: in one process, not in 3"),
+    (["--lr", "1e29", "--clip", "0"], "a smaller --lr or a --clip may help")])
+def test_what_is_wrong_with_all_is_one_line(corpus_dir, tmp_path, flags, line):
+    assert line in the_line(3, tmp_path, command(corpus_dir, tmp_path / "m.pt", *flags))
+
+
+def test_a_restart_needs_a_name_to_go_on_from(corpus_dir, tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "1")
+    assert "--save FILE, which is not given" in the_line(2, tmp_path, [*TINY, "--data", corpus_dir], restarts)
+
+
+def restarts(_):
+    os.environ["TORCHELASTIC_MAX_RESTARTS"] = "1"
+
+
+def other_text(rank):
+    if rank:
+        open_corpus = distributed.open_corpus
+
+        def opened(*inputs):
+            corpus = open_corpus(*inputs)
+            corpus.checksum = "other"
+            return corpus
+        distributed.open_corpus = opened
+
+
+def test_another_text_on_another_machine_is_refused(corpus_dir, tmp_path):
+    line = the_line(2, tmp_path, command(corpus_dir, tmp_path / "m.pt"), other_text)
+    assert "of rank 1 is not the text of rank 0" in line
+
+
+def full_disk(rank):
+    """Let the disk of rank 0 be full from its second file on."""
+    save, saved = checkpoint.torch.save, []
+
+    def write(content, file):
+        saved.append(1)
+        if rank == 0 and len(saved) > 2:
+            raise OSError(28, "No space left on device")
+        save(content, file)
+    checkpoint.torch.save = write
+
+
+def test_a_full_disk_ends_all(corpus_dir, tmp_path):
+    line = the_line(2, tmp_path, command(corpus_dir, tmp_path / "m.pt", "--epochs", "3"), full_disk)
+    assert "m.last.pt: could not be written: [Errno 28] No space left" in line
+    assert not list(tmp_path.glob("*.partial"))
+
+
+def killed(rank, victim):
+    if rank == victim:
+        end_epoch = training.end_epoch
+
+        def end(run):
+            if run.progress.epoch == 1:
+                os.kill(os.getpid(), signal.SIGKILL)
+            end_epoch(run)
+        training.end_epoch = end
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_the_others_end_with_a_line_when_one_is_killed(corpus_dir, tmp_path, victim):
+    save = tmp_path / "m.pt"
+    statuses, _, errors = together(3, tmp_path, "main", command(corpus_dir, save, "--epochs", "3"), killed, victim)
+    assert statuses == [-signal.SIGKILL if rank == victim else distributed.GONE for rank in range(3)]
+    assert errors.count("another process of this run has gone") == 1
+    assert f"--resume {save} goes on" in errors
+    assert checkpoint.load(run_files.last_path(save))["epoch"] == 1
+
+
+@pytest.mark.parametrize("name", ["pointer", "dynamic", "score", "generate", "convert", "plot"])
+def test_scripts_for_one_process_say_so(name, monkeypatch):
+    for variable, value in (("RANK", "0"), ("WORLD_SIZE", "2"), ("TORCHELASTIC_RUN_ID", "test")):
+        monkeypatch.setenv(variable, value)
+    run = script(name)
+    _, errors = run.communicate()
+    assert run.returncode == 2
+    assert errors.count("\n") == 1
+    assert "this script runs in one process" in errors
