@@ -39,6 +39,7 @@ test-long: $(VENV)/.installed-test
 bench: $(VENV)/.installed
 	$(PY) benchmarks/speed.py --json benchmarks/results/speed.json
 	$(PY) benchmarks/score_speed.py
+	$(PY) benchmarks/scale.py --json benchmarks/results/scale.json
 
 gpu-check:
 	$(PYTHON) benchmarks/gpu_check.py --json benchmarks/results/gpu.json

@@ -33,7 +33,8 @@ def code_lines(path):
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
 def test_every_command_is_one_that_its_script_takes(path):
     for line in code_lines(path):
-        words = shlex.split(line, comments=True) if line.startswith("python ") else []
+        words = shlex.split(line, comments=True) if line.startswith(("python ", "torchrun ")) else []
+        words = words[next((i for i, word in enumerate(words) if word in PARSERS), 1) - 1:]
         if len(words) > 1 and words[1] in PARSERS:
             PARSERS[words[1]](words[2:])
 
