@@ -57,8 +57,7 @@ class Group:
         try:
             self.job = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), timeout=TIMEOUT)
             self.store = dist.PrefixStore(f"start {self.restarts}", self.job)
-            dist.init_process_group(backend, store=self.store, rank=self.rank, world_size=self.size,
-                                           timeout=TIMEOUT)
+            dist.init_process_group(backend, store=self.store, rank=self.rank, world_size=self.size, timeout=TIMEOUT)
         except RuntimeError as error:
             raise BadInput(f"rank {self.rank} does not reach the others: {str(error).splitlines()[0]}") from error
 
@@ -155,6 +154,10 @@ def in_group(main, train):
             status = train(take_over()) if group.rank else main()
         except BadInput as error:
             return group.tell_once(2, " ".join(str(error).splitlines()))
+        except SystemExit as end:
+            if group.rank or end.code:
+                raise
+            status = 0  # after --help there is no run to hand over
         group.end(status)
         return status
     return run

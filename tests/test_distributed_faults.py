@@ -33,6 +33,12 @@ def test_what_is_wrong_with_all_is_one_line(corpus_dir, tmp_path, flags, line):
     assert line in the_line(3, tmp_path, command(corpus_dir, tmp_path / "m.pt", *flags))
 
 
+def test_help_is_printed_once_and_ends_all(tmp_path):
+    statuses, printed, errors = together(3, tmp_path, "main", ["--help"])
+    assert (statuses, errors) == ([0] * 3, "")
+    assert printed.count("usage:") == 1
+
+
 def test_a_restart_needs_a_name_to_go_on_from(corpus_dir, tmp_path, monkeypatch):
     monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "1")
     assert "--save FILE, which is not given" in the_line(2, tmp_path, [*TINY, "--data", corpus_dir], restarts)
