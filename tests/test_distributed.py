@@ -6,11 +6,14 @@ The tests start the processes themselves, as torchrun would. `test_distributed_f
 
 import importlib
 import signal
+import subprocess
+import sys
 
 import pytest
+import scale
 import test_reference
 import torch
-from helpers import read_metrics
+from helpers import ROOT, read_metrics
 from processes import command, together
 
 import checkpoint
@@ -224,3 +227,15 @@ def test_a_process_that_is_alone_is_left_alone():
     assert distributed.summed(main) is main
     assert distributed.hand_over(main) is main
     assert distributed.agree(15, True) == (15, True)
+
+
+def test_a_process_that_is_alone_imports_no_more_of_torch():
+    code = ("import sys, torch; before = set(sys.modules); import distributed; "
+            "print(*(name for name in set(sys.modules) - before if name.startswith('torch.distributed')))")
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, check=True).stdout.split() == []
+
+
+def test_the_table_of_the_benchmark_has_rates_ratios_and_the_share_of_the_all_reduce():
+    found = {"one process": 2.0, "processes": 1.0, "DDP": 4.0, "all-reduce": 0.25, "bytes": 3_000_000, "tokens": 1000}
+    *_, row = scale.table({"ptb-lstm": found}, 2)
+    assert row == "| ptb-lstm | 500 | 1,000 | 2.00 | 0.50 | 3.0 | 250 | 25% |"
