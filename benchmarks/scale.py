@@ -7,7 +7,6 @@ The ways take turns in one run. Beside the toolkit's one all-reduce stands PyTor
 all-reduces overlap with the backward pass. Text is random: its words do not matter.
 """
 
-import argparse
 import json
 import os
 import statistics
@@ -26,7 +25,10 @@ import speed
 import distributed
 import locked_dropout
 from device import keep_memory, use_onednn
+from errors import BadInput
+from flags import Parser, positive_int
 from optimizers import make_optimizer
+from process import run_script
 from steps import choose_pass, train_step
 
 RECIPES = ("ptb-lstm", "ptb-qrnn", "wt2-lstm")
@@ -59,7 +61,7 @@ def shared_step(recipe, words, targets, ddp=False):
         torch.set_num_threads(1)
         locked_dropout.columns = args.batch_size, mine
         torch.manual_seed(1)
-        train_step(called, optimizer, forward_backward, *batch, lr_scale=1.0, clip=0)
+        train_step(called, optimizer, forward_backward, *batch, lr_scale=1.0, clip=args.clip)
         locked_dropout.columns = None
     return step, model
 
@@ -146,19 +148,22 @@ def worker(rank, port, args):
             Path(args.json).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
-def run():
-    parser = argparse.ArgumentParser(description="Measure training steps of several processes on the CPU.")
+def main():
+    parser = Parser(description="Measure training steps of several processes on the CPU.")
     parser.add_argument("--only", nargs="+", choices=RECIPES, default=RECIPES, metavar="NAME",
                         help=f"what to measure: {', '.join(RECIPES)} (default: all)")
-    parser.add_argument("--processes", type=int, default=os.cpu_count(), metavar="N",
-                        help="processes, and threads of the one (default: the cores)")
-    parser.add_argument("--repetitions", type=int, default=5, metavar="N",
+    parser.add_argument("--processes", type=positive_int, default=2, metavar="N",
+                        help="processes, and threads of the one (default: %(default)s)")
+    parser.add_argument("--repetitions", type=positive_int, default=5, metavar="N",
                         help="turns of each way (default: %(default)s)")
     parser.add_argument("--json", metavar="FILE", help="where the figures go too")
     args = parser.parse_args()
+    for recipe in args.only:
+        if args.processes > (columns := speed.flags_of(recipe).batch_size):
+            raise BadInput(f"--processes {args.processes}: a batch of {recipe} has {columns} columns")
     store = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
     torch.multiprocessing.spawn(worker, (store.port, args), nprocs=args.processes)
 
 
 if __name__ == "__main__":
-    run()
+    run_script(main)
