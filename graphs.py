@@ -6,7 +6,7 @@ graph launches all of them at once.
 A graph holds the addresses that it was captured with. This has three consequences:
 
 - Inputs are copied to where they were at the capture.
-- Parameters must not move (`RNNModel.make_capturable`).
+- Parameters must not move, and in training none does (`padding.GPULayer`).
 - Gradients are zeroed where they lie.
 
 Random numbers are drawn anew in every replay. Optimizer, clipping and the look at the loss stay outside. They change

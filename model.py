@@ -121,14 +121,6 @@ class RNNModel(nn.Module):
             return (h, h) if isinstance(rnn, LSTM) else h
         return [zeros(rnn) for rnn in self.rnns]
 
-    def make_capturable(self):
-        """Make every later pass leave the parameters where they lie in memory.
-
-        A CUDA graph needs that (`cudnn_pass`).
-        """
-        for rnn in self.rnns:
-            rnn.capturable = True  # a QRNN is anyway
-
     def pack(self):
         """Pack copies of the weights, so that a trained model samples text faster on a CPU.
 

@@ -10,11 +10,17 @@ products of a layer run at once over the whole sequence. The steps that are left
 Shapes are in the alphabet of `model.py`.
 """
 
+import os
+import shutil
+from functools import cache
+
 import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
+from torch.nn import functional
 
 from locked_dropout import column_mask
+from padding import GPULayer, PaddedWeights, gpu_dtype, pad, padded_size, unpad
 from products import PackedLinear, linear
 from utils import blocks
 
@@ -90,71 +96,115 @@ class FoPool(torch.autograd.Function):
 
 if triton is not None:
     @triton.jit
-    def _forward_kernel(f, z, states, steps, columns, BLOCK: tl.constexpr):
-        column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-        inside = column < columns
-        state = tl.load(states + column, inside)
-        for step in range(steps):
+    def _forward_kernel(linear_map, zoneout_mask, states, output, steps, batch_size, hidden_size,
+                        BLOCK: tl.constexpr, STAGES: tl.constexpr, ZONEOUT: tl.constexpr):
+        row = tl.program_id(1)
+        unit = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+        inside = unit < hidden_size
+        column = row * hidden_size + unit
+        columns = batch_size * hidden_size
+        gate = linear_map + 3 * row * hidden_size + unit
+        c = tl.load(states + column, inside)
+        for step in tl.range(0, steps, num_stages=STAGES):
             here = step * columns + column
-            f_t = tl.load(f + here, inside)
-            z_t = tl.load(z + here, inside)
-            state = state + f_t * (z_t - state)
-            tl.store(states + columns + here, state, inside)
+            z = tl.load(gate + 3 * step * columns, inside).to(c.dtype)
+            f = tl.load(gate + 3 * step * columns + hidden_size, inside).to(c.dtype)
+            o = tl.load(gate + 3 * step * columns + 2 * hidden_size, inside).to(c.dtype)
+            f = 1 / (1 + tl.exp(-f))
+            if ZONEOUT:
+                f *= tl.load(zoneout_mask + here, inside)
+            c += f * (2 / (1 + tl.exp(-2 * z)) - 1 - c)  # tanh(z) by its sigmoid
+            tl.store(states + columns + here, c, inside)
+            tl.store(output + here, c / (1 + tl.exp(-o)), inside)
 
     @triton.jit
-    def _backward_kernel(f, z, states, grad_h, grad_f, grad_z, grad_start, steps, columns, BLOCK: tl.constexpr):
-        column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-        inside = column < columns
-        total = tl.zeros((BLOCK,), grad_start.dtype.element_ty)
-        for step in range(steps):
-            here = (steps - 1 - step) * columns + column
-            f_t = tl.load(f + here, inside)
-            total += tl.load(grad_h + here, inside)
-            tl.store(grad_f + here, total * (tl.load(z + here, inside) - tl.load(states + here, inside)), inside)
-            tl.store(grad_z + here, total * f_t, inside)
-            total = total * (1 - f_t)
-        tl.store(grad_start + column, total, inside)
+    def _backward_kernel(linear_map, zoneout_mask, states, grad_output, grad_last, grad_map, grad_start,
+                         steps, batch_size, hidden_size,
+                         BLOCK: tl.constexpr, STAGES: tl.constexpr, ZONEOUT: tl.constexpr):
+        row = tl.program_id(1)
+        unit = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+        inside = unit < hidden_size
+        column = row * hidden_size + unit
+        columns = batch_size * hidden_size
+        gate = 3 * row * hidden_size + unit
+        carried = tl.load(grad_last + column, inside)  # d loss / d c_t through all later steps
+        c = tl.load(states + steps * columns + column, inside)
+        for back in tl.range(0, steps, num_stages=STAGES):
+            step = steps - 1 - back
+            here = step * columns + column
+            there = gate + 3 * step * columns
+            z = tl.load(linear_map + there, inside).to(c.dtype)
+            f = tl.load(linear_map + there + hidden_size, inside).to(c.dtype)
+            o = tl.load(linear_map + there + 2 * hidden_size, inside).to(c.dtype)
+            z = 2 / (1 + tl.exp(-2 * z)) - 1
+            f = 1 / (1 + tl.exp(-f))
+            o = 1 / (1 + tl.exp(-o))
+            factor = f
+            if ZONEOUT:
+                factor = f * tl.load(zoneout_mask + here, inside)
+            grad = tl.load(grad_output + here, inside)
+            before = tl.load(states + here, inside)
+            total = carried + grad * o  # d loss / d c_t
+            kind = grad_map.dtype.element_ty
+            tl.store(grad_map + there, (total * factor * (1 - z * z)).to(kind), inside)
+            tl.store(grad_map + there + hidden_size, (total * (z - before) * factor * (1 - f)).to(kind), inside)
+            tl.store(grad_map + there + 2 * hidden_size, (grad * c * o * (1 - o)).to(kind), inside)
+            carried = total * (1 - factor)
+            c = before
+        tl.store(grad_start + column, carried, inside)
 
 
-class TritonForgetMult(torch.autograd.Function):
-    """Compute the forget-mult for f, z (T, B, H) from c_{-1} (B, H) on a GPU.
+class TritonFoPool(torch.autograd.Function):
+    """Compute what `FoPool` does on a GPU, in one kernel for all time steps, forward and backward.
 
-    Returns c (T, B, H). One kernel does all time steps, with a thread for each of the B * H columns.
+    A program has BLOCK units of one column of the batch. The gates are computed again in the backward pass. So only the
+    linear map and the states are kept.
     """
 
-    BLOCK = 256  # columns of a program
+    BLOCK, WARPS = 128, 2  # two values a thread: enough bytes for an asynchronous copy in bfloat16 too
+    STAGES = 4  # steps whose loads are on their way at the same time
 
     @staticmethod
-    def forward(ctx, f, z, start):
-        f, z = f.contiguous(), z.contiguous()
-        states = torch.cat([start.unsqueeze(0), torch.empty_like(z)])
-        grid = (triton.cdiv(start.numel(), TritonForgetMult.BLOCK),)
-        _forward_kernel[grid](f, z, states, len(z), start.numel(), BLOCK=TritonForgetMult.BLOCK)
-        ctx.save_for_backward(f, z, states)
-        return states[1:]
+    def launch(kernel, start, zoneout_mask, *arguments):
+        """Run `kernel` over all columns of `start` (B, H)."""
+        grid = triton.cdiv(start.size(1), TritonFoPool.BLOCK), start.size(0)
+        kernel[grid](*arguments, *start.shape, BLOCK=TritonFoPool.BLOCK, STAGES=TritonFoPool.STAGES,
+                     ZONEOUT=zoneout_mask is not None, num_warps=TritonFoPool.WARPS)
+
+    @staticmethod
+    def forward(ctx, linear_map, start, zoneout_mask):
+        linear_map, steps = linear_map.contiguous(), len(linear_map)
+        zoneout_mask = None if zoneout_mask is None else zoneout_mask.contiguous()
+        states = start.new_empty(steps + 1, *start.shape)
+        states[0] = start
+        output = torch.empty_like(states[1:])
+        TritonFoPool.launch(_forward_kernel, states[0], zoneout_mask, linear_map, zoneout_mask, states, output, steps)
+        ctx.save_for_backward(linear_map, states, zoneout_mask)
+        return output, states[-1].clone()
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_h):
-        f, z, states = ctx.saved_tensors
-        grad_f, grad_z, grad_start = torch.empty_like(f), torch.empty_like(z), torch.empty_like(states[0])
-        grid = (triton.cdiv(grad_start.numel(), TritonForgetMult.BLOCK),)
-        _backward_kernel[grid](f, z, states, grad_h.contiguous(), grad_f, grad_z, grad_start, len(z),
-                               grad_start.numel(), BLOCK=TritonForgetMult.BLOCK)
-        return grad_f, grad_z, grad_start
+    def backward(ctx, grad_output, grad_last):
+        linear_map, states, zoneout_mask = ctx.saved_tensors
+        grad_map, grad_start = torch.empty_like(linear_map), torch.empty_like(states[0])
+        TritonFoPool.launch(_backward_kernel, grad_start, zoneout_mask, linear_map, zoneout_mask, states,
+                            grad_output.contiguous(), grad_last.contiguous(), grad_map, grad_start, len(linear_map))
+        return grad_map, grad_start, None
+
+
+@cache
+def has_compiler():
+    """Return whether there is a C compiler, which Triton needs to launch a kernel."""
+    return bool(os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang"))
 
 
 def fo_pool(linear_map, start, zoneout_mask=None):
-    """Compute what `FoPool` does, on a GPU by Triton's forget-mult where there is Triton."""
-    if triton is None or not linear_map.is_cuda:
-        return FoPool.apply(linear_map, start, zoneout_mask)
-    z, f, o = (part.to(start.dtype) for part in linear_map.chunk(3, -1))
-    f = f.sigmoid()
-    c = TritonForgetMult.apply(f if zoneout_mask is None else f * zoneout_mask, z.tanh(), start)
-    return o.sigmoid() * c, c[-1]
+    """Compute what `FoPool` does, on a GPU by Triton where it runs."""
+    triton_runs = triton is not None and linear_map.is_cuda and has_compiler()
+    return (TritonFoPool if triton_runs else FoPool).apply(linear_map, start, zoneout_mask)
 
 
-class QRNN(nn.Module):
+class QRNN(GPULayer, nn.Module):
     """Run one QRNN layer, E -> H, that looks at the last `window` (1 or 2) inputs.
 
     With `zoneout` a unit keeps its state at a step with that probability. In evaluation it moves by the expected share.
@@ -182,20 +232,31 @@ class QRNN(nn.Module):
         c = self.linear.bias.new_zeros(1, batch_size, self.hidden_size)
         return (c, c.new_zeros(1, batch_size, self.input_size)) if self.window == 2 else (c,)
 
-    def forward(self, x, hidden):
+    def forward(self, x, hidden, mask=None):
         """Run x (T, B, E) from `hidden`.
 
-        Returns the output (T, B, H) and the new hidden state.
+        `mask`, factors of the weight, is for a pass that `pads`. Returns the output (T, B, H) and the new hidden state.
         """
         c, *previous = hidden
         source = torch.cat([x, torch.cat([previous[0], x[:-1]])], -1) if self.window == 2 else x
+        size = self.hidden_size
         if self.packed and not torch.is_grad_enabled():
             linear_map = self.packed(source)
+        elif self.pads(x):
+            linear_map, size = self.padded_linear(source, mask), padded_size(size)
         else:
             linear_map = linear(source, self.linear.weight, self.linear.bias)
         zoneout_mask = None
         if self.zoneout:
             shape, keep = (*x.shape[:2], self.hidden_size), 1 - self.zoneout
             zoneout_mask = column_mask(c, shape, self.zoneout) * keep if self.training else c.new_full(shape, keep)
-        output, c = fo_pool(linear_map, c[0], zoneout_mask)
+            zoneout_mask = pad(zoneout_mask, size)
+        output, c = (unpad(part, self.hidden_size) for part in fo_pool(linear_map, pad(c[0], size), zoneout_mask))
         return output, (c.unsqueeze(0), x[-1:]) if self.window == 2 else (c.unsqueeze(0),)
+
+    def padded_linear(self, source, mask):
+        """Compute the linear map of `source` (T, B, window * E) with padded copies of the weights."""
+        dtype = gpu_dtype(source)
+        with torch.autocast(source.device.type, enabled=False):
+            weight, bias = PaddedWeights.apply(3, dtype, 0, mask, self.linear.weight, self.linear.bias)
+            return functional.linear(pad(source.to(dtype), weight.size(1)), weight, bias)

@@ -7,7 +7,7 @@ than twice as fast as PyTorch's pass in bfloat16. In fp32 it is about a tenth fa
 product for many steps. So are the gradients of the weights. The hidden-to-hidden weight is packed once a pass
 (`products.Packed`), since the loop multiplies by it at each step.
 
-`cudnn_pass` runs both layers on a GPU in bfloat16 and in CUDA graphs. PyTorch's own passes do not fit there.
+`cudnn_pass` trains both layers on a GPU with copies of their weights (`padding.PaddedWeights`).
 
 Shapes are in the alphabet of `model.py`.
 """
@@ -17,6 +17,7 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
+from padding import GPULayer, PaddedWeights, gpu_dtype, pad, unpad
 from products import Packed, PackedLinear, for_products, packs_fp32, trains_in_bfloat16, transposed
 from utils import blocks, map_hidden
 
@@ -118,27 +119,19 @@ class LSTMFunction(torch.autograd.Function):
         return grad_x, *grad_weights, grad_h.to(grad_c.dtype), grad_c
 
 
-def cudnn_pass(function, rnn, x, hidden):
-    """Run `function`, torch.lstm or torch.gru, over x (T, B, E) from `hidden` with copies of the weights of `rnn`.
+def cudnn_pass(function, rnn, x, hidden, mask=None):
+    """Train `rnn` over x (T, B, E) from `hidden` by `function`, torch.lstm or torch.gru, with `PaddedWeights`.
 
-    The copies are in bfloat16 where autocast says so. Autocast itself hands cuDNN float16, whatever dtype it was told
-    (PyTorch 2.6 to 2.11 at least). Without a scaled loss, most gradients are too small for float16.
-
-    PyTorch's own passes move the parameters into one buffer whenever one of them was exchanged. Weight drop exchanges
-    one in every pass and puts it back. A CUDA graph would go on using the old addresses of the parameters.
+    `mask` has factors of W_hh, or is None. Returns what `function` does, in the dtype of the copies.
     """
-    device = x.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-    with torch.autocast(device, enabled=False):
-        hidden = map_hidden(lambda part: part.to(dtype), hidden)
-        return function(x.to(dtype), hidden, flat_weights(rnn, dtype), True, 1, 0.0, rnn.training, False, False)
-
-
-def flat_weights(rnn, dtype):
-    """Copy the weights of an LSTM or GRU layer into one buffer, in the order that cuDNN takes."""
-    weights = (rnn.weight_ih_l0, rnn.weight_hh_l0, rnn.bias_ih_l0, rnn.bias_hh_l0)
-    buffer = torch.cat([weight.flatten() for weight in weights]).to(dtype)
-    return [part.view_as(weight) for part, weight in zip(buffer.split([w.numel() for w in weights]), weights)]
+    dtype, size, gates = gpu_dtype(x), rnn.hidden_size, len(rnn.bias_hh_l0) // rnn.hidden_size
+    with torch.autocast(x.device.type, enabled=False):
+        weights = PaddedWeights.apply(gates, dtype, 1, mask, rnn.weight_ih_l0, rnn.weight_hh_l0, rnn.bias_ih_l0,
+                                      rnn.bias_hh_l0)
+        x = pad(x.to(dtype), weights[0].size(1))
+        hidden = map_hidden(lambda part: pad(part.to(dtype), weights[1].size(1)), hidden)
+        results = function(x, hidden, weights, True, 1, 0.0, rnn.training, False, False)
+    return [unpad(part, size) for part in results]
 
 
 def is_step(x):
@@ -146,10 +139,9 @@ def is_step(x):
     return len(x) == 1 and not x.is_cuda and not torch.is_grad_enabled()
 
 
-class GRU(nn.GRU):
+class GRU(GPULayer, nn.GRU):
     """Run one GRU layer: `torch.nn.GRU` with the same names of parameters."""
 
-    capturable = False  # a CUDA graph may be captured: no pass moves the parameters in memory
     packed = None
 
     def pack(self):
@@ -157,13 +149,13 @@ class GRU(nn.GRU):
         self.packed = (PackedLinear(self.weight_ih_l0, self.bias_ih_l0),
                        PackedLinear(self.weight_hh_l0, self.bias_hh_l0))
 
-    def forward(self, x, h):
+    def forward(self, x, h, mask=None):
         """Run x (T, B, E) from `h` (1, B, H).
 
-        Returns the output (T, B, H) and the new h.
+        `mask`, factors of W_hh, is for a pass that `pads`. Returns the output (T, B, H) and the new h.
         """
-        if self.capturable or (x.is_cuda and torch.is_autocast_enabled("cuda")):
-            return cudnn_pass(torch.gru, self, x, h)
+        if self.pads(x):
+            return cudnn_pass(torch.gru, self, x, h, mask)
         if self.packed and is_step(x):
             h = self.step(x, h)
             return h, h
@@ -180,10 +172,9 @@ class GRU(nn.GRU):
         return torch.lerp(n, h, (z_x + z_h).sigmoid())
 
 
-class LSTM(nn.LSTM):
+class LSTM(GPULayer, nn.LSTM):
     """Run one LSTM layer: `torch.nn.LSTM` with the same names of parameters."""
 
-    capturable = False  # a CUDA graph may be captured: no pass moves the parameters in memory
     packed = None
 
     def pack(self):
@@ -194,15 +185,15 @@ class LSTM(nn.LSTM):
         weight = torch.cat([self.weight_ih_l0, self.weight_hh_l0], 1)
         self.packed = PackedLinear(weight, self.bias_ih_l0 + self.bias_hh_l0)
 
-    def forward(self, x, hidden):
+    def forward(self, x, hidden, mask=None):
         """Run x (T, B, E) from `hidden` (h, c), each (1, B, H).
 
-        Returns the output (T, B, H) and the new (h, c).
+        `mask`, factors of W_hh, is for a pass that `pads`. Returns the output (T, B, H) and the new (h, c).
         """
-        h, c = hidden
-        if self.capturable or (x.is_cuda and torch.is_autocast_enabled("cuda")):
-            output, h, c = cudnn_pass(torch.lstm, self, x, hidden)
+        if self.pads(x):
+            output, h, c = cudnn_pass(torch.lstm, self, x, hidden, mask)
             return output, (h, c)
+        h, c = hidden
         if is_step(x):
             return self.step(x, h, c)
         if not self.by_own_pass(x):

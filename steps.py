@@ -96,7 +96,6 @@ def choose_pass(model, precision, alpha, beta, cuda_graphs=False, backend=None):
     settings = {"alpha": alpha, "beta": beta, "precision": precision}
     if not cuda_graphs:
         return partial(forward_backward, **settings)
-    model.make_capturable()
     return GraphedPass(partial(forward_backward, **settings, keep_grads=True), backend)
 
 

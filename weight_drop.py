@@ -9,6 +9,7 @@ Paper: Merity, Keskar, Socher, "Regularizing and Optimizing LSTM Language Models
 from torch.func import functional_call
 
 from locked_dropout import dropout_mask
+from padding import GPULayer
 
 
 def weight_drop(module, name, p, *inputs):
@@ -17,11 +18,13 @@ def weight_drop(module, name, p, *inputs):
     The parameter itself is neither changed nor renamed. The pass sees `parameter * mask`. Autograd carries the gradient
     through that product. So it reaches the parameter only where the mask kept it.
 
+    On a GPU the layers of this project multiply by the mask themselves, while they copy their weights. Elsewhere
     `functional_call` puts the parameter back even when the pass raises. An assignment to the module would not.
-    `torch.nn.LSTM` notices the exchange, there and back. It hands cuDNN the dropped weights in one buffer.
     """
     if not module.training or p == 0:
         return module(*inputs)
     weight = module.get_parameter(name)
-    dropped = weight * dropout_mask(weight, weight.shape, p)
-    return functional_call(module, {name: dropped}, inputs)
+    mask = dropout_mask(weight, weight.shape, p)
+    if isinstance(module, GPULayer) and module.pads(inputs[0]):
+        return module(*inputs, mask)
+    return functional_call(module, {name: weight * mask}, inputs)

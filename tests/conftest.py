@@ -11,6 +11,7 @@ import convert
 import distributed
 import locked_dropout
 import main
+import qrnn
 from device import allow_tf32
 from process import run_script
 
@@ -40,6 +41,16 @@ def in_float64():
     torch.set_default_dtype(torch.float64)
     yield
     torch.set_default_dtype(torch.float32)
+
+
+@pytest.fixture
+def as_a_gpu(monkeypatch):
+    """Tensors of the CPU say that they lie on a GPU.
+
+    So the passes for a GPU run, but for Triton's. PyTorch itself is not deceived where it matters.
+    """
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True)
+    monkeypatch.setattr(qrnn, "triton", None)
 
 
 @pytest.fixture

@@ -13,6 +13,7 @@ import main
 import pointer
 import rnn
 import steps
+import weight_drop
 from graphs import GraphedPass
 from locked_dropout import dropout_mask
 from model import RNNModel
@@ -30,22 +31,23 @@ def epochs(metrics):
 
 @pytest.mark.cuda("weight drop acts under cuDNN, without warnings")
 @pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("sizes", [(30, 50), (32, 64), (250, 250)])
 @pytest.mark.parametrize("kind", [rnn.LSTM, rnn.GRU])
-def test_flat_weights_under_cudnn_are_the_layer_on_a_cpu(kind):
+def test_a_padded_pass_under_cudnn_is_the_layer_on_a_cpu(kind, sizes, monkeypatch):
     torch.manual_seed(1)
-    layer, x, h = kind(30, 50), torch.randn(9, 4, 30), torch.randn(1, 4, 50)
+    layer, x, h = kind(*sizes), torch.randn(9, 4, sizes[0]), torch.randn(1, 4, sizes[1])
     mask = dropout_mask(torch.empty(0), layer.weight_hh_l0.shape, 0.5)
+    monkeypatch.setattr(weight_drop, "dropout_mask", lambda like, *_: mask.to(like.device))
     results = []
     for device in ("cpu", "cuda"):
         layer.to(device).zero_grad()
-        layer.capturable = device == "cuda"
         places = [p.data_ptr() for p in layer.parameters()]
         start = h.to(device)
-        dropped = torch.func.functional_call(layer, {"weight_hh_l0": layer.weight_hh_l0 * mask.to(device)},
-                                             (x.to(device), (start, start) if kind is rnn.LSTM else start))
-        dropped[0].square().sum().backward()
+        output, _ = weight_drop.weight_drop(layer, "weight_hh_l0", 0.5, x.to(device),
+                                            (start, start) if kind is rnn.LSTM else start)
+        output.square().sum().backward()
         assert places == [p.data_ptr() for p in layer.parameters()]
-        results.append([dropped[0].detach().cpu(), *(p.grad.cpu() for p in layer.parameters())])
+        results.append([output.detach().cpu(), *(p.grad.cpu() for p in layer.parameters())])
     for found, expected in zip(*results):
         torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
 
@@ -179,7 +181,6 @@ def test_resume_and_repeat_with_graphs(train, tmp_path):
 def test_masks_are_fresh_in_every_replay(kind, dropped):
     off = dict.fromkeys(("dropout", "dropouth", "dropouti", "dropoute", "wdrop"), 0)
     model = RNNModel(50, kind, emsize=20, nhid=30, nlayers=2, **{**off, dropped: 0.5}).cuda()
-    model.make_capturable()
     run = GraphedPass(partial(steps.forward_backward, keep_grads=True))
     tokens = torch.randint(50, (10, 4), device="cuda")
     losses = []
@@ -193,7 +194,6 @@ def test_masks_are_fresh_in_every_replay(kind, dropped):
 def test_without_dropout_replays_repeat():
     off = dict.fromkeys(("dropout", "dropouth", "dropouti", "dropoute", "wdrop"), 0)
     model = RNNModel(50, emsize=20, nhid=30, nlayers=2, **off).cuda()
-    model.make_capturable()
     run = GraphedPass(partial(steps.forward_backward, keep_grads=True))
     tokens = torch.randint(50, (10, 4), device="cuda")
     losses = [run(model, tokens[:-1], tokens[1:], model.init_hidden(4))[1][0].item() for _ in range(4)]

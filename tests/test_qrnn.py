@@ -1,4 +1,4 @@
-"""Fo-pooling and Triton's forget-mult are exact forward and backward, and the QRNN layer is its equations."""
+"""Fo-pooling, by a loop and by Triton, is exact forward and backward, and the QRNN layer is its equations."""
 
 import os
 import subprocess
@@ -9,18 +9,66 @@ import torch
 
 import qrnn
 from model import RNNModel
-from qrnn import QRNN, FoPool, TritonForgetMult
+from qrnn import QRNN, fo_pool
 from steps import evaluate
 from utils import batchify
 
 WITH_TRITON = pytest.mark.skipif(qrnn.triton is None, reason="no Triton")
 INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"  # Triton asks for this when a kernel is defined
-DEVICES = [
-    pytest.param("cuda", id="triton",
-                 marks=[WITH_TRITON, pytest.mark.cuda("Triton's forget-mult is the oracle's, gradcheck")]),
-    pytest.param("cpu", id="interpreted",
+FO_POOLS = [
+    pytest.param("FoPool", "cpu", id="loop"),
+    pytest.param("TritonFoPool", "cpu", id="interpreted",
                  marks=pytest.mark.skipif(not INTERPRETING, reason="TRITON_INTERPRET is not 1")),
+    pytest.param("TritonFoPool", "cuda", id="triton",
+                 marks=[WITH_TRITON, pytest.mark.cuda("Triton's fo-pooling is the oracle's, gradcheck")]),
 ]
+EACH_FO_POOL = pytest.mark.parametrize("name, device", FO_POOLS)
+
+
+@WITH_TRITON
+@pytest.mark.skipif(INTERPRETING, reason="this is the run under the interpreter")
+def test_the_kernels_of_triton_under_its_interpreter():
+    """The cases "interpreted" of the tests below, for which no GPU is needed."""
+    command = [sys.executable, "-m", "pytest", __file__, "-k", "interpreted"]
+    done = subprocess.run(command, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True)
+    if " passed" not in done.stdout and "only 0-dimensional arrays can be converted" in done.stdout:
+        pytest.skip("the interpreter of this Triton (3.2 is one) is older than this numpy (2.4)")
+    assert done.returncode == 0, done.stdout
+    assert " passed" in done.stdout, done.stdout
+
+
+@pytest.mark.parametrize("missing", ["Triton", "a GPU", "a compiler"])
+def test_without_triton_a_gpu_or_a_compiler_the_loop_runs(monkeypatch, missing):
+    """A stand-in for the kernels says whether they were asked; by default all is there."""
+    asked = []
+    monkeypatch.setattr(qrnn.TritonFoPool, "apply", lambda *_: asked.append(True))
+    monkeypatch.setattr(qrnn, "has_compiler", lambda: True)
+    monkeypatch.setattr(qrnn, "triton", object())
+    linear_map, start = torch.zeros(2, 1, 9), torch.zeros(1, 3)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.Tensor, "is_cuda", True)
+        fo_pool(linear_map, start)
+        assert asked == [True]
+        if missing == "Triton":
+            patch.setattr(qrnn, "triton", None)
+        elif missing == "a GPU":
+            patch.setattr(torch.Tensor, "is_cuda", False)
+        else:
+            patch.setattr(qrnn, "has_compiler", lambda: False)
+        output, _ = fo_pool(linear_map, start)
+    assert output.shape == (2, 1, 3)
+    assert asked == [True]
+
+
+def test_a_compiler_is_one_that_triton_would_take(monkeypatch):
+    qrnn.has_compiler.cache_clear()
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.delenv("CC", raising=False)
+    assert not qrnn.has_compiler()
+    qrnn.has_compiler.cache_clear()
+    monkeypatch.setenv("CC", "gcc")
+    assert qrnn.has_compiler()
+    qrnn.has_compiler.cache_clear()
 
 
 def naive(f, z, start):
@@ -32,47 +80,6 @@ def naive(f, z, start):
     return torch.stack(states)
 
 
-def inputs(device, shape, dtype=torch.double):
-    torch.manual_seed(0)
-    f, z, start = torch.rand(shape), torch.randn(shape), torch.randn(shape[1:])
-    return [x.to(device, dtype).requires_grad_() for x in (f, z, start)]
-
-
-@pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("shape", [(9, 4, 5), (1, 4, 5), (9, 1, 1), (1, 1, 1), (3, 7, 300)])
-def test_forget_mult_and_its_gradient_are_the_naive_loop(device, shape):
-    given, same = inputs(device, shape), inputs(device, shape)
-    upstream = torch.randn(shape, dtype=torch.double).to(device)
-    h, expected = TritonForgetMult.apply(*given), naive(*same)
-    torch.testing.assert_close(h, expected)
-    torch.testing.assert_close(torch.autograd.grad(h, given, upstream), torch.autograd.grad(expected, same, upstream))
-
-
-@pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("shape", [(5, 2, 3), (1, 1, 2)])
-def test_forget_mult_gradcheck(device, shape):
-    assert torch.autograd.gradcheck(TritonForgetMult.apply, inputs(device, shape))
-
-
-@pytest.mark.parametrize("device", DEVICES)
-def test_forget_mult_takes_inputs_that_are_not_contiguous(device):
-    f, z, start = inputs(device, (6, 4, 8))
-    f, z, start = f[:, :, ::2], z.transpose(0, 1).transpose(0, 1)[:, :, :4], start[:, 1::2]
-    torch.testing.assert_close(TritonForgetMult.apply(f, z, start), naive(f, z, start))
-
-
-@WITH_TRITON
-@pytest.mark.skipif(INTERPRETING, reason="this is the run under the interpreter")
-def test_the_kernels_of_triton_under_its_interpreter():
-    """The cases "interpreted" of the tests above, for which no GPU is needed."""
-    command = [sys.executable, "-m", "pytest", __file__, "-k", "interpreted"]
-    done = subprocess.run(command, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True)
-    if "8 failed" in done.stdout and "only 0-dimensional arrays can be converted" in done.stdout:
-        pytest.skip("the interpreter of this Triton (3.2 is one) is older than this numpy (2.4)")
-    assert done.returncode == 0, done.stdout
-    assert " passed" in done.stdout, done.stdout
-
-
 def naive_fo_pool(linear_map, start, zoneout_mask):
     """The definition, with autograd recording every step."""
     z, f, o = linear_map.chunk(3, -1)
@@ -81,44 +88,64 @@ def naive_fo_pool(linear_map, start, zoneout_mask):
     return o.sigmoid() * c, c[-1]
 
 
-def fo_pool_inputs(steps, batch_size, hidden_size, zoneout):
+def fo_pool_inputs(device, steps, batch_size, hidden_size, zoneout):
     torch.manual_seed(0)
     linear_map, start = torch.randn(steps, batch_size, 3 * hidden_size), torch.randn(batch_size, hidden_size)
-    zoneout_mask = torch.rand(steps, batch_size, hidden_size).double() if zoneout else None
-    return linear_map.double().requires_grad_(), start.double().requires_grad_(), zoneout_mask
+    zoneout_mask = torch.rand(steps, batch_size, hidden_size).double().to(device) if zoneout else None
+    return linear_map.double().to(device).requires_grad_(), start.double().to(device).requires_grad_(), zoneout_mask
 
 
+@EACH_FO_POOL
 @pytest.mark.parametrize("zoneout", [False, True])
 @pytest.mark.parametrize("shape", [(9, 4, 5), (8, 4, 5), (1, 4, 5), (9, 1, 1), (1, 1, 1), (3, 7, 300)])
-def test_fo_pool_and_its_gradient_are_the_naive_loop(shape, zoneout):
-    *variables, zoneout_mask = fo_pool_inputs(*shape, zoneout)
-    upstream = torch.randn(shape, dtype=torch.double), torch.randn(shape[1:], dtype=torch.double)
-    found, expected = (function(*variables, zoneout_mask) for function in (FoPool.apply, naive_fo_pool))
+def test_fo_pool_and_its_gradient_are_the_naive_loop(name, device, shape, zoneout):
+    *variables, zoneout_mask = fo_pool_inputs(device, *shape, zoneout)
+    upstream = [torch.randn(size, dtype=torch.double).to(device) for size in (shape, shape[1:])]
+    found, expected = (function(*variables, zoneout_mask) for function in (getattr(qrnn, name).apply, naive_fo_pool))
     torch.testing.assert_close(found, expected)
     torch.testing.assert_close(*(torch.autograd.grad(outputs, variables, upstream) for outputs in (found, expected)))
 
 
+@EACH_FO_POOL
 @pytest.mark.parametrize("zoneout", [False, True])
-def test_fo_pool_gradcheck(zoneout):
-    assert torch.autograd.gradcheck(FoPool.apply, fo_pool_inputs(5, 2, 3, zoneout))
+def test_fo_pool_gradcheck(name, device, zoneout):
+    assert torch.autograd.gradcheck(getattr(qrnn, name).apply, fo_pool_inputs(device, 5, 2, 3, zoneout))
 
 
-def test_fo_pool_takes_tensors_that_are_not_contiguous():
-    linear_map, start, _ = fo_pool_inputs(6, 4, 8, False)
+@EACH_FO_POOL
+def test_fo_pool_takes_tensors_that_are_not_contiguous(name, device):
+    linear_map, start, _ = fo_pool_inputs(device, 6, 4, 8, False)
     inputs = linear_map.transpose(0, 1)[:, :, ::2], start[:1, 1::2].expand(6, 4), None
-    upstream = torch.randn(4, 4, 6).double().transpose(1, 2), torch.randn(4, 6).double().t()
-    found, expected = FoPool.apply(*inputs), naive_fo_pool(*inputs)
+    upstream = [torch.randn(4, 4, 6).double().transpose(1, 2).to(device), torch.randn(4, 6).double().t().to(device)]
+    found, expected = getattr(qrnn, name).apply(*inputs), naive_fo_pool(*inputs)
     torch.testing.assert_close(found, expected)
     variables = linear_map, start
     torch.testing.assert_close(*(torch.autograd.grad(outputs, variables, upstream) for outputs in (found, expected)))
 
 
-def test_saturated_gates_are_exact():
+@EACH_FO_POOL
+def test_saturated_gates_are_exact(name, device):
     """Gates of 0 and 1, where a form by logarithms would give NaN: the state is kept, and replaced."""
     z, f, o = [1.0, -1.0, -1.0, -1.0], [1.0, -1.0, -1.0, 1.0], [1.0] * 4
-    output, last = FoPool.apply(torch.tensor([z, f, o]).t().view(4, 1, 3) * 1e4, torch.zeros(1, 1), None)
+    linear_map = torch.tensor([z, f, o], device=device).t().reshape(4, 1, 3) * 1e4
+    output, last = getattr(qrnn, name).apply(linear_map, torch.zeros(1, 1, device=device), None)
     assert output.flatten().tolist() == [1.0, 1.0, 1.0, -1.0]
     assert last.item() == -1.0
+
+
+@EACH_FO_POOL
+def test_fo_pool_takes_a_linear_map_in_bfloat16(name, device):
+    """Only its gradient is as short; state, output and their gradients are in fp32."""
+    linear_map, start, _ = (part if part is None else part.detach().float().requires_grad_()
+                            for part in fo_pool_inputs(device, 9, 4, 5, False))
+    short = linear_map.detach().bfloat16().requires_grad_()
+    output, last = getattr(qrnn, name).apply(short, start, None)
+    expected, _ = naive_fo_pool(short.float(), start, None)
+    assert output.dtype == last.dtype == torch.float32
+    torch.testing.assert_close(output, expected)
+    found, exact = (torch.autograd.grad(outputs.sum(), (short, start)) for outputs in (output, expected))
+    assert found[0].dtype == torch.bfloat16
+    torch.testing.assert_close(found, exact, atol=1e-2, rtol=1e-2)
 
 
 @pytest.mark.parametrize("window", [1, 2])
