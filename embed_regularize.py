@@ -4,9 +4,24 @@ Paper: Merity, Keskar, Socher, "Regularizing and Optimizing LSTM Language Models
 follows Gal and Ghahramani (2016). Shapes are in the alphabet of `model.py`.
 """
 
+import torch
 from torch.nn import functional
 
 from locked_dropout import dropout_mask
+
+UNSAFE = range(2017, 3073)  # tokens of one lookup whose gradient has a race on a GPU
+
+
+def look_up(weight, tokens):
+    """Look up `tokens` (T, B) in `weight` (V, E); returns (T, B, E).
+
+    On a GPU, PyTorch's gradient for up to 3,072 tokens has a race from 2,017 on (2.6 to 2.11 at least). Two lookups of
+    half as many have none.
+    """
+    if not (tokens.is_cuda and tokens.numel() in UNSAFE):
+        return functional.embedding(tokens, weight)
+    halves = [functional.embedding(half, weight) for half in tokens.flatten().chunk(2)]
+    return torch.cat(halves).view(*tokens.shape, -1)
 
 
 def embedded_dropout(weight, tokens, p, training=True):
@@ -15,7 +30,7 @@ def embedded_dropout(weight, tokens, p, training=True):
     Returns (T, B, E). One mask (V, 1) is drawn for the whole vocabulary. It is applied only to the rows that were
     looked up. Values and gradients are as if the matrix were masked first. No V x E product is needed.
     """
-    embedded = functional.embedding(tokens, weight)
+    embedded = look_up(weight, tokens)
     if not training or p == 0:
         return embedded
     return embedded * dropout_mask(weight, (weight.size(0), 1), p)[tokens]

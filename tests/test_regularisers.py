@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from embed_regularize import embedded_dropout
+from embed_regularize import embedded_dropout, look_up
 from locked_dropout import dropout_mask, locked_dropout
 from weight_drop import weight_drop
 
@@ -63,6 +63,23 @@ def test_embedding_dropout_is_the_lookup_in_a_masked_matrix():
     assert (embedded == 0).any()
     torch.testing.assert_close(embedded, masked)
     torch.testing.assert_close(gradient, expected)
+
+
+@pytest.mark.parametrize("count, lookups", [(2016, [2016]), (2017, [1009, 1008]), (3072, [1536, 1536]), (3073, [3073])])
+def test_on_a_gpu_no_lookup_has_a_number_of_tokens_whose_gradient_has_a_race(count, lookups, monkeypatch):
+    """PyTorch's kernel for up to 3,072 tokens is right up to 2,016 of them; that for more is another."""
+    found, embedding = [], functional.embedding
+    monkeypatch.setattr(functional, "embedding", lambda tokens, weight: (
+        found.append(tokens.numel()), embedding(tokens, weight))[1])
+    weight = torch.randn(11, E, dtype=torch.double, requires_grad=True)
+    tokens, upstream = torch.randint(11, (1, count)), torch.randn(1, count, E, dtype=torch.double)
+    whole = look_up(weight, tokens)
+    assert found == [count], "on a CPU there is one lookup"
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True)
+    parts = look_up(weight, tokens)
+    assert found[1:] == lookups
+    assert torch.equal(parts, whole)
+    torch.testing.assert_close(*(torch.autograd.grad(out, weight, upstream) for out in (parts, whole)))
 
 
 def recurrent(kind, device):
