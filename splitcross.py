@@ -15,14 +15,17 @@ Papers:
 Shapes are in the alphabet of `model.py`.
 """
 
+import math
+
 import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
+from padding import gpu_dtype, pad, padded_size, unpad
 from products import PackedLinear, for_products
 
-MIN_LOGITS = 2**20  # N x V from which on `SoftmaxLoss` pays; smaller ones stay in the cache anyway
+MIN_LOGITS = 2**20  # N x V from which on a loss in blocks pays; smaller ones stay in the cache anyway
 
 
 def splits_for(ntoken):
@@ -80,6 +83,48 @@ class SoftmaxLoss(torch.autograd.Function):
         return *(grad * scale for grad in ctx.saved_tensors), None
 
 
+class GPUSoftmaxLoss(SoftmaxLoss):
+    """Compute what `SoftmaxLoss` does, in the few and large operations that suit a GPU.
+
+    Blocks are large, since each one reads the whole weight. Sizes are padded (`padding.py`). A word of the pads has the
+    bias -inf, so its probability and its gradient are 0.
+    """
+
+    LOGITS = 2**26  # of a block: 256 MiB in fp32
+
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, targets):
+        dtype, (ntoken, size) = gpu_dtype(hidden), map(padded_size, weight.shape)
+        with torch.autocast(hidden.device.type, enabled=False):
+            rows, w = pad(hidden.to(dtype), size), padded_matrix(weight, ntoken, size, dtype)
+            b = functional.pad(bias, (0, ntoken - len(bias)), value=-math.inf).to(dtype)
+            grad_rows, grad_weight, grad_bias = torch.empty_like(rows), None, None
+            losses, minus_one = bias.new_empty(len(rows)), bias.new_full((len(rows), 1), -1.0)
+            count = max(1, GPUSoftmaxLoss.LOGITS // ntoken)
+            for block, target, loss, grad_block in zip(*(t.split(count) for t in (
+                    rows, targets.unsqueeze(1), losses, grad_rows))):
+                logprob = torch.addmm(b, block, w.t()).to(bias.dtype).log_softmax(1)
+                loss.copy_(logprob.gather(1, target).squeeze(1))
+                grad = logprob.exp_().scatter_add_(1, target, minus_one[:len(block)])  # p - 1 at the targets, else p
+                of_bias, grad = grad.sum(0), grad.to(dtype)
+                torch.mm(grad, w, out=grad_block)
+                of_weight = (grad.t() @ block).to(weight.dtype)
+                grad_weight = of_weight if grad_weight is None else grad_weight.add_(of_weight)
+                grad_bias = of_bias if grad_bias is None else grad_bias.add_(of_bias)
+        ctx.save_for_backward(unpad(grad_rows, hidden.size(1)).to(hidden.dtype),
+                              grad_weight[:len(weight), :weight.size(1)], grad_bias[:len(weight)])
+        return -losses.mean()
+
+
+def padded_matrix(matrix, rows, columns, dtype):
+    """Return `matrix` in `dtype`, with zeros up to (rows, columns)."""
+    if matrix.shape == (rows, columns):
+        return matrix.to(dtype)
+    result = matrix.new_zeros(rows, columns, dtype=dtype)
+    result[:len(matrix), :matrix.size(1)] = matrix
+    return result
+
+
 class SplitCrossEntropy(nn.Module):
     """Compute loss and log-probabilities over V = `ntoken` words from vectors of `hidden_size` (E or H).
 
@@ -109,8 +154,8 @@ class SplitCrossEntropy(nn.Module):
         """
         if len(self.sizes) == 1:
             hidden, targets = hidden.flatten(0, -2), targets.flatten()
-            if hidden.requires_grad and not hidden.is_cuda and len(hidden) * len(weight) >= MIN_LOGITS:
-                return SoftmaxLoss.apply(hidden, weight, bias, targets)
+            if hidden.requires_grad and len(hidden) * len(weight) >= MIN_LOGITS:
+                return (GPUSoftmaxLoss if hidden.is_cuda else SoftmaxLoss).apply(hidden, weight, bias, targets)
             return functional.cross_entropy(functional.linear(hidden, weight, bias), targets)
         return -self.target_logprob(weight, bias, hidden, targets).mean()
 

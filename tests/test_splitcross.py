@@ -17,7 +17,7 @@ import optimizers
 import pointer
 import splitcross
 from model import RNNModel
-from splitcross import SoftmaxLoss, SplitCrossEntropy, splits_for
+from splitcross import GPUSoftmaxLoss, SoftmaxLoss, SplitCrossEntropy, splits_for
 
 FOLDER = Path(__file__).parent / "reference"
 RECORDED = json.loads((FOLDER / "splitcross.json").read_text())
@@ -176,15 +176,45 @@ def test_the_loss_in_blocks_and_its_gradients_are_those_of_cross_entropy(monkeyp
         torch.testing.assert_close(gradient, expected)
 
 
+@pytest.mark.parametrize("logits", [1, 11 * 7, 2**20])
+@pytest.mark.parametrize("rows, words, size", [(20, 11, 5), (20, 16, 16), (20, 33, 16), (1, 11, 32)])
+def test_the_loss_of_a_gpu_and_its_gradients_are_those_of_cross_entropy(monkeypatch, rows, words, size, logits):
+    """With pads and without, in blocks of one row, of some, and of all."""
+    monkeypatch.setattr(GPUSoftmaxLoss, "LOGITS", logits)
+    torch.manual_seed(0)
+    inputs = [torch.randn(shape, dtype=torch.double, requires_grad=True)
+              for shape in ((rows, size), (words, size), (words,))]
+    targets = torch.randint(words, (rows,))
+    (3 * GPUSoftmaxLoss.apply(*inputs, targets)).backward()
+    loss = 3 * functional.cross_entropy(functional.linear(*inputs), targets)
+    torch.testing.assert_close(3 * GPUSoftmaxLoss.apply(*inputs, targets), loss)
+    for tensor, expected in zip(inputs, torch.autograd.grad(loss, inputs)):
+        torch.testing.assert_close(tensor.grad, expected, atol=1e-12, rtol=1e-12)
+
+
+@pytest.mark.usefixtures("as_a_gpu")
+def test_on_a_gpu_the_products_of_the_loss_have_whole_vectors(monkeypatch):
+    monkeypatch.setattr(splitcross, "MIN_LOGITS", 0)
+    shapes, addmm = [], torch.addmm
+    monkeypatch.setattr(torch, "addmm", lambda *factors: (shapes.append([part.shape for part in factors]),
+                                                          addmm(*factors))[1])
+    hidden = torch.randn(7, 3, 5, requires_grad=True)
+    SplitCrossEntropy(5, 11, [])(torch.randn(11, 5), torch.randn(11), hidden, torch.randint(11, (7, 3))).backward()
+    assert shapes == [[(16,), (21, 16), (16, 16)]]
+
+
+@pytest.mark.parametrize("function", [SoftmaxLoss, GPUSoftmaxLoss])
 @pytest.mark.parametrize("target, expected", [(0, math.log(2)), (1, 1e4 + math.log(2)), (3, 2e4 + math.log(2))])
-def test_the_loss_is_exact_for_large_logits_and_probabilities_below_all_numbers(target, expected):
+def test_the_loss_is_exact_for_large_logits_and_probabilities_below_all_numbers(target, expected, function):
     bias = torch.tensor([1e4, 0.0, 1e4, -1e4])
-    loss = SoftmaxLoss.apply(torch.zeros(1, 1), torch.zeros(4, 1), bias, torch.tensor([target]))
+    loss = function.apply(torch.zeros(1, 1), torch.zeros(4, 1), bias, torch.tensor([target]))
     assert loss.item() == pytest.approx(expected, rel=1e-6)
 
 
-def test_the_loss_in_bfloat16_has_gradients_to_the_precision_of_bfloat16(monkeypatch):
+@pytest.mark.parametrize("on_a_gpu", [False, True])
+def test_the_loss_in_bfloat16_has_gradients_to_the_precision_of_bfloat16(monkeypatch, on_a_gpu):
     monkeypatch.setattr(splitcross, "MIN_LOGITS", 0)
+    monkeypatch.setattr(torch.Tensor, "is_cuda", on_a_gpu)
     torch.manual_seed(0)
     softmax, targets = SplitCrossEntropy(5, 11, []), torch.randint(11, (20, 3))
     inputs = [torch.randn(shape, requires_grad=True) for shape in ((11, 5), (11,), (20, 3, 5))]
