@@ -25,6 +25,7 @@ import torch
 from errors import BadInput
 from files import replacing
 from model import ARCHITECTURE, DROPOUTS, RNNModel, parameter_shapes
+from optimizers import ASGD
 from run_files import STATES, best_path
 from splitcross import splits_for
 from text import BYTES, LEVELS
@@ -35,7 +36,8 @@ FORMAT, VERSION = "awd-lstm", 1
 FIXED = (*ARCHITECTURE, "level", "shares", "vocab", "min_count", "max_vocab", "vocab_order", "optimizer", "seed",
          "load")
 # What an optimizer keeps for each parameter, once it has made a step.
-OPTIMIZER_STATE = {torch.optim.SGD: set(), torch.optim.ASGD: {"step", "eta", "mu", "ax"},
+AVERAGING_STATE = {"step", "eta", "mu", "ax"}
+OPTIMIZER_STATE = {torch.optim.SGD: set(), torch.optim.ASGD: AVERAGING_STATE, ASGD: AVERAGING_STATE,
                    torch.optim.Adam: {"step", "exp_avg", "exp_avg_sq"}}
 WAYS = ("fused", "foreach", "capturable")  # how a step is computed: depends on the device, not on the state
 CONTENT = {"flags": dict, "vocabulary": list, "model": dict, "loss": float, "epoch": int}

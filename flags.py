@@ -200,8 +200,8 @@ def add_run_flags(group, save):
     group.add_argument("--overwrite", action="store_true",
                        help="begin anew where a run or a model lies at --save; what lies there is lost")
     group.add_argument("--save-interval", type=non_negative_float, default=30, metavar="MINUTES",
-                       help="time between states written to resume from, besides those at the end of each epoch "
-                            "(0: only those; default: %(default)s)")
+                       help="time between states written to resume from, besides those at the end of each epoch, "
+                            "or on a GPU of each minute of epochs (0: only those; default: %(default)s)")
     group.add_argument("--tensorboard", metavar="DIR",
                        help="folder for the figures of the metrics file as TensorBoard reads them; needs pip install "
                             "tensorboard; like --cuda not remembered by --resume (default: none)")

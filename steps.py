@@ -15,9 +15,11 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from device import computes_in, tf32
 from graphs import GraphedPass
 from metrics import log
+from optimizers import guard
 from utils import get_batch, repackage_hidden
 
 MIN_SEQ_LEN = 5  # time steps
+MAX_LOGITS = 2**26  # of a chunk of evaluation on a GPU: 256 MiB in fp32
 
 
 def seed_everything(seed):
@@ -44,17 +46,41 @@ def train_step(model, optimizer, forward_backward, words, targets, hidden, lr_sc
     changed.
     """
     hidden, loss_and_norm = forward_backward(model, words, targets, hidden)
-    loss, norm = loss_and_norm.tolist()  # the only time in a step that the CPU waits for a GPU
-    if not (math.isfinite(loss) and math.isfinite(norm)):
-        raise FloatingPointError(f"the loss is {loss} and the norm of the gradient {norm}")
-    if clip:
-        clip_grads_with_norm_(model.parameters(), clip, loss_and_norm[1])
+    if loss_and_norm.is_cuda:
+        read = read_later(loss_and_norm)
+        guard(optimizer, loss_and_norm, clip)
+    else:
+        read = loss_and_norm.tolist
+        check_finite(*read())
+        if clip:
+            clip_grads_with_norm_(model.parameters(), clip, loss_and_norm[1])
     group = optimizer.param_groups[0]
     lr = group["lr"]
     group["lr"] = lr * lr_scale
     optimizer.step()
     group["lr"] = lr
+    loss, norm = read()  # the only time in a step that the CPU waits for a GPU, which has the optimizer's work by now
+    check_finite(loss, norm)
     return hidden, loss
+
+
+def check_finite(loss, norm):
+    if not (math.isfinite(loss) and math.isfinite(norm)):
+        raise FloatingPointError(f"the loss is {loss} and the norm of the gradient {norm}")
+
+
+def read_later(values):
+    """Begin to copy `values` from the GPU to the CPU.
+
+    Returns a function that waits for them and returns a list. It does not wait for what was launched after this call.
+    """
+    copy, copied = values.to("cpu", non_blocking=True), torch.cuda.Event()
+    copied.record()
+
+    def read():
+        copied.synchronize()
+        return copy.tolist()
+    return read
 
 
 def forward_backward(model, words, targets, hidden, alpha=0, beta=0, precision="fp32", keep_grads=False):
@@ -69,7 +95,7 @@ def forward_backward(model, words, targets, hidden, alpha=0, beta=0, precision="
     """
     device = words.device
     model.zero_grad(set_to_none=not keep_grads)
-    with tf32(precision == "tf32") if device.type == "cuda" else nullcontext():
+    with tf32(precision != "fp32") if device.type == "cuda" else nullcontext():
         with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
             output, hidden, raw = model(words, hidden)
             cross_entropy = objective = model.loss(output, targets)
@@ -103,13 +129,17 @@ def choose_pass(model, precision, alpha, beta, cuda_graphs=False, backend=None):
 def evaluate(model, source, bptt):
     """Compute the cross entropy over `source` (N, B), in nats per predicted token.
 
-    The hidden state is carried along.
+    The hidden state is carried along, from chunk to chunk of `bptt` rows. On a GPU chunks are as long as MAX_LOGITS
+    allows, if that is longer, and the CPU waits once, at the end.
     """
     model.eval()
     hidden = model.init_hidden(source.size(1))
-    total = 0.0
+    if source.is_cuda:
+        bptt = max(bptt, MAX_LOGITS // (source.size(1) * len(model.decoder.bias)))
+    rows, losses = [], []
     for row in range(0, len(source) - 1, bptt):
         words, targets = get_batch(source, row, bptt)
         output, hidden, _ = model(words, hidden)
-        total += len(words) * model.loss(output, targets).item()
-    return total / (len(source) - 1)
+        rows.append(len(words))
+        losses.append(model.loss(output, targets))
+    return sum(count * loss for count, loss in zip(rows, torch.stack(losses).tolist())) / (len(source) - 1)

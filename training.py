@@ -29,6 +29,7 @@ from run import Progress
 from steps import MIN_SEQ_LEN, choose_pass, evaluate, sample_seq_len, seed_everything, train_step
 from utils import get_batch
 
+GPU_SAVE_SECONDS = 60  # between states that are saved after epochs on a GPU
 SHORT = 8  # a --bptt below which most batches are longer than it says
 
 
@@ -41,11 +42,17 @@ def train(run):
         return dry_run(run)
     begin(run)
     with StopSignals() as signals:
+        unsaved = False
         while not (is_asked(run, signals)[0] or is_finished(run)):
-            if train_epoch(run, signals):
+            unsaved = train_epoch(run, signals)
+            if unsaved:
                 end_epoch(run)           # validate, keep the best model
                 update_optimizer(run)    # NT-ASGD, --when
+            if unsaved and is_asked(run, signals, is_due(run))[1]:
                 save_state(run)
+                signals.save = unsaved = False
+        if unsaved:
+            save_state(run)
     log.check()
     return report_test(run, run.stop)
 
@@ -64,6 +71,14 @@ def is_finished(run):
     progress = run.progress
     plateau = run.stage == "finetune" and at_plateau(progress.history, run.args.nonmono)
     return plateau or progress.epoch >= run.args.epochs or run.budget.is_over(run.epochs())
+
+
+def is_due(run):
+    """Return whether the state is to be saved after an epoch: always on a CPU, on a GPU if the last is old enough.
+
+    There an epoch may take seconds, and saving a tenth of that.
+    """
+    return not run.batches.train.is_cuda or time.monotonic() >= run.saved_at + GPU_SAVE_SECONDS
 
 
 def begin(run):

@@ -41,7 +41,7 @@ def losses_of_steps(model, run, optimizer="sgd"):
 
 
 @pytest.mark.usefixtures("as_a_gpu")
-@pytest.mark.parametrize("optimizer", ["sgd", "adam"])
+@pytest.mark.parametrize("optimizer", ["sgd", "asgd", "adam"])
 @pytest.mark.parametrize("kind", ["LSTM", "GRU", "QRNN"])
 def test_training_by_graphs_is_training(kind, optimizer):
     simple, graphed = make_model(kind), make_model(kind)

@@ -270,7 +270,15 @@ def test_bf16_follows_the_first_batches(case, tmp_path, monkeypatch):
     assert first_batches(case, tmp_path, monkeypatch, count, "--precision", "bf16").max() <= tolerance
 
 
-@pytest.mark.usefixtures("in_float64")
+@pytest.mark.usefixtures("in_float64", "as_a_gpu")
+def test_the_passes_of_a_gpu_follow_every_loss_of_the_original(case, tmp_path, monkeypatch, record_property):
+    """On a CPU, through the switch to ASGD, with MIN_LOGITS low enough for the loss in blocks."""
+    monkeypatch.setattr(splitcross, "MIN_LOGITS", 0)
+    assert follow(case, tmp_path, monkeypatch, record_property) <= TOLERANCE
+    assert weight_difference(case, tmp_path / "run.pt") <= TOLERANCE
+
+
+@pytest.mark.usefixtures("in_float64", "as_a_gpu")
 def test_the_pass_for_graphs_follows_the_original(case, tmp_path, monkeypatch):
     """With a stand-in for CUDA's graphs; no batch of its lengths is lost or computed from stale inputs."""
     for script in (main, finetune):
