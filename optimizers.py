@@ -67,7 +67,8 @@ def make_optimizer(name, model, lr, wdecay):
     - It steps with the learning rate of the step before, as PyTorch's ASGD does. Under variable-length BPTT that rate
       is scaled for the batch before. The published numbers were made that way, so it is kept.
 
-    On a GPU all are fused, so that `guard` works, and nothing waits for the GPU. On a CPU fused SGD takes half the time.
+    On a GPU all are fused, so that `guard` works and nothing waits for the GPU. On a CPU fused SGD takes half the
+    time.
     """
     cuda = next(model.parameters()).is_cuda
     if name == "sgd":
