@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 
 import checkpoint
@@ -93,3 +94,22 @@ def tune(corpus_dir, *flags):
 
 def write(trained, *flags):
     generate.main(["--no-cuda", "--checkpoint", str(trained), "--words", "4", "--outf", "-", *map(str, flags)])
+
+
+# --- what needs a GPU ------------------------------------------------------------------------------------------------
+
+CLOSE = 1e-4  # of losses in nats: cuDNN adds in another order each time
+
+
+def epochs(metrics):
+    return [line["loss"] for line in metrics["epoch"] + metrics["test"]]
+
+
+def resumed_and_repeated(train, tmp_path, *flags):
+    """A run that stopped half-way, and one of the same seed, are the run."""
+    runs = [train(tmp_path / name, *flags, "--cuda", "--epochs", "4")[1] for name in ("whole.pt", "again.pt")]
+    for count in ("2", "4"):
+        resume = [] if count == "2" else ["--resume", str(tmp_path / "parts.pt")]
+        _, parts = train(tmp_path / "parts.pt", *flags, "--cuda", "--epochs", count, *resume)
+    assert epochs(runs[0]) == pytest.approx(epochs(runs[1]), abs=CLOSE)
+    assert epochs(runs[0]) == pytest.approx(epochs(parts), abs=CLOSE)

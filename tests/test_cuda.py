@@ -1,10 +1,8 @@
 """What only a GPU can show, run by `make gpu-check` under the names in the marks; elsewhere these tests skip."""
 
-from functools import partial
-
 import pytest
 import torch
-from helpers import read_metrics
+from helpers import read_metrics, resumed_and_repeated
 
 import dynamic
 import finetune
@@ -15,17 +13,11 @@ import rnn
 import splitcross
 import steps
 import weight_drop
-from graphs import GraphedPass
 from locked_dropout import dropout_mask
 from model import RNNModel
 from splitcross import SplitCrossEntropy
 
-CLOSE = 1e-4  # of losses in nats: cuDNN adds in another order each time
 TINY = ["--emsize", "5", "--nhid", "6", "--nlayers", "2", "--batch_size", "4", "--bptt", "7", "--lr", "1"]
-
-
-def epochs(metrics):
-    return [line["loss"] for line in metrics["epoch"] + metrics["test"]]
 
 
 # --- layers ----------------------------------------------------------------------------------------------------------
@@ -130,16 +122,6 @@ def test_devices_change_between_runs(train, tmp_path, kind):
     assert metrics["epoch"][-1]["optimizer"] == "ASGD"
 
 
-def resumed_and_repeated(train, tmp_path, *flags):
-    """A run that stopped half-way, and one of the same seed, are the run."""
-    runs = [train(tmp_path / name, *flags, "--cuda", "--epochs", "4")[1] for name in ("whole.pt", "again.pt")]
-    for count in ("2", "4"):
-        resume = [] if count == "2" else ["--resume", str(tmp_path / "parts.pt")]
-        _, parts = train(tmp_path / "parts.pt", *flags, "--cuda", "--epochs", count, *resume)
-    assert epochs(runs[0]) == pytest.approx(epochs(runs[1]), abs=CLOSE)
-    assert epochs(runs[0]) == pytest.approx(epochs(parts), abs=CLOSE)
-
-
 @pytest.mark.cuda("resume is the run that never stopped, same seed same run")
 @pytest.mark.parametrize("flags", [["--nonmono", "0", "--lr", "20"],
                                    ["--model", "QRNN", "--optimizer", "adam", "--lr", "0.01", "--when", "2"]])
@@ -159,44 +141,3 @@ def test_every_script(corpus_dir, tmp_path):
     text = tmp_path / "text.txt"
     generate.main(["--cuda", "--checkpoint", save, "--words", "50", "--outf", str(text)])
     assert len(text.read_text().split()) >= 40
-
-
-# --- graphs ----------------------------------------------------------------------------------------------------------
-
-@pytest.mark.cuda("training by graphs is training")
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("kind", ["LSTM", "GRU", "QRNN"])
-def test_training_by_graphs_is_training(train, tmp_path, kind, precision):
-    flags = ["--cuda", "--model", kind, "--epochs", "4", "--precision", precision]  # at a rate that is not chaotic
-    runs = [train(tmp_path / f"{name}.pt", *flags, f"--{name}")[1] for name in ("cuda-graphs", "no-cuda-graphs")]
-    assert epochs(runs[0]) == pytest.approx(epochs(runs[1]), abs=CLOSE if precision == "fp32" else 0.02)
-
-
-@pytest.mark.cuda("training by graphs is training")
-def test_resume_and_repeat_with_graphs(train, tmp_path):
-    resumed_and_repeated(train, tmp_path, "--nonmono", "0", "--lr", "20", "--cuda-graphs")
-
-
-@pytest.mark.cuda("masks differ between the replays of a graph")
-@pytest.mark.parametrize("dropped", ["dropout", "dropouth", "dropouti", "dropoute", "wdrop"])
-@pytest.mark.parametrize("kind", ["LSTM", "QRNN"])
-def test_masks_are_fresh_in_every_replay(kind, dropped):
-    off = dict.fromkeys(("dropout", "dropouth", "dropouti", "dropoute", "wdrop"), 0)
-    model = RNNModel(50, kind, emsize=20, nhid=30, nlayers=2, **{**off, dropped: 0.5}).cuda()
-    run = GraphedPass(partial(steps.forward_backward, keep_grads=True))
-    tokens = torch.randint(50, (10, 4), device="cuda")
-    losses = []
-    for _ in range(5):
-        _, loss_and_norm = run(model, tokens[:-1], tokens[1:], model.init_hidden(4))
-        losses.append(loss_and_norm[0].item())
-    assert len(set(losses)) == 5
-
-
-@pytest.mark.cuda("masks differ between the replays of a graph")
-def test_without_dropout_replays_repeat():
-    off = dict.fromkeys(("dropout", "dropouth", "dropouti", "dropoute", "wdrop"), 0)
-    model = RNNModel(50, emsize=20, nhid=30, nlayers=2, **off).cuda()
-    run = GraphedPass(partial(steps.forward_backward, keep_grads=True))
-    tokens = torch.randint(50, (10, 4), device="cuda")
-    losses = [run(model, tokens[:-1], tokens[1:], model.init_hidden(4))[1][0].item() for _ in range(4)]
-    assert losses == pytest.approx([losses[0]] * 4, abs=1e-6)
