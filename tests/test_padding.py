@@ -103,6 +103,14 @@ def test_sizes_are_those_of_whole_vectors(size, expected):
 
 
 @pytest.mark.usefixtures("as_a_gpu")
+@pytest.mark.parametrize("kind", LAYERS[:3], ids=NAMES[:3])
+def test_the_mask_is_applied_while_the_weight_is_copied(kind, monkeypatch):
+    monkeypatch.setattr("weight_drop.functional_call", None)  # which would take a product of its own
+    layer, x, hidden = make(kind, (5, 6), torch.float)
+    weight_drop(layer, WEIGHT[kind], 0.5, x, hidden)
+
+
+@pytest.mark.usefixtures("as_a_gpu")
 def test_masks_are_drawn_unpadded(monkeypatch):
     drawn, fill_mask = [], locked_dropout.fill_mask
     monkeypatch.setattr(locked_dropout, "fill_mask", lambda mask, p: (drawn.append(mask.shape), fill_mask(mask, p))[1])
