@@ -19,7 +19,7 @@ from optimizers import guard
 from utils import get_batch, repackage_hidden
 
 MIN_SEQ_LEN = 5  # time steps
-MAX_LOGITS = 2**26  # of a chunk of evaluation on a GPU: 256 MiB in fp32
+MAX_VALUES = 2**26  # of the widest activation in a chunk of evaluation on a GPU: 256 MiB in fp32
 
 
 def seed_everything(seed):
@@ -129,13 +129,14 @@ def choose_pass(model, precision, alpha, beta, cuda_graphs=False, backend=None):
 def evaluate(model, source, bptt):
     """Compute the cross entropy over `source` (N, B), in nats per predicted token.
 
-    The hidden state is carried along, from chunk to chunk of `bptt` rows. On a GPU chunks are as long as MAX_LOGITS
-    allows, if that is longer, and the CPU waits once, at the end.
+    The hidden state is carried along, from chunk to chunk of `bptt` rows. On a GPU chunks are as long as MAX_VALUES
+    allows, if that is longer, and the CPU waits once, at the end. The widest activation has as many columns as the
+    longest parameter has rows: the logits, or with few words the gates of a layer.
     """
     model.eval()
     hidden = model.init_hidden(source.size(1))
     if source.is_cuda:
-        bptt = max(bptt, MAX_LOGITS // (source.size(1) * len(model.decoder.bias)))
+        bptt = max(bptt, MAX_VALUES // (source.size(1) * max(map(len, model.parameters()))))
     rows, losses = [], []
     for row in range(0, len(source) - 1, bptt):
         words, targets = get_batch(source, row, bptt)

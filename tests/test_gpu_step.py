@@ -144,13 +144,14 @@ def test_products_of_fp32_may_be_in_tf32_in_every_precision_but_fp32(precision, 
 
 # --- evaluation and saving -------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("logits, chunks", [(1, 15), (4 * 11 * 30, 4), (2**26, 1)])
-def test_on_a_gpu_evaluation_has_long_chunks_and_the_same_loss(logits, chunks, monkeypatch):
+@pytest.mark.parametrize("values, chunks", [(1, 15), (4 * 24 * 30, 4), (2**26, 1)])
+def test_on_a_gpu_evaluation_has_long_chunks_and_the_same_loss(values, chunks, monkeypatch):
+    """The widest activation has the 4 x 6 gates of the first layer, not the 11 logits."""
     model, calls = small_model().double(), []
     source = batchify(torch.randint(11, (401,)), 4)
     expected = steps.evaluate(model, source, 7)
     monkeypatch.setattr(torch.Tensor, "is_cuda", True)
-    monkeypatch.setattr(steps, "MAX_LOGITS", logits)
+    monkeypatch.setattr(steps, "MAX_VALUES", values)
     monkeypatch.setattr(model, "loss", lambda *given, loss=model.loss: (calls.append(1), loss(*given))[1])
     assert steps.evaluate(model, source, 7) == pytest.approx(expected, abs=1e-12)
     assert len(calls) == chunks
