@@ -76,9 +76,11 @@ def is_finished(run):
 def is_due(run):
     """Return whether the state is to be saved after an epoch: always on a CPU, on a GPU if the last is old enough.
 
-    There an epoch may take seconds, and saving a tenth of that.
+    There an epoch may take seconds, and saving a tenth of that. After the first one there is a model at --save, so
+    there has to be a state to resume from too.
     """
-    return not run.batches.train.is_cuda or time.monotonic() >= run.saved_at + GPU_SAVE_SECONDS
+    is_old = time.monotonic() >= run.saved_at + GPU_SAVE_SECONDS
+    return is_old or run.progress.epoch <= 1 or not run.batches.train.is_cuda
 
 
 def begin(run):
