@@ -37,10 +37,10 @@ class ASGD(torch.optim.ASGD):
                 state["eta"].fill_(group["lr"])
                 state["mu"].fill_(1 / max(1, state["step"].item() - group["t0"]))
 
-    def load_state_dict(self, state_dict):
-        super().load_state_dict(state_dict)
-        for state in self.state.values():
-            state.update({name: state[name].cpu() for name in ("step", "eta", "mu")})
+    def __setstate__(self, state):  # by load_state_dict, and where another process takes the optimizer over
+        super().__setstate__(state)
+        for values in self.state.values():
+            values.update({name: values[name].cpu() for name in ("step", "eta", "mu")})
 
 
 def guard(optimizer, loss_and_norm, clip):

@@ -1,6 +1,7 @@
 """What a step, an evaluation and a run do otherwise on a GPU, shown on a CPU."""
 
 import math
+import pickle
 import time
 from types import SimpleNamespace
 
@@ -75,6 +76,18 @@ def test_asgd_goes_on_with_a_state_of_either_kind(first, second):
         torch.testing.assert_close(resumed.state[found]["ax"], whole.state[expected]["ax"], atol=1e-6, rtol=1e-6)
     if first is second:
         assert all(map(torch.equal, models[1].parameters(), models[0].parameters()))
+
+
+def test_asgd_of_a_gpu_keeps_its_scalars_on_the_cpu_when_another_process_takes_it_over(monkeypatch):
+    optimizer, moved, cpu = optimizers.ASGD(small_model().parameters(), lr=30.0, t0=0, lambd=0.0), [], torch.Tensor.cpu
+    for parameter in optimizer.param_groups[0]["params"]:
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    monkeypatch.setattr(torch.Tensor, "cpu", lambda tensor: (moved.append(tensor), cpu(tensor))[1])
+    copy = pickle.loads(pickle.dumps(optimizer))
+    scalars = [values[name] for values in copy.state.values() for name in ("step", "eta", "mu")]
+    assert len(moved) == len(scalars) == 3 * len(optimizer.param_groups[0]["params"])
+    assert all(map(torch.equal, moved, scalars))
 
 
 def take_step(name, model, clip, gradient=1.0, dtype=torch.float32, loss=1.0):
