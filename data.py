@@ -121,11 +121,8 @@ class Corpus:
 def load_split(corpus, split, batch_size, device, rows=2):
     """Lay a split of `corpus` out as `utils.batchify` does.
 
-    Raises BadInput that names the split when it is too short or missing, or has words that a model without <unk> does
-    not know.
+    Raises BadInput that names the split when it is too short, or has words that a model without <unk> does not know.
     """
-    if split == "test" and not corpus.has_test:
-        raise BadInput(f"{corpus.path}: --shares with two parts leaves no test split; a third part makes one")
     if split in corpus.first_unknown:
         raise BadInput(f"{corpus.path}, {split}: the model does not know {corpus.unknown[split]} of its tokens and has "
                        f"no {UNKNOWN} for them: {corpus.first_unknown[split]!r} is the first")

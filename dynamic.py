@@ -31,7 +31,6 @@ import torch
 import run_files
 from cache import log_idle, mixture_losses
 from corpus_cache import checksum_of_file
-from data import load_split
 from device import set_up_device
 from errors import BadInput
 from files import locked
@@ -50,7 +49,7 @@ from gradients import gradient_statistics
 from metrics import log, progress_bar, read_metrics
 from model import DROPOUTS, LAYERS
 from process import run_script
-from scoring import open_trained, record, report
+from scoring import load_scored, open_trained, record, report
 from utils import get_batch, repackage_hidden
 
 FAST_WORDS = 30_000  # of validation, on which --fast searches
@@ -263,9 +262,9 @@ def main(argv=None):
 
 
 def score(argv, device):
-    """Score validation and test, print and record what comes out."""
+    """Score validation and, where there is one, test; print and record what comes out."""
     args, corpus, model = open_trained(parse_flags, argv, device)
-    valid, test = load_split(corpus, "valid", 1, device), load_split(corpus, "test", 1, device)
+    splits = load_scored(corpus, device)
     without_dropout(model)
     checksum = checksum_of_file(args.save)
     statistics = gradient_statistics(model, corpus, checksum, args, device) if args.rule == "rms" else None
@@ -273,19 +272,19 @@ def score(argv, device):
     settings = [dict(zip(names, values)) for values in product(*(getattr(args, name) for name in names))]
     cache = {name: getattr(args, name) for name in CACHE_DEFAULTS} if args.window else {}
     if cache:
-        log_idle("dynamic", args.window, valid=valid, test=test)
+        log_idle("dynamic", args.window, **splits)
     scores = Scores(model, args, statistics, described(args, corpus, checksum))
     best = settings[0] | {name: values[0] for name, values in cache.items()}
     if len(settings) > 1 or any(len(values) > 1 for values in cache.values()):
-        part = valid[:FAST_WORDS + 1] if args.fast else valid
+        part = splits["valid"][:FAST_WORDS + 1] if args.fast else splits["valid"]
         found = [scored for setting in settings
                  for scored in scores.score("dynamic-grid", "valid", part, setting, cache, may_diverge=True)]
         loss, best = min(found, key=lambda scored: scored[0])
         if loss == math.inf:
             raise BadInput("no setting of the grid has a finite loss; a smaller --lr may do")
     setting, cache = {name: best[name] for name in names}, {name: [best[name]] for name in cache}
-    scores.score("dynamic", "valid", valid, setting, cache)
-    scores.score("dynamic", "test", test, setting, cache)
+    for split, source in splits.items():
+        scores.score("dynamic", split, source, setting, cache)
     log.check()
 
 

@@ -24,14 +24,13 @@ import torch
 
 import run_files
 from cache import log_idle, mixture_losses
-from data import load_split
 from device import set_up_device
 from files import locked
 from flags import CACHE_DEFAULTS, Parser, add_cache_flags, add_data_flags, add_device_flags, positive_int
 from metrics import log
 from model import LAYERS
 from process import run_script
-from scoring import open_trained, record, report
+from scoring import load_scored, open_trained, record, report
 from utils import get_batch
 
 
@@ -87,21 +86,22 @@ def main(argv=None):
 
 
 def score(argv, device):
-    """Score validation and test, print and record what comes out."""
+    """Score validation and, where there is one, test; print and record what comes out."""
     args, corpus, model = open_trained(parse_flags, argv, device)
     settings = args.window, args.theta, args.lambdasm
-    valid, test = load_split(corpus, "valid", 1, device), load_split(corpus, "test", 1, device)
-    log_idle("pointer", args.window, valid=valid, test=test)
-    scores, seconds = score_split(model, valid, args.bptt, settings)
+    splits = load_scored(corpus, device)
+    log_idle("pointer", args.window, **splits)
+    scores, seconds = score_split(model, splits["valid"], args.bptt, settings)
     lines = []
     if len(scores) > 1:
         for setting, loss in scores:
             lines.append(report("grid", "valid", setting, loss, seconds))
     best, loss = min(scores, key=lambda scored: scored[1])
     lines.append(report("pointer", "valid", best, loss, seconds))
-    scores, seconds = score_split(model, test, args.bptt, [[value] for value in best.values()])
-    _, loss = scores[0]
-    lines.append(report("pointer", "test", best, loss, seconds))
+    if "test" in splits:
+        scores, seconds = score_split(model, splits["test"], args.bptt, [[value] for value in best.values()])
+        _, loss = scores[0]
+        lines.append(report("pointer", "test", best, loss, seconds))
     record(args.save, lines)
     log.check()
 

@@ -2,7 +2,7 @@
 
 import checkpoint
 import run_files
-from data import Corpus, check_level
+from data import Corpus, check_level, load_split
 from errors import BadInput
 from metrics import Metrics, format_loss, log, loss_metrics
 
@@ -24,6 +24,16 @@ def open_trained(parse_flags, argv, device):
     corpus = Corpus(args.data, args.level, args.shares, words=content["vocabulary"])
     log(corpus.describe())
     return args, corpus, checkpoint.restore_model(content, save, device=device)
+
+
+def load_scored(corpus, device):
+    """Lay out what of `corpus` is scored, as a dict: "valid" (N, 1), and "test" (N, 1) where there is a test split."""
+    splits = {"valid": load_split(corpus, "valid", 1, device)}
+    if corpus.has_test:
+        splits["test"] = load_split(corpus, "test", 1, device)
+    else:
+        log("no test split: validation alone is scored")
+    return splits
 
 
 def report(kind, split, setting, loss, seconds, **further):

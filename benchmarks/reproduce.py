@@ -89,8 +89,9 @@ def row(name, folder):
     for stage in (lines, tuned):
         for line in stage:
             if line["kind"] == "test" and line["finished"]:
-                words = f"{math.exp(line['valid_loss']):.2f} / {line['ppl']:.2f}"
-                cells.append(f"{line['bpc']:.3f} bpc" if "bpc" in "".join(recipe["published"]) else words)
+                bpc, ppl = (line.get(name, math.nan) for name in ("bpc", "ppl"))  # NaN without a test split
+                words = f"{math.exp(line['valid_loss']):.2f} / {ppl:.2f}"
+                cells.append(f"{bpc:.3f} bpc" if "bpc" in "".join(recipe["published"]) else words)
     for stage in ("cache", "dynamic", "both"):
         cells += [f"{valid:.2f} / {test:.2f}" for valid, test in scored(tuned, stage)]
     begun = next(line for line in lines if line["kind"] == "run")

@@ -16,23 +16,27 @@ from process import run_script  # noqa: E402
 def rows(lines):
     """Yield (stage, epochs, validation perplexity, test perplexity, minutes) for each stage that was tested.
 
-    Records without what belongs in a row are left out.
+    Without a test split the test perplexity is NaN. Records without what belongs in a row are left out.
     """
-    stage, valid = "?", {}
+    stage, valid, has_test = "?", {}, True
     for line in lines:
         kind = line["kind"]
         with suppress(LookupError, TypeError):
             if kind in ("run", "resume"):
                 stage = str(line["stage"])
             elif kind == "test":
-                yield (stage, line["epochs"], perplexity(line["valid_loss"]), perplexity(line["loss"]),
+                has_test = "loss" in line
+                yield (stage, line["epochs"], perplexity(line["valid_loss"]), perplexity(line.get("loss", math.nan)),
                        line["seconds"] / 60)
-            elif kind in ("pointer", "dynamic") and line["split"] == "valid":
-                valid = line
             elif kind in ("pointer", "dynamic"):
                 name = "cache" if kind == "pointer" else "both" if "window" in line else "dynamic"
-                yield (name, "", perplexity(valid["loss"]), perplexity(line["loss"]),
-                       (valid["seconds"] + line["seconds"]) / 60)
+                if line["split"] == "valid":
+                    valid = line
+                    if not has_test:
+                        yield name, "", perplexity(line["loss"]), math.nan, line["seconds"] / 60
+                else:
+                    yield (name, "", perplexity(valid["loss"]), perplexity(line["loss"]),
+                           (valid["seconds"] + line["seconds"]) / 60)
 
 
 def perplexity(loss):
@@ -45,7 +49,8 @@ def table(lines):
     yield "| stage    | epochs | valid ppl | test ppl | minutes |"
     yield "|----------|-------:|----------:|---------:|--------:|"
     for stage, epochs, valid, test, minutes in rows(lines):
-        yield f"| {stage:8} | {epochs:>6} | {valid:9.2f} | {test:8.2f} | {minutes:7.1f} |"
+        shown = "none" if math.isnan(test) else f"{test:.2f}"
+        yield f"| {stage:8} | {epochs:>6} | {valid:9.2f} | {shown:>8} | {minutes:7.1f} |"
 
 
 def main():

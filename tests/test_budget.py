@@ -8,7 +8,6 @@ from helpers import read_metrics
 import budget
 import checkpoint
 import data
-import pointer
 import steps
 import training
 from errors import BadInput
@@ -148,23 +147,3 @@ def test_minutes_that_scoring_alone_takes_are_bad_input(train, tmp_path, clock, 
     with pytest.raises(BadInput, match="--minutes 0.5: validation and test alone take about"):
         train(tmp_path / "m.pt", "--minutes", "0.5")
     assert not (tmp_path / "m.pt").exists()
-
-
-def test_two_shares_leave_no_test_split(tmp_path, train):
-    book = tmp_path / "book.txt"
-    book.write_text("the cat sat on a mat and saw one dog run by\n" * 60, encoding="utf-8")
-    corpus = data.Corpus(book, "char", (90, 10))
-    assert len(corpus.test) == 0
-    assert len(corpus.train) == 9 * len(corpus.valid)
-    _, metrics = train(tmp_path / "m.pt", "--data", str(book), "--shares", "90", "10", "--epochs", "1")
-    (test,) = metrics["test"]
-    assert "loss" not in test
-    with pytest.raises(BadInput, match="leaves no test split"):
-        pointer.main(["--no-cuda", "--save", str(tmp_path / "m.pt")])
-    assert test["valid_loss"] == metrics["epoch"][0]["loss"]
-
-
-@pytest.mark.parametrize("shares", [["1"], ["1", "2", "3", "4"]])
-def test_other_numbers_of_shares_are_bad_input(train, tmp_path, shares):
-    with pytest.raises(BadInput, match="--shares: takes two parts"):
-        train(tmp_path / "m.pt", "--shares", *shares)
