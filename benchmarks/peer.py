@@ -18,7 +18,8 @@ from torch import nn
 from torch.nn import functional
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from data import Corpus  # noqa: E402  the scripts of the project are no package
+from data import Corpus, load_split  # noqa: E402  the scripts of the project are no package
+from files import check_writable  # noqa: E402
 from flags import Parser, positive_int, seed  # noqa: E402
 from metrics import Metrics, format_loss, loss_metrics  # noqa: E402
 from process import run_script  # noqa: E402
@@ -56,11 +57,14 @@ class Transformer(nn.Module):
                 residual = name.endswith(("output.weight", "down.weight"))
                 nn.init.normal_(weight, 0, 0.02 / math.sqrt(2 * LAYERS) if residual else 0.02)
 
+    def forward(self, tokens):
+        """Compute the logits (B, T, V) of what follows each of tokens (B, T)."""
+        x = self.tokens(tokens) + self.places.weight[:tokens.size(1)]
+        return self.norm(self.blocks(x)) @ self.tokens.weight.t()
+
     def loss(self, tokens):
         """Compute the mean cross entropy, nats per token, of tokens (B, T + 1) after the first of each row."""
-        x = self.tokens(tokens[:, :-1]) + self.places.weight[:tokens.size(1) - 1]
-        logits = self.norm(self.blocks(x)) @ self.tokens.weight.t()
-        return functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
+        return functional.cross_entropy(self(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten())
 
 
 def rate(step, steps):
@@ -77,13 +81,12 @@ def evaluate(model, ids):
     return sum(len(part) * model.loss(part).item() for part in pieces.split(256)) / len(pieces)
 
 
-def train(corpus, steps, every, metrics):
-    """Train for `steps`; returns the validation loss.
+def train(ids, valid, ntoken, steps, every, metrics):
+    """Train for `steps` on ids (N,) of `ntoken` different ones; returns the loss over ids `valid`.
 
     Writes a line of kind "epoch" to `metrics` after each `every`. Its seconds leave validation out.
     """
-    ids, valid = corpus.train.long(), corpus.valid.long()
-    model = Transformer(len(corpus.dictionary))
+    model = Transformer(ntoken)
     matrices = [weight for weight in model.parameters() if weight.dim() == 2]
     vectors = [weight for weight in model.parameters() if weight.dim() < 2]
     optimizer = torch.optim.AdamW([{"params": matrices, "weight_decay": DECAY},
@@ -118,14 +121,16 @@ def main():
                         help="steps between validations (default: %(default)s)")
     parser.add_argument("--seed", type=seed, default=1337, metavar="N", help="random seed (default: %(default)s)")
     args = parser.parse_args()
+    check_writable(args.save)
     corpus = Corpus(args.data, "char", (90, 10))
     print(corpus.describe())
+    ids, valid = (load_split(corpus, split, 1, "cpu", CONTEXT + 1).flatten().long() for split in ("train", "valid"))
     torch.manual_seed(args.seed)
     Path(args.save).unlink(missing_ok=True)
     metrics = Metrics(args.save)
     metrics.write("run", stage="peer", flags=vars(args), versions={"torch": torch.__version__},
                   device=f"CPU, {torch.get_num_threads()} threads")
-    loss = train(corpus, args.steps, args.every, metrics)
+    loss = train(ids, valid, len(corpus.dictionary), args.steps, args.every, metrics)
     metrics.write("test", epochs=args.steps, finished=True, valid_loss=loss)
 
 
