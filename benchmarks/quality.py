@@ -5,12 +5,16 @@
 Trains the peer (`peer.py`) once. Its time T is the unit of the budgets. Then trains by `main.py --minutes`, for each
 budget and seed, with no flag that says sizes. What is there already is not made again. Prints a table of the records in
 the folder, and draws the curves.
+
+With --on-top each model is also scored with the neural cache and by dynamic evaluation. There is no test split, so the
+best setting of a small grid is chosen on the text that it is reported on.
 """
 
 import argparse
 import statistics
 import subprocess
 import sys
+from itertools import chain
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
@@ -19,10 +23,14 @@ from errors import BadInput  # noqa: E402
 from flags import Parser, positive_float, seed  # noqa: E402
 from metrics import read_metrics  # noqa: E402
 from process import run_script  # noqa: E402
-from run_files import metrics_path  # noqa: E402
+from run_files import last_path, metrics_path  # noqa: E402
 
 ROOT = Path(__file__).parent.parent
 SIZES = ("model", "nlayers", "nhid", "emsize", "batch_size", "lr", "dropout", "wdrop")  # what the table says of a model
+# What is scored on top of a trained model: the kind of the record, the column of the table, and the grid.
+ON_TOP = {"pointer": ("cache", "--window 500 2000 --theta 0.3 0.6 1 --lambdasm 0.02 0.05 0.1"),
+          "dynamic": ("dynamic", "--resume --fast --bptt 20 --lr 1e-4 3e-4 1e-3 --lamb 0.01 0.1")}
+SAME_TEXT = "the best setting of a grid, chosen on the text that is reported, since there is no test split"
 
 
 def parse_flags():
@@ -32,6 +40,7 @@ def parse_flags():
     parser.add_argument("--budgets", type=positive_float, nargs="+", default=[0.25, 1, 4, 20], metavar="X",
                         help="times of a run, in times of the peer (default: 0.25 1 4 20)")
     parser.add_argument("--seeds", type=seed, nargs="+", default=[1, 2], metavar="N", help="default: 1 2")
+    parser.add_argument("--on-top", action="store_true", help="also score each run with cache and dynamic evaluation")
     parser.add_argument("--flags", nargs=argparse.REMAINDER, default=[], help="further flags of main.py, the last ones")
     return parser.parse_args()
 
@@ -48,40 +57,67 @@ def records(path, kind):
     return [line for line in read_metrics(path) if line["kind"] == kind] if path.exists() else []
 
 
+def is_done(path):
+    """Return whether the record at `path` is that of a run that came to its end."""
+    return any(line["finished"] for line in records(path, "test"))
+
+
 def train_peer(data, folder):
     """Train the peer unless it is there. Returns its seconds and the path of its record."""
     path = folder / "peer.metrics.jsonl"
-    if not records(path, "test"):
+    if not is_done(path):
         run("benchmarks/peer.py", "--data", data, "--save", path)
     return sum(line["seconds"] for line in records(path, "epoch")), path
 
 
 def train(data, folder, budget, seconds, number, flags):
-    """Train for `budget` times `seconds`, unless that is done, or go on with it. Returns the path of the record."""
+    """Train for `budget` times `seconds`, unless that is done, or go on with it. Returns the path of the model."""
     save = folder / f"{budget:g}T.seed{number}.pt"
-    path = metrics_path(save)
-    if records(path, "test"):
-        return path
-    if path.exists():
+    if is_done(metrics_path(save)):
+        return save
+    if last_path(save).exists():
         run("main.py", "--resume", save)
     else:
         minutes = f"{budget * seconds / 60:.3f}"
         run("main.py", "--data", data, "--shares", 90, 10, "--minutes", minutes, "--seed", number, "--save", save,
             *flags)
-    return path
+    return save
+
+
+def score_on_top(save):
+    """Score the model at `save` in the ways of ON_TOP that its record does not have."""
+    for kind, (_, grid) in ON_TOP.items():
+        if scored(metrics_path(save), kind) is None:
+            run(f"{kind}.py", "--save", save, *grid.split())
+
+
+def scored(path, kind):
+    """Return the validation loss that the record at `path` has last for a kind of ON_TOP; None where it has none."""
+    losses = [line["loss"] for line in records(path, kind) if line["split"] == "valid"
+              and ("window" in line) == (kind == "pointer")]  # not dynamic evaluation with the cache
+    return losses[-1] if losses else None
 
 
 def rows(paths, budgets):
-    """Yield the lines of a table of the runs: `paths` are lists of records, one for each budget."""
-    yield "| budget | minutes | epochs | loss of each seed | what was chosen |"
-    yield "|---:|---:|---:|---|---|"
+    """Yield the lines of a table of the runs: `paths` are lists of records, one for each budget.
+
+    It has the columns of ON_TOP that a record has.
+    """
+    kinds = [kind for kind in ON_TOP if any(scored(path, kind) is not None for path in chain(*paths))]
+    titles = ["budget", "minutes", "epochs", "loss of each seed", *(ON_TOP[kind][0] for kind in kinds)]
+    yield f"| {' | '.join(titles)} | what was chosen |"
+    yield f"|---:|---:|---:|---|{'---|' * len(kinds)}---|"
     for budget, records_of_budget in zip(budgets, paths):
         tests = [records(path, "test")[-1] for path in records_of_budget]
         flags = records(records_of_budget[0], "run")[-1]["flags"]
-        losses = ", ".join(f"{test['valid_loss']:.3f}" for test in tests)
+        losses = [[test["valid_loss"] for test in tests],
+                  *([scored(path, kind) for path in records_of_budget] for kind in kinds)]
+        cells = " | ".join(", ".join("-" if loss is None else f"{loss:.3f}" for loss in of_kind) for of_kind in losses)
         epochs = statistics.mean(test["epochs"] for test in tests)
         chosen = " ".join(f"--{name} {flags[name]}" for name in SIZES)
-        yield f"| {budget:g} T | {flags['minutes']:.1f} | {epochs:.1f} | {losses} | `{chosen}` |"
+        yield f"| {budget:g} T | {flags['minutes']:.1f} | {epochs:.1f} | {cells} | `{chosen}` |"
+    if kinds:
+        yield f"\n{' and '.join(ON_TOP[kind][0] for kind in kinds)}: {SAME_TEXT}"
 
 
 def main():
@@ -89,8 +125,14 @@ def main():
     folder, data = Path(args.folder).resolve(), Path(args.data).resolve()
     folder.mkdir(parents=True, exist_ok=True)
     seconds, peer = train_peer(data, folder)
-    paths = [[train(data, folder, budget, seconds, number, args.flags) for number in args.seeds]
-             for budget in args.budgets]
+    paths = []
+    for budget in args.budgets:
+        paths.append([])
+        for number in args.seeds:
+            save = train(data, folder, budget, seconds, number, args.flags)
+            if args.on_top:
+                score_on_top(save)
+            paths[-1].append(metrics_path(save))
     loss = records(peer, "epoch")[-1]["loss"]
     print(f"\nthe peer: {loss:.3f} nats per token after T = {seconds:.0f} s\n")
     print("\n".join(rows(paths, args.budgets)))
