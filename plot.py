@@ -2,6 +2,7 @@
 
     python plot.py PTB.metrics.jsonl WT2.metrics.jsonl --out curves.png
     python plot.py PTB.metrics.jsonl --x hours --metric bpc --no-log --out curves.svg
+    python plot.py short.metrics.jsonl long.metrics.jsonl --x minutes --log-x --metric loss
 
 Thick lines are validation, thin ones training. Letters in circles mark what happened between epochs. The runs are told
 apart by dashes and markers as well as by colour. Needs matplotlib, which nothing else here does.
@@ -61,6 +62,7 @@ def parse_flags(argv):
                         help="perplexity, bits per character, or nats per token (default: %(default)s)")
     parser.add_argument("--log", action=argparse.BooleanOptionalAction,
                         help=f"logarithmic y axis (default: if the largest value is {LOG_RANGE} times the smallest)")
+    parser.add_argument("--log-x", action="store_true", help="logarithmic x axis, for runs of very different lengths")
     return parser.parse_args(argv)
 
 
@@ -73,7 +75,7 @@ def import_matplotlib():
     return matplotlib
 
 
-def draw(paths, out, x="epochs", metric="ppl", log_axis=None):
+def draw(paths, out, x="epochs", metric="ppl", log_axis=None, log_x=False):
     """Draw the records at `paths` into the file `out`; returns the matplotlib Figure.
 
     The flags of the script say what the rest is. Raises BadInput when a record has no epoch, when `out` has another
@@ -93,7 +95,7 @@ def draw(paths, out, x="epochs", metric="ppl", log_axis=None):
             if not stages[-1].end()["tokens"]:
                 raise BadInput(f"{path}: does not say how many tokens were trained, which --x tokens needs")
     figure = matplotlib.figure.Figure(figsize=(8, 5), layout="constrained")
-    draw_runs(figure.add_subplot(), runs, x, metric, log_axis)
+    draw_runs(figure.add_subplot(), runs, x, metric, log_axis, log_x)
     undated = {"png": {}, "svg": {"Date": None}, "pdf": {"CreationDate": None}}[ending]  # the same file every time
     try:
         with replacing(out) as file, matplotlib.rc_context({"svg.hashsalt": "curves"}):
@@ -111,7 +113,7 @@ def run_names(paths):
     return ["".join(letter if letter.isprintable() else "?" for letter in name) for name in names]
 
 
-def draw_runs(axes, runs, x, metric, log_axis):
+def draw_runs(axes, runs, x, metric, log_axis, log_x):
     """Draw `runs`, stages by name, each in a style of its own; then axes and legend."""
     span = max(stage.end()[x] for stages in runs.values() for stage in stages)
     handles, seen, values = [], set(), []
@@ -141,7 +143,11 @@ def draw_runs(axes, runs, x, metric, log_axis):
     axes.set_ylabel(Y_LABELS[metric])
     axes.grid(color="0.88", linewidth=0.6)
     axes.set_axisbelow(True)
-    if x == "epochs":
+    if log_x:
+        axes.set_xscale("log")
+        axes.set_xticks(ticks := log_ticks(*axes.get_xlim()), labels=[f"{tick:,.10g}" for tick in ticks])
+        axes.minorticks_off()
+    elif x == "epochs":
         axes.xaxis.get_major_locator().set_params(integer=True)
     set_scale(axes, [value for value in values if math.isfinite(value) and value > 0], log_axis)
 
@@ -235,7 +241,7 @@ def log_ticks(low, high):
 
 def main(argv=None):
     args = parse_flags(argv)
-    draw(args.files, args.out, args.x, args.metric, args.log)
+    draw(args.files, args.out, args.x, args.metric, args.log, args.log_x)
     log(f"plot: {len(args.files)} run{'s' * (len(args.files) > 1)} drawn into {args.out}")
     log.check()
 

@@ -137,7 +137,7 @@ def main():
     print(f"\nthe peer: {loss:.3f} nats per token after T = {seconds:.0f} s\n")
     print("\n".join(rows(paths, args.budgets)))
     drawn = [peer, *(path for of_budget in paths for path in of_budget[:1])]
-    plot.draw(drawn, folder / "quality.png", "minutes", "loss", log_axis=False)
+    plot.draw(drawn, folder / "quality.png", "minutes", "loss", log_axis=False, log_x=True)
 
 
 if __name__ == "__main__":

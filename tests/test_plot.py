@@ -155,6 +155,17 @@ def test_an_axis_is_logarithmic_where_values_reach_far(tmp_path, losses, log_axi
     assert 3 <= len(picture.axes[0].get_yticks()) <= 15
 
 
+def test_the_x_axis_is_logarithmic_when_asked(tmp_path):
+    paths = [record(tmp_path / f"{name}.metrics.jsonl", run(), *(
+        epoch(number, 5.0, seconds=seconds) for number in (1, 2))) for name, seconds in (("short", 6), ("long", 600))]
+    axes, = plot.draw(paths, tmp_path / "c.png", "minutes", log_x=True).axes
+    assert axes.get_xscale() == "log"
+    low, high = axes.get_xlim()
+    labels = [label.get_text() for label in axes.get_xticklabels()]
+    assert labels == [f"{tick:g}" for tick in axes.get_xticks() if low <= tick <= high]
+    assert {"0.1", "1", "10"} <= set(labels)
+
+
 @pytest.mark.parametrize("ending, begin", [("png", b"\x89PNG"), ("svg", b"<?xml"), ("PDF", b"%PDF")])
 def test_the_ending_is_the_format(tmp_path, capsys, ending, begin):
     path, out = record(tmp_path / "a", *WHOLE), tmp_path / f"c.{ending}"
