@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from data import Corpus, load_split  # noqa: E402  the scripts of the project are no package
 from files import check_writable  # noqa: E402
 from flags import Parser, positive_int, seed  # noqa: E402
-from metrics import Metrics, format_loss, loss_metrics  # noqa: E402
+from metrics import Metrics, describe_run, format_loss, loss_metrics  # noqa: E402
 from process import run_script  # noqa: E402
 
 LAYERS, HEADS, WIDTH, CONTEXT, BATCH = 4, 4, 128, 64, 12
@@ -81,12 +81,11 @@ def evaluate(model, ids):
     return sum(len(part) * model.loss(part).item() for part in pieces.split(256)) / len(pieces)
 
 
-def train(ids, valid, ntoken, steps, every, metrics):
-    """Train for `steps` on ids (N,) of `ntoken` different ones; returns the loss over ids `valid`.
+def train(model, ids, valid, steps, every, metrics):
+    """Train `model` for `steps` on ids (N,); returns the loss over ids `valid`.
 
     Writes a line of kind "epoch" to `metrics` after each `every`. Its seconds leave validation out.
     """
-    model = Transformer(ntoken)
     matrices = [weight for weight in model.parameters() if weight.dim() == 2]
     vectors = [weight for weight in model.parameters() if weight.dim() < 2]
     optimizer = torch.optim.AdamW([{"params": matrices, "weight_decay": DECAY},
@@ -128,9 +127,10 @@ def main():
     torch.manual_seed(args.seed)
     Path(args.save).unlink(missing_ok=True)
     metrics = Metrics(args.save)
-    metrics.write("run", stage="peer", flags=vars(args), versions={"torch": torch.__version__},
-                  device=f"CPU, {torch.get_num_threads()} threads")
-    loss = train(ids, valid, len(corpus.dictionary), args.steps, args.every, metrics)
+    model = Transformer(len(corpus.dictionary))
+    parameters = sum(weight.numel() for weight in model.parameters())
+    metrics.write("run", stage="peer", **describe_run(vars(args), parameters, torch.device("cpu")))
+    loss = train(model, ids, valid, args.steps, args.every, metrics)
     metrics.write("test", epochs=args.steps, finished=True, valid_loss=loss)
 
 
