@@ -113,7 +113,7 @@ def run_names(paths):
     return ["".join(letter if letter.isprintable() else "?" for letter in name) for name in names]
 
 
-def draw_runs(axes, runs, x, metric, log_axis, log_x):
+def draw_runs(axes, runs, x, metric, log_axis, log_x=False):
     """Draw `runs`, stages by name, each in a style of its own; then axes and legend."""
     span = max(stage.end()[x] for stages in runs.values() for stage in stages)
     handles, seen, values = [], set(), []

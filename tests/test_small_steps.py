@@ -37,12 +37,12 @@ def add(*parts):
 
 def at_once(size, outputs):
     """The products of a layer for all time steps: outputs, gradient of the inputs, gradient of the weight."""
-    return {(ROWS, size, outputs): 1, (ROWS, outputs, size): 1, (outputs, ROWS, size): 1}
+    return add({(ROWS, size, outputs): 1}, {(ROWS, outputs, size): 1}, {(outputs, ROWS, size): 1})
 
 
 def by_step(size, outputs):
     """Those of a recurrent weight, whose outputs and inputs come a time step at a time."""
-    return {(B, size, outputs): T, (B, outputs, size): T, (outputs, ROWS, size): 1}
+    return add({(B, size, outputs): T}, {(B, outputs, size): T}, {(outputs, ROWS, size): 1})
 
 
 @pytest.mark.parametrize(("flags", "expected"), [

@@ -62,7 +62,7 @@ def test_validation_is_scored_as_beside_a_test_split(model, tmp_path, capsys, ki
     score(kind, model)
     printed = capsys.readouterr().out
     longer = tmp_path / "longer.txt"
-    longer.write_text(LINE * 55, encoding="utf-8")
+    longer.write_text(LINE * 50 + 5 * (LINE[-2::-1] + "\n"), encoding="utf-8")
     score(kind, model, "--data", longer, "--shares", 45 * len(LINE), 5 * len(LINE), 5 * len(LINE))
     found = read_metrics(model)[kind]
     alone, valid, test = found
