@@ -20,6 +20,7 @@ LADDER = (64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536)  # units of a layer
 TOKENS_PER_WEIGHT = 2      # a model that sees fewer in the time has not come far; a larger one would have come less far
 OF_THE_TIME = 0.9          # the rest is for reading, validation and test
 WORD_EMSIZE = 400          # the largest embedding of words
+MANY_EPOCHS = 8            # from which on a model learns the text by heart unless much is dropped
 
 PROBE_SIZE, PROBE_STEPS = 256, 4  # a model whose steps are timed, and how many of them
 
@@ -47,10 +48,17 @@ def choose_flags(args, given, corpus, device):
     choose(bptt=64, batch_size=batch_size(tokens))
     speed = probe(args, min(ntoken, 10_000), device)
     budget = OF_THE_TIME * 60 * args.minutes * speed  # in products of two numbers
-    fitting = [size for size in LADDER if is_large_enough(size, args, ntoken, budget)]
-    size = fitting[-1] if fitting else LADDER[0]
-    choose(nhid=size, emsize=embedding_size(size, args.level))
-    epochs = min(budget / weights(args, ntoken) / 3 / tokens, args.epochs)
+
+    def choose_size():
+        fitting = [size for size in LADDER if is_large_enough(size, args, ntoken, budget)]
+        size = fitting[-1] if fitting else LADDER[0]
+        choose(nhid=size, emsize=embedding_size(size, args.level))
+        return min(budget / weights(args, ntoken) / 3 / tokens, args.epochs)
+
+    epochs = choose_size()
+    if epochs >= MANY_EPOCHS:
+        choose(nlayers=2)
+        choose_size()
     choose(**dropouts(epochs))
     if args.optimizer == "adam":
         choose(lr=learning_rate(args.nhid))
@@ -84,8 +92,10 @@ def learning_rate(nhid):
 
 
 def dropouts(epochs):
-    """Choose dropouts for a text that is read so many times: none up to twice. Weight drop did not pay."""
-    p = round(min(0.5, max(0.0, 0.1 * math.log2(max(epochs, 1) / 2))), 2)
+    """Choose dropouts for a text that is read so many times: none up to twice, and weight drop from MANY_EPOCHS on."""
+    if epochs >= MANY_EPOCHS:
+        return {"dropout": 0.4, "dropouth": 0.3, "dropouti": 0.1, "wdrop": 0.3}
+    p = round(max(0.0, 0.1 * math.log2(max(epochs, 1) / 2)), 2)
     return {"dropout": p, "dropouth": p, "dropouti": 0.0, "wdrop": 0.0}
 
 

@@ -37,9 +37,15 @@ def test_the_size_is_the_largest_that_sees_two_tokens_for_each_weight(monkeypatc
     assert choose(monkeypatch, enough * 0.999)[0].nhid == 192
 
 
-def test_a_text_that_is_read_often_gets_dropout(monkeypatch):
-    assert choose(monkeypatch, 1e10)[0].dropout == 0
-    assert choose(monkeypatch, 1e10, tokens=10**4)[0].dropout > 0.2
+@pytest.mark.parametrize("epochs, nlayers, dropout, wdrop", [
+    (1.9, 1, 0, 0), (4, 1, 0.1, 0), (7.9, 1, 0.2, 0), (8.1, 2, 0.4, 0.3), (40, 2, 0.4, 0.3)])
+def test_the_more_often_a_text_is_read_the_more_is_dropped(monkeypatch, epochs, nlayers, dropout, wdrop):
+    """The size that 10^10 products a second allow makes so many tokens in the time."""
+    products = 1e10 * 60 * sizes.OF_THE_TIME
+    size = choose(monkeypatch, 1e10)[0].nhid
+    seen = products / 3 / (8 * size**2 + 65 * size)
+    args, _ = choose(monkeypatch, 1e10, tokens=round(seen / epochs))
+    assert (args.nlayers, round(args.dropout, 1), args.wdrop) == (nlayers, dropout, wdrop)
 
 
 def test_a_flag_given_wins_even_with_the_value_of_its_default(monkeypatch):
