@@ -56,7 +56,7 @@ def choose_flags(args, given, corpus, device):
         return min(budget / weights(args, ntoken) / 3 / tokens, args.epochs)
 
     epochs = choose_size()
-    if epochs >= MANY_EPOCHS:
+    if epochs >= MANY_EPOCHS or args.nhid > args.emsize:  # one tied layer is as wide as the embedding
         choose(nlayers=2)
         choose_size()
     choose(**dropouts(epochs))

@@ -29,7 +29,7 @@ ROOT = Path(__file__).parent.parent
 SIZES = ("model", "nlayers", "nhid", "emsize", "batch_size", "lr", "dropout", "wdrop")  # what the table says of a model
 # What is scored on top of a trained model: the kind of the record, the column of the table, and the grid.
 ON_TOP = {"pointer": ("cache", "--window 500 2000 --theta 0.3 0.6 1 --lambdasm 0.02 0.05 0.1"),
-          "dynamic": ("dynamic", "--resume --fast --bptt 20 --lr 1e-4 3e-4 1e-3 --lamb 0.01 0.1")}
+          "dynamic": ("dynamic", "--resume --fast --bptt 20 --lr 3e-5 1e-4 3e-4 --lamb 0.01 0.1")}
 SAME_TEXT = "the best setting of a grid, chosen on the text that is reported, since there is no test split"
 
 

@@ -20,12 +20,12 @@ class FakeCorpus:
         self.dictionary, self.train = range(ntoken), range(tokens)
 
 
-def choose(monkeypatch, products, *flags, tokens=10**6):
+def choose(monkeypatch, products, *flags, tokens=10**6, ntoken=65):
     """What is chosen with `products` of two numbers a second."""
     monkeypatch.setattr(sizes, "probe", lambda *_: products)
     argv = ["--minutes", "1", "--level", "char", "--save", "m.pt", *flags]
     args, given = parse_flags(argv), make_parser().given(argv)
-    sizes.choose_flags(args, given, FakeCorpus(65, tokens), "cpu")
+    sizes.choose_flags(args, given, FakeCorpus(ntoken, tokens), "cpu")
     return args, given
 
 
@@ -46,6 +46,14 @@ def test_the_more_often_a_text_is_read_the_more_is_dropped(monkeypatch, epochs, 
     seen = products / 3 / (8 * size**2 + 65 * size)
     args, _ = choose(monkeypatch, 1e10, tokens=round(seen / epochs))
     assert (args.nlayers, round(args.dropout, 1), args.wdrop) == (nlayers, dropout, wdrop)
+
+
+@pytest.mark.parametrize("products", [1e8, 1e9, 1e10, 1e11, 1e12])
+def test_words_get_no_size_without_effect(monkeypatch, products):
+    """The embedding of words has a largest size. A single layer whose weight is tied to it is as wide as it is."""
+    args, _ = choose(monkeypatch, products, "--level", "word", ntoken=12_000)
+    assert args.emsize <= sizes.WORD_EMSIZE
+    assert args.nlayers == 2 if args.nhid > args.emsize else args.nhid == args.emsize
 
 
 def test_a_flag_given_wins_even_with_the_value_of_its_default(monkeypatch):
