@@ -34,8 +34,8 @@ from run_files import metrics_path  # noqa: E402
 
 WORDS = 100_000  # of the training text
 SEEDS = (1, 2)
-EPOCHS = 120     # of training; the full model switches to ASGD in the first quarter
-TUNING = 50      # epochs of fine-tuning at most; its plateau ends it
+EPOCHS = 60      # of training
+TUNING = 25      # epochs of fine-tuning at most; its plateau ends it
 POLL = 0.5       # seconds between looks at the processes
 MARGIN = 20      # seconds, at most a quarter of the time, that runs get to finish a batch and write their state
 STAGES = ("train", "finetune")
@@ -52,7 +52,7 @@ ABLATION = {
     "no-finetuning": Row("fine-tuning", None, "train", (60.7, 58.8)),
     # Plain SGD. Its learning rate is divided by 10 about when the others switch, and once more. Fine-tuning averages
     # too, so there is none.
-    "no-asgd": Row("NT-ASGD", f"--nonmono {NEVER} --when {EPOCHS // 4} {EPOCHS // 2}", "train", (66.3, 63.7)),
+    "no-asgd": Row("NT-ASGD", f"--nonmono {NEVER} --when {3 * EPOCHS // 8} {5 * EPOCHS // 8}", "train", (66.3, 63.7)),
     # Lengths around 700, or 350, are all capped at 70; with them the learning rate is scaled by 70 / 700.
     "no-lengths": Row("variable sequence lengths", "--bptt 700 --max-bptt 70 --lr 300", "finetune", (61.3, 58.9)),
     "no-dropoute": Row("embedding dropout", "--dropoute 0", "finetune", (65.1, 62.7)),
