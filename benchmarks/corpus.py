@@ -8,7 +8,6 @@ three times: first, then from its cache, then with another vocabulary. Each load
 PyTorch first. The time is that of `Corpus(...)` alone. A text is removed when it has been measured.
 """
 
-import argparse
 import os
 import shutil
 import subprocess
@@ -19,6 +18,10 @@ from pathlib import Path
 import numpy
 
 ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+from flags import Parser, non_negative_float, positive_int  # noqa: E402  the scripts of the project are no package
+from process import run_script  # noqa: E402
+
 LOADS = {"first": "", "cached": "", "--min-count 3": "Rules(min_count=3)"}
 LOAD = """
 import sys, time
@@ -91,12 +94,12 @@ def measure(name, folder, loads):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--words", type=float, nargs="+", default=[20e6, 100e6], metavar="N",
+    parser = Parser(description=__doc__.splitlines()[0])
+    parser.add_argument("--words", type=non_negative_float, nargs="+", default=[20e6, 100e6], metavar="N",
                         help="sizes of texts of words (0: none)")
-    parser.add_argument("--bytes", type=float, nargs="+", default=[100e6], metavar="N",
+    parser.add_argument("--bytes", type=non_negative_float, nargs="+", default=[100e6], metavar="N",
                         help="sizes of texts of bytes (0: none)")
-    parser.add_argument("--types", type=int, default=793_471, metavar="V",
+    parser.add_argument("--types", type=positive_int, default=793_471, metavar="V",
                         help="different words, <eos> among them (default: those of the One Billion Word Benchmark)")
     parser.add_argument("--folder", metavar="DIR", help="where there is room for the texts (default: the system's)")
     parser.add_argument("--keep", action="store_true", help="leave the texts in --folder, and use those there")
@@ -122,4 +125,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -12,7 +12,6 @@ goes wrong in one is a row of the table and no end of the others. After each of 
 when anything went wrong. Text is random, its words as frequent as in language.
 """
 
-import argparse
 import json
 import sys
 import time
@@ -35,6 +34,7 @@ from speed import PARTS, machine
 
 from errors import BadInput
 from files import check_writable
+from flags import Parser, positive_float, positive_int
 from process import run_script
 
 TEST_FILES = ("test_regularisers.py", "test_qrnn.py", "test_cuda.py", "test_cuda_graphs.py", "test_reference.py")
@@ -147,14 +147,14 @@ def heading(found):
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Test and time the toolkit on the GPU.")
+    parser = Parser(description="Test and time the toolkit on the GPU.")
     parser.add_argument("--part", nargs="+", choices=["tests", "speed"], default=["tests", "speed"], metavar="PART",
                         help="what to do: tests, speed (default: both)")
     parser.add_argument("--only", nargs="+", choices=list(EPOCHS), default=list(EPOCHS), metavar="RECIPE",
                         help=f"recipes to time: {', '.join(EPOCHS)} (default: all)")
-    parser.add_argument("--repetitions", type=int, default=5, metavar="N",
+    parser.add_argument("--repetitions", type=positive_int, default=5, metavar="N",
                         help="turns of each candidate (default: %(default)s)")
-    parser.add_argument("--minutes", type=float, default=4.8, metavar="N",
+    parser.add_argument("--minutes", type=positive_float, default=4.8, metavar="N",
                         help="time of each part; what it does not reach is a row (default: %(default)s)")
     parser.add_argument("--json", metavar="FILE", help="where the figures go too")
     args = parser.parse_args()

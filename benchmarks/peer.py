@@ -19,9 +19,10 @@ from torch.nn import functional
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from data import Corpus, load_split  # noqa: E402  the scripts of the project are no package
+from errors import BadInput  # noqa: E402
 from files import check_writable  # noqa: E402
 from flags import Parser, positive_int, seed  # noqa: E402
-from metrics import Metrics, describe_run, format_loss, loss_metrics  # noqa: E402
+from metrics import Metrics, describe_run, format_loss, loss_metrics, parse_lines  # noqa: E402
 from process import run_script  # noqa: E402
 
 LAYERS, HEADS, WIDTH, CONTEXT, BATCH = 4, 4, 128, 64, 12
@@ -111,6 +112,13 @@ def train(model, ids, valid, steps, every, metrics):
     return score
 
 
+def is_record(path):
+    """Return whether the file at `path` begins as a record that this script wrote."""
+    with open(path, "rb") as file:
+        records, _ = parse_lines([file.readline()])
+    return any(line["kind"] == "run" and line.get("stage") == "peer" for line in records)
+
+
 def main():
     parser = Parser(description="Train a small transformer on a text, as a peer to compare with.")
     parser.add_argument("--data", required=True, metavar="FILE", help="a text file")
@@ -121,6 +129,8 @@ def main():
     parser.add_argument("--seed", type=seed, default=1337, metavar="N", help="random seed (default: %(default)s)")
     args = parser.parse_args()
     check_writable(args.save)
+    if Path(args.save).exists() and not is_record(args.save):
+        raise BadInput(f"--save {args.save}: is there already, and is no record of this script")
     corpus = Corpus(args.data, "char", (90, 10))
     print(corpus.describe())
     ids, valid = (load_split(corpus, split, 1, "cpu", CONTEXT + 1).flatten().long() for split in ("train", "valid"))

@@ -10,7 +10,6 @@ Training that was stopped goes on with the next batch. Dynamic evaluation begins
 cache its stage.
 """
 
-import argparse
 import math
 import shlex
 import signal
@@ -24,8 +23,10 @@ from recipes import GRID, RECIPES
 from table import rows
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
+from flags import Parser, positive_float  # noqa: E402  the scripts of the project are no package
 from metrics import read_metrics  # noqa: E402
-from run_files import last_path, metrics_path  # noqa: E402  the scripts of the project are no package
+from process import run_script  # noqa: E402
+from run_files import last_path, metrics_path  # noqa: E402
 
 ROOT = Path(__file__).parent.parent
 # The stages after training, and their scripts.
@@ -103,9 +104,9 @@ def row(name, folder):
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Reproduce a row of the papers.")
+    parser = Parser(description="Reproduce a row of the papers.")
     parser.add_argument("row", choices=list(RECIPES))
-    parser.add_argument("--minutes", type=float, help="stop in time (default: run to the end)")
+    parser.add_argument("--minutes", type=positive_float, metavar="N", help="stop in time (default: run to the end)")
     parser.add_argument("--folder", type=Path, help="where the files go (default: runs/ROW)")
     parser.add_argument("--extra", default="", metavar="FLAGS",
                         help="further flags for training and fine-tuning, for a smaller trial")
@@ -125,4 +126,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -12,7 +12,6 @@ Without a text the lines are random words, as many as in lines of Penn Treebank.
 does not matter.
 """
 
-import argparse
 import io
 import sys
 from itertools import islice
@@ -30,7 +29,9 @@ from speed import as_pytorch, as_shipped, machine, medians, peaks, seconds
 
 import main
 import score
+from flags import Parser, positive_int
 from model import ARCHITECTURE, RNNModel
+from process import run_script
 from stream import batches, read_lines
 from vocabulary import END, Dictionary
 
@@ -109,14 +110,16 @@ def measure(recipe, lines, few, repetitions, peak):
 
 
 def run():
-    parser = argparse.ArgumentParser(description="Measure the speed of scoring lines.")
+    parser = Parser(description="Measure the speed of scoring lines.")
     parser.add_argument("--text", metavar="FILE", help="lines to score (default: random words)")
-    parser.add_argument("--lines", type=int, default=10_000, metavar="N", help="how many (default: %(default)s)")
-    parser.add_argument("--few", type=int, default=100, metavar="N",
+    parser.add_argument("--lines", type=positive_int, default=10_000, metavar="N",
+                        help="how many (default: %(default)s)")
+    parser.add_argument("--few", type=positive_int, default=100, metavar="N",
                         help="how many one at a time, of all lengths (default: %(default)s)")
     parser.add_argument("--only", nargs="+", choices=MODELS, default=MODELS, metavar="RECIPE",
                         help="models (default: all)")
-    parser.add_argument("--repetitions", type=int, default=3, metavar="N", help="turns of each (default: %(default)s)")
+    parser.add_argument("--repetitions", type=positive_int, default=3, metavar="N",
+                        help="turns of each (default: %(default)s)")
     args = parser.parse_args()
     torch.manual_seed(0)
     lines = make_lines(args.lines)
@@ -135,4 +138,4 @@ def run():
 
 
 if __name__ == "__main__":
-    run()
+    run_script(run)

@@ -10,7 +10,6 @@ Each figure is the median over repetitions in which all candidates take turns, e
 time. Text is random: its words do not matter.
 """
 
-import argparse
 import json
 import platform
 import statistics
@@ -36,8 +35,11 @@ import main
 import steps
 from data import Corpus
 from device import LARGEST_KEPT, cpuinfo, has_bf16, keep_memory, use_onednn
+from files import check_writable
+from flags import Parser, positive_int
 from model import ARCHITECTURE, DROPOUTS, RNNModel
 from optimizers import make_optimizer
+from process import run_script
 from products import aligned, packs_bf16
 from steps import choose_pass
 
@@ -313,7 +315,7 @@ def table(results):
 
 
 def run():
-    parser = argparse.ArgumentParser(description="Measure the speed of the toolkit on the CPU.")
+    parser = Parser(description="Measure the speed of the toolkit on the CPU.")
     jobs = {**{recipe: lambda peak, n, recipe=recipe: measure_recipe(recipe, peak, n) for recipe in ON_A_CPU},
             "evaluation": measure_evaluation,
             "cache-500": lambda peak, n: measure_cache(500, peak, n),
@@ -322,10 +324,11 @@ def run():
             "generation": lambda _, n: measure_generation(n)}
     parser.add_argument("--only", nargs="+", choices=list(jobs), default=list(jobs), metavar="NAME",
                         help=f"what to measure: {', '.join(jobs)} (default: all)")
-    parser.add_argument("--repetitions", type=int, default=5, metavar="N",
+    parser.add_argument("--repetitions", type=positive_int, default=5, metavar="N",
                         help="turns of each candidate (default: %(default)s)")
     parser.add_argument("--json", metavar="FILE", help="where the figures go too")
     args = parser.parse_args()
+    check_writable(*filter(None, [args.json]))
     torch.manual_seed(0)
     peak = peaks(args.repetitions)
     print(", ".join(f"{name} {value}" for name, value in machine().items()))
@@ -342,4 +345,4 @@ def run():
 
 
 if __name__ == "__main__":
-    run()
+    run_script(run)

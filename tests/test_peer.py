@@ -62,6 +62,16 @@ def test_the_loss_is_that_of_a_naive_computation():
 
 
 @torch.no_grad()
+def test_the_weights_before_a_residual_sum_begin_smaller():
+    """Each of the 2 L sums adds as much variance: their standard deviation is 0.02 / sqrt(2 L), that of others 0.02."""
+    torch.manual_seed(0)
+    for name, weight in peer.Transformer(NTOKEN).named_parameters():
+        if weight.dim() == 2:
+            last = name.split(".")[-2] in ("output", "down")
+            expected = 0.02 / math.sqrt(2 * peer.LAYERS) if last else 0.02
+            assert weight.std().item() == pytest.approx(expected, rel=0.1), name
+
+
 def test_a_later_token_changes_no_earlier_logit():
     model = make_model().eval()
     tokens = torch.randint(NTOKEN, (1, peer.CONTEXT))
@@ -124,6 +134,13 @@ def test_the_record_is_that_of_a_run(run, book, tmp_path):
         assert all(line["seconds"] > 0 for line in epochs)
         assert test["finished"]
         assert test["valid_loss"] == epochs[-1]["loss"]
+
+
+def test_another_file_is_not_replaced(run, book):
+    before = book.read_bytes()
+    status, printed = run("--data", book, "--save", book)
+    assert (status, len(printed.splitlines())) == (2, 1)
+    assert book.read_bytes() == before
 
 
 @pytest.mark.parametrize("flags", [["--steps", "0"], ["--every", "-1"], ["--seed", "x"], ["--layers", "2"],
