@@ -2,6 +2,7 @@
 
     python main.py --batch_size 20 --data data/penn --dropouti 0.4 --dropouth 0.25 --seed 141 --epochs 500 --save PTB.pt
     python main.py --data data/penn --save PTB.pt --resume PTB.pt         (goes on where the first command stopped)
+    python main.py --data book.txt --minutes 4 --save book.pt             (chooses all else)
 
 SGD turns into averaged SGD when the validation loss stops falling (NT-ASGD). The other choice is Adam with drops of the
 learning rate. Papers: arXiv 1708.02182 and 1803.08240.
@@ -47,8 +48,9 @@ def make_parser():
     group.add_argument("--optimizer", choices=list(DEFAULT_LR), default="sgd",
                        help="sgd, which turns into ASGD at a plateau, or adam (default: %(default)s)")
     group.add_argument("--minutes", type=positive_float, metavar="N",
-                       help="time for the whole run, test included; the learning rate falls to nothing by then "
-                            "(default: no limit, and no fall)")
+                       help="time for the whole run, test included: the learning rate falls to nothing by then, and "
+                            "level, sizes, dropouts, batch and optimizer are chosen where no flag says them (default: "
+                            "no limit, and no choice)")
     group.add_argument("--when", type=epoch_or_never, nargs="+", default=[], metavar="E",
                        help="epochs after which a copy of the model is kept as SAVE.eE and the rate is divided "
                             "by 10 (default and -1: none; no longer once ASGD runs)")
