@@ -3,9 +3,11 @@
 `NAME.metrics.jsonl` lies beside the checkpoint NAME.pt. It has one JSON object a line, each with its kind:
 
 - "run" (or "resume") describes the run.
+- "loaded" is the model that fine-tuning begins with.
 - "batch" comes after each log interval.
 - "epoch", "switch" and "decay" come at the end of an epoch.
 - "test" comes at the end.
+- "pointer" and "dynamic" are scores of the trained model, "grid" and "dynamic-grid" those of a search.
 
 Losses are in nats per token, `time` in seconds since 1970. An infinite figure is null. `total_tokens` counts the tokens
 trained since the run began. With `--tensorboard` the same figures go to TensorBoard.
