@@ -1,7 +1,7 @@
 """Measure how large corpora are loaded: seconds, peak memory, and disk, at several sizes.
 
     python benchmarks/corpus.py                                        (20 and 100 million words, 100 million bytes)
-    python benchmarks/corpus.py --words 20e6 100e6 200e6 1e9 --bytes 0     (12 GB of disk, 20 minutes)
+    python benchmarks/corpus.py --words 20e6 100e6 200e6 1e9 --bytes 0     (13 GB of disk, 20 minutes)
 
 Texts are generated, words with a frequency of 1 / rank as in English, each of `--types` at least once. A text is loaded
 three times: first, then from its cache, then with another vocabulary. Each load is a process of its own that imports
