@@ -39,7 +39,6 @@ LR = 30.0
 INHERITED = (*ARCHITECTURE, *DROPOUTS, "data", "level", "shares", "alpha", "beta", "wdecay", "clip", "batch_size",
              "bptt")
 
-
 FIXED = (*ARCHITECTURE, "level")  # the rest may change with the text
 
 

@@ -105,6 +105,8 @@ def add_vocabulary_flags(group):
     group.add_argument("--vocab-order", choices=["appearance", "frequency"], default="appearance",
                        help="how words are numbered; a split softmax wants the frequent ones first "
                             "(default: %(default)s)")
+
+
 def add_cache_flags(group, optional=False):
     """Add the flags of the neural cache, each with several values for a grid.
 

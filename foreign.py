@@ -20,8 +20,8 @@ from model import DROPOUTS
 from splitcross import splits_for
 from unpickle import Record, Tensor
 
-# fastai's own for a language model; its files do not say with which one was trained.
 MAX_LAYERS, MAX_NAME = 999, 100  # more than any model has: a hostile file may claim many
+# fastai's own for a language model; its files do not say with which one was trained.
 FASTAI_DROPOUTS = {"dropout": 0.1, "dropouth": 0.15, "dropouti": 0.25, "dropoute": 0.02, "wdrop": 0.2}
 # Where fastai's versions keep a layer's hidden-to-hidden weight, the raw one before dropped copies.
 RAW = ("{}.weight_hh_l0_raw", "{}.module.weight_hh_l0_raw", "{}.module.weight_hh_l0")

@@ -1,4 +1,4 @@
-"""Training by graphs is training: the logic, with a stand-in for CUDA's graphs; `test_cuda.py` has the rest."""
+"""Training by graphs is training: the logic, with a stand-in for CUDA's graphs; `test_cuda_graphs.py` has the rest."""
 
 from argparse import Namespace
 from functools import partial
