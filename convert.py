@@ -35,8 +35,8 @@ from model import DROPOUTS, parameter_shapes
 from process import run_script
 from splitcross import splits_for
 from unpickle import Record
+from vocabulary import END, UNKNOWN
 
-UNK, EOS = "<unk>", "<eos>"
 FILLER = "xxfake"  # fastai fills vocabularies up with it, so it may come several times
 
 
@@ -84,7 +84,8 @@ def read_vocabulary(args):
     """
     if not args.vocabulary:
         raise BadInput(f"{args.file}: a model of fastai; --vocabulary says where its words are, a pickled list")
-    words, notes = renamed(containers.read_words(args.vocabulary), [(args.unk, UNK), (args.eos, EOS)], args.vocabulary)
+    words = containers.read_words(args.vocabulary)
+    words, notes = renamed(words, [(args.unk, UNKNOWN), (args.eos, END)], args.vocabulary)
     try:
         is_text = len("".join(words).encode()) > 0
     except UnicodeEncodeError:
@@ -195,7 +196,7 @@ def convert_back(args):
         raise BadInput(f"{args.file}: has {content['flags']['model']} layers; only LSTM layers go to fastai")
     if splits_for(len(content["vocabulary"])):
         raise BadInput(f"{args.file}: has a split softmax, which fastai's model lacks")
-    words, notes = renamed(content["vocabulary"], [(UNK, args.unk), (EOS, args.eos)], args.file)
+    words, notes = renamed(content["vocabulary"], [(UNKNOWN, args.unk), (END, args.eos)], args.file)
     state = to_fastai(content["model"], args.file)
     try:
         with replacing(args.save) as weights_file, replacing(args.vocabulary) as words_file:

@@ -3,6 +3,7 @@
 import queue
 import threading
 import time
+from codecs import BOM_UTF8
 from collections import deque, namedtuple
 
 from errors import BadInput
@@ -12,7 +13,6 @@ from vocabulary import END, UNKNOWN
 WAIT = 0.05  # seconds that a line waits for others, where they come slowly
 BLOCK = 2**16  # bytes read at a time
 AHEAD = 2**16  # tokens that are read ahead, and that are handed on together
-BOM = b"\xef\xbb\xbf"
 
 Line = namedtuple("Line", "number tokens ids unknown")  # unknown: where its tokens are not the model's
 
@@ -46,7 +46,7 @@ def read_lines(file, dictionary, level, no_eos):
     known, unknown_id = dictionary.word2idx, dictionary.word2idx.get(UNKNOWN)
     for number, (line, is_ended) in enumerate(split_stream(file, level), 1):
         if number == 1 and level != "byte":
-            line = line.removeprefix(BOM)
+            line = line.removeprefix(BOM_UTF8)
         try:
             tokens = split_line(line, level)
         except UnicodeDecodeError as error:
