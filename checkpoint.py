@@ -23,7 +23,7 @@ import numpy
 import torch
 
 from errors import BadInput
-from files import replacing
+from files import disk_error, replacing
 from model import ARCHITECTURE, DROPOUTS, RNNModel, parameter_shapes
 from optimizers import ASGD
 from run_files import STATES, best_path
@@ -57,8 +57,7 @@ def save(path, model, flags, vocabulary, loss, epoch, stage="train", state=None)
         with replacing(path) as file:
             torch.save(content, file)
     except (OSError, RuntimeError) as error:
-        reason = error if isinstance(error, OSError) else error.__context__  # PyTorch's error hides that of the disk
-        raise BadInput(f"{path}: could not be written: {reason}; what was there is as it was") from error
+        raise BadInput(f"{path}: could not be written: {disk_error(error)}; what was there is as it was") from error
 
 
 def load(path, device="cpu"):

@@ -27,7 +27,7 @@ import containers
 import run_files
 from data import Corpus
 from errors import BadInput
-from files import check_writable, replacing, same_file
+from files import check_writable, disk_error, replacing, same_file
 from flags import Parser, add_data_flags, add_training_flags
 from foreign import fastai_state, read_fastai, read_original, to_fastai, widened
 from metrics import log
@@ -203,8 +203,7 @@ def convert_back(args):
             torch.save(state, weights_file)
             pickle.dump(words, words_file)
     except (OSError, RuntimeError) as error:
-        reason = error if isinstance(error, OSError) else error.__context__  # PyTorch's error hides that of the disk
-        raise BadInput(f"{args.save}, {args.vocabulary}: could not be written: {reason}") from error
+        raise BadInput(f"{args.save}, {args.vocabulary}: could not be written: {disk_error(error)}") from error
     log(f"{args.file} -> {args.save}, {args.vocabulary}, {len(words):,} words")
     for note in notes:
         log(f"  {note}")

@@ -41,6 +41,11 @@ def replacing(path, mode="wb", **how):
         raise
 
 
+def disk_error(error):
+    """Return the error of the disk behind what `torch.save` raised: PyTorch's own error hides it."""
+    return error if isinstance(error, OSError) else error.__context__
+
+
 def remove_partial(*paths):
     """Remove what processes that were killed had written of `paths`."""
     for path in paths:

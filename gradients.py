@@ -13,7 +13,7 @@ import torch
 import run_files
 from data import load_split
 from errors import BadInput
-from files import replacing
+from files import disk_error, replacing
 from metrics import log, progress_bar
 from steps import forward_backward
 from utils import get_batch
@@ -67,8 +67,7 @@ def gradient_statistics(model, corpus, checksum, args, device):
             torch.save({"format": STATISTICS, "key": key, "statistics": statistics}, file)
         where = f"kept in {path}"
     except (OSError, RuntimeError) as error:
-        reason = error if isinstance(error, OSError) else error.__context__  # PyTorch's error hides that of the disk
-        where = f"not kept: {reason}"
+        where = f"not kept: {disk_error(error)}"
     log(f"gradient statistics: {seconds:.2f} s; {where}")
     return statistics
 
