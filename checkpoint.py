@@ -248,6 +248,7 @@ def generator_states():
 
 
 def restore_generators(states):
+    """Put the random generators into the `states` that `generator_states` collected."""
     name, keys, *position = states["numpy"]
     numpy.random.set_state((name, keys.cpu().numpy().astype(numpy.uint32), *position))
     torch.set_rng_state(states["torch"].cpu())

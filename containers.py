@@ -73,7 +73,7 @@ class Cautious(io.BufferedReader):
 
 @contextmanager
 def reading(path):
-    """`with reading(path)`: what goes wrong with a file becomes a BadInput that names it."""
+    """Turn what goes wrong with a file inside `with reading(path)` into a BadInput that names it."""
     try:
         yield
     except BadInput:

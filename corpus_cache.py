@@ -50,6 +50,7 @@ def checksum_of_files(paths):
 
 
 def checksum_of_file(path):
+    """Compute a checksum of what a file holds; raises OSError when it cannot be read."""
     total = hashlib.sha256()
     with open(path, "rb") as file:
         while block := file.read(BLOCK):

@@ -224,7 +224,7 @@ def take_over():
 # --- the run ---------------------------------------------------------------------------------------------------------
 
 class NoMetrics:
-    """The record of a process that writes none."""
+    """Stand in for the record, in a process that writes none."""
 
     def write(self, kind, **values):
         pass

@@ -97,7 +97,7 @@ FAR = 2**30  # a byte beyond what a lock file holds, so that others can read who
 
 @contextmanager
 def locked(path, required=True):
-    """`with locked(path)`: this process has `path` to itself; raises BadInput when another one has it.
+    """Keep `path` for this process inside `with locked(path)`; raises BadInput when another one has it.
 
     The lock is on a hidden file beside it that names the process. The system lifts it when the process ends, however
     that happens. Where no file can be written there is no lock, which is BadInput if it is `required`.

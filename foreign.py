@@ -29,7 +29,7 @@ RAW = ("{}.weight_hh_l0_raw", "{}.module.weight_hh_l0_raw", "{}.module.weight_hh
 
 @dataclass
 class Found:
-    """What a file holds: weights by this toolkit's names, and flags as far as the file says them.
+    """Hold what a file has: weights by this toolkit's names, and flags as far as the file says them.
 
     `notes` are lines for the log.
     """

@@ -47,7 +47,7 @@ def format_loss(name, loss):
 
 
 class Log:
-    """What prints the lines of a run, above the progress bar where there is one.
+    """Print the lines of a run, above the progress bar where there is one.
 
     A line that cannot be written (a full disk, a reader that has gone) interrupts nothing: `error` says so, training
     stops at the next batch with its state written, and `check` raises in the end.
@@ -131,7 +131,7 @@ def check_board(folder, dry_run=False):
 
 
 class Board:
-    """What sends the figures of metrics lines to TensorBoard, in a folder for each stage.
+    """Send the figures of metrics lines to TensorBoard, in a folder for each stage.
 
     The step of each figure is the number of tokens trained. A run that goes on, or begins anew, takes back what was
     sent beyond its `step`.
@@ -166,7 +166,7 @@ def open_board(folder, stage, step):
 # --- the file --------------------------------------------------------------------------------------------------------
 
 class Metrics:
-    """The metrics file at `path`: lines are added, on a line of their own whatever an editor or a crash left there.
+    """Add lines to the metrics file at `path`, each on a line of its own whatever an editor or a crash left there.
 
     Given `keep`, what a run that is resumed at `stage` wrote beyond so many bytes is dropped first, if nothing else
     stands there and the cut is at the end of a line.

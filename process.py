@@ -1,4 +1,4 @@
-"""How a script begins and ends: streams, signals, exit status. Needs no torch, so that it can come first."""
+"""Begin and end a script: streams, signals, exit status. Needs no torch, so that it can come first."""
 
 import os
 import signal

@@ -1,4 +1,4 @@
-"""What a run of training is: its flags, its text, its model, its optimizer, and how far it has come.
+"""Hold what a run of training is: its flags, its text, its model, its optimizer, and how far it has come.
 
 Shapes are in the alphabet of `model.py`.
 """

@@ -87,7 +87,7 @@ def files_of_run(path, stage="train"):
 
 @contextmanager
 def claimed(save, stage="train", dry_run=False):
-    """`with claimed(save)`: this process has the files of a run to itself.
+    """Keep the files of a run for this process inside `with claimed(save)`.
 
     Raises BadInput when another process has them, or they cannot be written, or are those of another run.
     """

@@ -279,6 +279,7 @@ def update_optimizer(run):
 
 
 def save_model(run, path, loss, **extra):
+    """Write the model as a checkpoint of validation `loss`, nats per token; of several processes rank 0 writes."""
     if distributed.is_first():
         checkpoint.save(path, run.model, vars(run.args), run.vocabulary, loss, run.progress.epoch, run.stage, **extra)
 

@@ -35,7 +35,7 @@ DTYPES = {"FloatStorage": torch.float32, "DoubleStorage": torch.float64, "HalfSt
 
 
 class Malformed(ValueError):
-    """A pickle is damaged, or larger than that of a model."""
+    """Say that a pickle is damaged, or larger than that of a model."""
 
 
 # --- what a pickle holds ---------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""What the speed of the toolkit is measured against: model, cache and corpus in plain PyTorch, as in the original.
+"""Define the baseline of the benchmarks: model, cache and corpus in plain PyTorch, as in the original.
 
 `nn.LSTM` in fp32, weight masks by `F.dropout` over whole matrices, embedding dropout on the whole matrix, softmax and
 loss unfused, the forget-mult a step at a time under autograd, the cache a token at a time over one-hot vectors.
@@ -36,7 +36,7 @@ class PlainQRNN(nn.Module):
 
 
 class PlainModel(nn.Module):
-    """The model of the flags `args` over V words, tied."""
+    """Hold the model of the flags `args` over V words, tied."""
 
     def __init__(self, ntoken, args):
         super().__init__()
@@ -77,7 +77,7 @@ class PlainModel(nn.Module):
 
 
 def train_step(model, optimizer, words, targets, hidden, args):
-    """One step of the optimizer on `words`, `targets` (T, B)."""
+    """Take one step of the optimizer on `words`, `targets` (T, B)."""
     output, hidden, raw = model(words, hidden)
     loss = model.loss(output, targets)
     if args.alpha:
@@ -108,7 +108,7 @@ Splits = namedtuple("Splits", "train valid test")
 
 
 def load_corpus(folder):
-    """Token ids of a folder of text, the lines read twice, a token at a time."""
+    """Read the token ids of a folder of text, the lines read twice, a token at a time."""
     word2idx, splits = {}, []
     for split in Splits._fields:
         tokens = 0

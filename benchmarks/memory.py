@@ -1,4 +1,4 @@
-"""Resident memory of a training run after each of its epochs, through the switch to ASGD (Linux).
+"""Measure the resident memory of a training run after each of its epochs, through the switch to ASGD (Linux).
 
     python benchmarks/memory.py --data data/penn --emsize 100 --nhid 200 --nonmono 2 --epochs 30
 
@@ -14,7 +14,7 @@ MAIN = Path(__file__).parent.parent / "main.py"
 
 
 def resident(process):
-    """MiB that a process has resident now."""
+    """Return the MiB that a process has resident now."""
     status = Path(f"/proc/{process.pid}/status").read_text(encoding="ascii")
     return int(next(line for line in status.splitlines() if line.startswith("VmRSS:")).split()[1]) / 1024
 

@@ -1,4 +1,4 @@
-"""The recipes of the papers, each in one place: flags by stage, and what was published.
+"""Hold the recipes of the papers, each in one place: flags by stage, and what was published.
 
 `reproduce.py` runs them, `speed.py` times their training steps, `docs/recipes.md` shows them as commands.
 """

@@ -41,7 +41,7 @@ def records(save):
 
 
 def is_done(stage, folder):
-    """Whether a stage has come to its end."""
+    """Return whether a stage has come to its end."""
     lines = records(folder / f"{stage if stage in ('train', 'finetune') else 'finetune'}.pt")
     if stage in ("train", "finetune"):
         return any(line["kind"] == "test" and line["finished"] for line in lines)
@@ -56,7 +56,7 @@ def scored(lines, stage):
 
 
 def command(stage, recipe, folder, extra):
-    """The command that begins a stage, or goes on with it."""
+    """Return the command that begins a stage, or goes on with it."""
     save = folder / f"{stage}.pt"
     if stage in SCORES:
         flags = GRID if stage == "grid" else recipe[stage]
@@ -84,7 +84,7 @@ def run(arguments, deadline):
 
 
 def row(name, folder):
-    """The row for a table of results: figures of each stage beside the published ones."""
+    """Format the row for a table of results: figures of each stage beside the published ones."""
     recipe, cells = RECIPES[name], []
     lines, tuned = records(folder / "train.pt"), records(folder / "finetune.pt")
     for stage in (lines, tuned):

@@ -35,7 +35,7 @@ RECIPES = ("ptb-lstm", "ptb-qrnn", "wt2-lstm")
 
 
 class Ddp:
-    """A model in DistributedDataParallel, as `steps.forward_backward` calls a model."""
+    """Hold a model in DistributedDataParallel, as `steps.forward_backward` calls a model."""
 
     def __init__(self, model):
         self.model, self.ddp = model, DistributedDataParallel(model, gradient_as_bucket_view=True)
@@ -46,7 +46,7 @@ class Ddp:
 
 
 def shared_step(recipe, words, targets, ddp=False):
-    """A training step of this process on its columns of the batch, ready to be called, and its model."""
+    """Make a training step of this process on its columns of the batch; returns the function and its model."""
     args, group = speed.flags_of(recipe), distributed.group
     model = speed.our_model(recipe, args).train()
     optimizer = make_optimizer(args.optimizer, model, args.lr, args.wdecay)
@@ -79,7 +79,7 @@ def timed_reduce(spent):
 
 
 def measure(recipe, repetitions):
-    """Seconds of a step by each way, of its all-reduce, and the bytes of that."""
+    """Measure the seconds of a step by each way and of its all-reduce, and the bytes of that."""
     args, group, spent = speed.flags_of(recipe), distributed.group, []
     torch.manual_seed(0)
     text = torch.randint(speed.RECIPES[recipe][0], (args.bptt + 1, args.batch_size))
@@ -119,7 +119,7 @@ def measure(recipe, repetitions):
 
 
 def table(results, size):
-    """Markdown: rates, as times that of one process, and what the all-reduce takes."""
+    """Yield the lines of a Markdown table: rates, as times that of one process, and what the all-reduce takes."""
     yield (f"| | 1 x {size} threads, tokens/s | {size} x 1 thread | times | DDP, times | all-reduce, MB | ms | "
            "of the step |")
     yield "|---|---:|---:|---:|---:|---:|---:|---:|"

@@ -52,7 +52,7 @@ NO_REGULARISATION = dict.fromkeys((*DROPOUTS, "alpha", "beta", "wdecay", "clip")
 
 
 def clock():
-    """Seconds, read when all that was given to a GPU is done."""
+    """Return the seconds of a clock, read when all that was given to a GPU is done."""
     if torch.cuda.is_initialized():
         torch.cuda.synchronize()
     return time.perf_counter()
@@ -65,13 +65,13 @@ def seconds(function):
 
 
 def warm_seconds(function):
-    """Seconds of the second of two calls: the first finds the memory as another candidate left it."""
+    """Time the second of two calls, in seconds: the first finds the memory as another candidate left it."""
     function()
     return seconds(function)
 
 
 def medians(candidates, repetitions, timed=warm_seconds):
-    """Seconds of each of `candidates` (name: function), the median over turns after one to warm up."""
+    """Time each of `candidates` (name: function): median seconds over turns, after one to warm up."""
     for function in candidates.values():
         function()
     turns = [{name: timed(function) for name, function in candidates.items()} for _ in range(repetitions)]
@@ -79,7 +79,7 @@ def medians(candidates, repetitions, timed=warm_seconds):
 
 
 def as_shipped(function):
-    """The function with products and memory as the toolkit sets them up."""
+    """Return the function with products and memory as the toolkit sets them up."""
     def call():
         use_onednn()
         keep_memory()
@@ -88,7 +88,7 @@ def as_shipped(function):
 
 
 def as_pytorch(function):
-    """The function with PyTorch as it comes."""
+    """Return the function with PyTorch as it comes."""
     def call():
         torch.set_float32_matmul_precision("highest")
         keep_memory(GLIBC_KEEPS)
@@ -97,7 +97,10 @@ def as_pytorch(function):
 
 
 def peaks(repetitions):
-    """FLOP/s of the fastest product in fp32 and in bf16: the LSTM's, 1400 words through 4 x 1150 gates, 20 times."""
+    """Measure FLOP/s of the fastest product in fp32 and in bf16.
+
+    The product is the LSTM's, 1400 words through 4 x 1150 gates, 20 times.
+    """
     candidates = {}
     for precision in (torch.float32, torch.bfloat16):
         plain = torch.randn(1400, 1150).to(precision), torch.randn(4600, 1150).to(precision)
@@ -126,7 +129,7 @@ def our_model(recipe, args):
 
 
 def our_step(recipe, words, targets, **changes):
-    """A training step of the toolkit on the device of `words`, ready to be called."""
+    """Make a function that takes a training step of the toolkit on the device of `words`."""
     args = flags_of(recipe, **changes)
     model = our_model(recipe, args).to(words.device).train()
     optimizer = make_optimizer(args.optimizer, model, args.lr, args.wdecay)
@@ -136,7 +139,7 @@ def our_step(recipe, words, targets, **changes):
 
 
 def plain_step(recipe, words, targets):
-    """A training step of the baseline on the device of `words`, ready to be called."""
+    """Make a function that takes a training step of the baseline on the device of `words`."""
     args = flags_of(recipe)
     model = baseline.PlainModel(RECIPES[recipe][0], args).to(words.device).train()
     kind = torch.optim.Adam if args.optimizer == "adam" else torch.optim.SGD
@@ -146,7 +149,7 @@ def plain_step(recipe, words, targets):
 
 
 def step_in_parts(recipe, words, targets, precision, repetitions):
-    """The share of each of PARTS in the time of a training step, which is cut at their borders."""
+    """Measure the share of each of PARTS in the time of a training step, which is cut at their borders."""
     args = flags_of(recipe, precision=precision)
     model = our_model(recipe, args).to(words.device).train()
     optimizer = make_optimizer(args.optimizer, model, args.lr, args.wdecay)
@@ -184,7 +187,7 @@ def step_in_parts(recipe, words, targets, precision, repetitions):
 
 
 def measure_recipe(recipe, peak, repetitions):
-    """Tokens per second of the training step by candidate, and the shares of its parts."""
+    """Measure tokens per second of the training step by candidate, and the shares of its parts."""
     args = flags_of(recipe)
     text = torch.randint(RECIPES[recipe][0], (args.bptt + 1, args.batch_size))
     words, targets, tokens = text[:-1], text[1:], args.bptt * args.batch_size
@@ -218,7 +221,7 @@ def measure_evaluation(peak, repetitions):
 
 
 def measure_cache(window, peak, repetitions):
-    """The cache alone, on outputs as a model of 400 units gives them."""
+    """Measure the cache alone, on outputs as a model of 400 units gives them."""
     few, many, ntoken = (window + 41, window + 8001, 10_000)
     outputs, targets = torch.randn(many, 400) * 0.1, torch.randint(1000, (many,))
     logprob, history = torch.full((many,), -6.0), functional.one_hot(targets[:few], ntoken).float()
@@ -242,7 +245,7 @@ def measure_cache(window, peak, repetitions):
 
 
 def measure_corpus(repetitions):
-    """A corpus of the size of Penn Treebank's, words as frequent as in language."""
+    """Measure the loading of a corpus of the size of Penn Treebank's, words as frequent as in language."""
     with tempfile.TemporaryDirectory() as folder:
         for split, tokens in (("train", 900_000), ("valid", 70_000), ("test", 80_000)):
             ids = numpy.random.default_rng(0).zipf(1.2, tokens) % 10_000
@@ -254,7 +257,7 @@ def measure_corpus(repetitions):
 
 
 def measure_generation(repetitions):
-    """Words per second: a full call of the training module for each against `generate.sample`."""
+    """Measure words per second: a full call of the training module for each against `generate.sample`."""
     args = flags_of("ptb-lstm")
     ntoken = RECIPES["ptb-lstm"][0]
     plain, models = baseline.PlainModel(ntoken, args).eval(), {"fp32": our_model("ptb-lstm", args)}
@@ -298,7 +301,7 @@ COLUMNS = ("baseline", "baseline, set up", "no regularisation", "fp32", "bf16", 
 
 
 def table(results):
-    """Markdown: rates, and as how many times the baseline; then the shares of the parts."""
+    """Yield the lines of Markdown tables: rates, and as how many times the baseline; then the shares of the parts."""
     yield f"| {'':14} | {'unit':8} | " + " | ".join(f"{name:>17}" for name in COLUMNS) + " |"
     yield f"|{'-' * 16}|{'-' * 10}|" + "|".join("-" * 18 + ":" for _ in COLUMNS) + "|"
     for name, found in results.items():

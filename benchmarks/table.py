@@ -45,7 +45,7 @@ def perplexity(loss):
 
 
 def table(lines):
-    """The same as a Markdown table."""
+    """Yield the lines of a Markdown table of `rows`."""
     yield "| stage    | epochs | valid ppl | test ppl | minutes |"
     yield "|----------|-------:|----------:|---------:|--------:|"
     for stage, epochs, valid, test, minutes in rows(lines):
