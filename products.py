@@ -42,16 +42,16 @@ def aligned(matrix, dtype):
 
     x @ weight.t() is then more than one and a half times as fast.
     """
-    return padded(matrix.new_empty, *matrix.shape, dtype).copy_(matrix)
+    return padded(matrix, *matrix.shape, dtype).copy_(matrix)
 
 
-def padded(new_empty, rows, width, dtype):
-    """Make a matrix (rows, width) without values, whose rows in bfloat16 begin cache lines.
+def padded(like, rows, width, dtype):
+    """Make a matrix (rows, width) on the device of `like`, without values, whose rows in bfloat16 begin cache lines.
 
     Zeros lie between the rows. oneDNN multiplies by zeros what it finds there, so a NaN would come through.
     """
     line = LINE if dtype == torch.bfloat16 else 1
-    memory = new_empty(rows, -(-width // line) * line, dtype=dtype)
+    memory = like.new_empty(rows, -(-width // line) * line, dtype=dtype)
     memory[:, width:] = 0
     return memory[:, :width]
 
@@ -62,7 +62,7 @@ def transposed(matrix):
     The copy is several times as fast as `matrix.t().contiguous()`. It is for products like grad.t() @ x, whose left
     factor oneDNN would transpose. They are nearly twice as fast with it, the copy included.
     """
-    result = padded(matrix.new_empty, *matrix.shape[::-1], matrix.dtype)
+    result = padded(matrix, *matrix.shape[::-1], matrix.dtype)
     for source, target in zip(matrix.split(BAND), result.split(BAND, 1)):
         target.copy_(source.t())
     return result

@@ -118,8 +118,8 @@ def probe(args, ntoken, device):
 
 def describe(args, given):
     """Spell the command that says by flags what was chosen."""
-    names = [name for name in ("data", "minutes", "level", *ARCHITECTURE, *DROPOUTS, "alpha", "beta", "optimizer", "lr",
-                               "clip", "batch_size", "bptt")]
+    names = ["data", "minutes", "level", *ARCHITECTURE, *DROPOUTS, "alpha", "beta", "optimizer", "lr", "clip",
+             "batch_size", "bptt"]
     names += [name for name in given if name not in names and name not in ("overwrite", "resume")]
     flags = [word for name in names for word in command_line(name, getattr(args, name))]
     return "python main.py " + " ".join(flags)
