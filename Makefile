@@ -7,7 +7,7 @@
 # make bench           the speed of each part beside a plain baseline: half an hour, on a machine that does nothing else
 # make gpu-check       whether all is right and fast on the GPU; the PYTHON given has torch, numpy, tqdm, pytest
 # make reproduce ROW=ptb-qrnn   a row of the papers from end to end; MINUTES=8 stops in time, the same command goes on
-# make reproduce ROW=ablation   what each part is worth on a small text: five and a half hours on two cores
+# make reproduce ROW=ablation   what each part is worth on a small text: some hours on two cores
 # make clean           forget the environment and the demo
 
 PYTHON ?= python3

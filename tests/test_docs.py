@@ -4,6 +4,7 @@ import re
 import shlex
 from pathlib import Path
 
+import ablation
 import pytest
 import recipes
 
@@ -46,6 +47,11 @@ def test_the_page_of_recipes_has_the_commands_of_the_code(name):
     assert shown.splitlines() == recipes.commands(name)
 
 
+def test_the_page_of_recipes_has_the_epochs_of_the_ablation():
+    text = (ROOT / "docs" / "recipes.md").read_text(encoding="utf-8")
+    assert f"for {ablation.EPOCHS} epochs, and is fine-tuned for up to {ablation.TUNING}." in text
+
+
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
 def test_links_lead_somewhere(path):
     for target, anchor in re.findall(r"\]\((?!https?:)([^)#]*)#?([^)]*)\)", path.read_text(encoding="utf-8")):
@@ -59,6 +65,11 @@ def test_links_lead_somewhere(path):
 @pytest.mark.parametrize("file", sorted(path.name for path in ROOT.glob("*.py")))
 def test_every_module_is_named_in_the_list_of_files(file):
     assert f"`{file}`" in (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("file", sorted(path.name for path in (ROOT / "benchmarks").glob("*.py")))
+def test_every_benchmark_is_named_in_their_list(file):
+    assert f"`{file}`" in (ROOT / "benchmarks" / "README.md").read_text(encoding="utf-8")
 
 
 def test_the_targets_of_make_are_explained():
