@@ -16,6 +16,7 @@ if __name__ == "__main__":  # before torch, whose import takes seconds
 
 import argparse
 import math
+from dataclasses import dataclass
 from pathlib import Path
 
 from curves import read_stages
@@ -38,13 +39,17 @@ MARKS = {"switch": ("A", "ASGD begins"), "decay": ("R", "learning rate drops"), 
 # Of the runs, in turn. The colours differ for colour-blind readers too (Okabe and Ito), the first ones also in grey.
 COLOURS = ("#000000", "#d55e00", "#0072b2", "#009e73", "#cc79a7", "#e69f00")
 DASHES = ("-", (0, (5, 1.5)), (0, (5, 1.5, 1, 1.5)), (0, (1.5, 1)))
-MARKERS = ("o", "s", "^", "D", "v", "X")
+MARKERS = ("o", "s", "^", "D", "v", "X", "P")  # 84 runs differ, since 4, 6 and 7 of a kind meet again no sooner
 
 TICKS = ((1, 1.2, 1.4, 1.6, 1.8, 2, 2.5, 3, 3.5, 4, 5, 6, 7, 8, 9), (1, 1.5, 2, 3, 4, 5, 6, 7, 8),
          (1, 2, 3, 4, 6, 8), (1, 2, 5), (1,))
 MAX_TICKS = 12      # of a logarithmic axis: the first of TICKS, in each decade, that has no more
 LOG_RANGE = 3       # largest value / smallest, from which on an axis is logarithmic
-STEP = 0.035        # distance of cache and dynamic evaluation from the curve: a share of the x axis
+MAX_NAME = 40       # letters of a run's name; the middle of a longer one is left out
+INSIDE = 5          # runs, up to which the legend stands inside the axes
+LETTER = 14         # points, the size of a letter in its circle
+UP, ASIDE = 15, 18  # points from the curve, and from letter to letter
+MAX_STEPS = 8       # of them; a letter that finds no place by then shares the first
 SPACING = 0.03      # of the markers of a line: a share of the diagonal of the axes
 
 
@@ -106,17 +111,31 @@ def draw(paths, out, x="epochs", metric="ppl", log_axis=None, log_x=False):
 
 
 def run_names(paths):
-    """Name each run after its file; with the folders where names would be the same, and a number where paths are."""
+    """Name each run after its file; with the folders where names would be the same, and a number where that fails too.
+
+    The middle of a long name is left out.
+    """
     names = [Path(path).name.removesuffix(ENDING) for path in paths]
     names = [name if names.count(name) == 1 else str(path).removesuffix(ENDING) for name, path in zip(names, paths)]
+    names = [name if len(name) <= MAX_NAME else f"{name[:MAX_NAME // 2]}…{name[-MAX_NAME // 2:]}" for name in names]
     names = [name if names.count(name) == 1 else f"{name} ({number})" for number, name in enumerate(names, 1)]
     return ["".join(letter if letter.isprintable() else "?" for letter in name) for name in names]
 
 
-def draw_runs(axes, runs, x, metric, log_axis, log_x=False):
-    """Draw `runs`, stages by name, each in a style of its own; then axes and legend."""
-    span = max(stage.end()[x] for stages in runs.values() for stage in stages)
-    handles, seen, values = [], set(), []
+@dataclass
+class Mark:
+    """Hold a letter: what it marks, and where."""
+    kind: str
+    name: str              # of the run
+    colour: str
+    point: tuple           # (x, y) on the curve
+    place: tuple           # (x, y) that the letter stands near
+    offset: tuple = (0, 0)  # from there, in points
+
+
+def draw_runs(axes, runs, x, metric, log_axis, log_x=False, y_range=None):
+    """Draw `runs`, stages by name, each in a style of its own; then axes and legend. `y_range` cuts the y axis."""
+    handles, marks, values, trained = [], [], [], False
     for index, (name, stages) in enumerate(runs.items()):
         style = {"color": COLOURS[index % len(COLOURS)], "linestyle": DASHES[index % len(DASHES)]}
         marker = MARKERS[index % len(MARKERS)]
@@ -126,30 +145,45 @@ def draw_runs(axes, runs, x, metric, log_axis, log_x=False):
         handles.append((axes.plot([], [], marker=marker, markersize=4, linewidth=2, **style)[0], label))
         for stage in stages:
             values += draw_stage(axes, stage, x, metric, name, marker, style)
-            for kind, place, value in stage_events(stage, x, metric):
-                draw_letter(axes, kind, place, value, name, style["color"], index)
-                seen.add(kind)
-            for number, (kind, value) in enumerate(stage_scores(stage, metric)):
-                place = stage.end()[x] + span * STEP * (1 + index + number * len(runs))
-                draw_step(axes, stage, x, metric, place, value, style["color"])
-                draw_letter(axes, kind, place, value, name, style["color"], None)
-                seen.add(kind)
-                values.append(value)
+            trained |= any(epoch.train is not None for epoch in stage.epochs.values())
+            marks += [Mark(kind, name, style["color"], point, place) for kind, point, place in (
+                *stage_events(stage, x, metric), *stage_scores(stage, x, metric))
+                if math.isfinite(point[1]) and math.isfinite(place[1])]
+    values += [mark.place[1] for mark in marks]
     handles.append((axes.plot([], [], color="black", linewidth=2)[0], "validation (thick)"))
-    handles.append((axes.plot([], [], color="black", linewidth=0.8)[0], "training, with dropout (thin)"))
-    handles += [(legend_mark(axes, letter), meaning) for kind, (letter, meaning) in MARKS.items() if kind in seen]
-    axes.legend(*zip(*handles), fontsize="small", framealpha=0.9)
+    if trained:
+        handles.append((axes.plot([], [], color="black", linewidth=0.8)[0], "training, with dropout (thin)"))
+    handles += [(legend_mark(axes, letter), meaning) for kind, (letter, meaning) in MARKS.items()
+                if kind in {mark.kind for mark in marks}]
     axes.set_xlabel(X_LABELS[x])
     axes.set_ylabel(Y_LABELS[metric])
     axes.grid(color="0.88", linewidth=0.6)
     axes.set_axisbelow(True)
+    axes.update_datalim([mark.place for mark in marks] or axes.dataLim.get_points())
+    axes.autoscale_view()
     if log_x:
         axes.set_xscale("log")
-        axes.set_xticks(ticks := log_ticks(*axes.get_xlim()), labels=[f"{tick:,.10g}" for tick in ticks])
-        axes.minorticks_off()
     elif x == "epochs":
-        axes.xaxis.get_major_locator().set_params(integer=True)
-    set_scale(axes, [value for value in values if math.isfinite(value) and value > 0], log_axis)
+        axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
+    linear = set_scale(axes, [value for value in values if math.isfinite(value) and value > 0], log_axis)
+    if y_range:
+        axes.set_ylim(y_range)
+    draw_legend(axes, handles, beside=len(runs) > INSIDE)
+    axes.figure.draw_without_rendering()  # so that the axes have their size
+    low, high = axes.get_ylim()
+    place_marks(axes, [mark for mark in marks if low <= mark.place[1] <= high])
+    set_ticks(axes, linear)
+
+
+def draw_legend(axes, handles, beside):
+    """Draw the legend inside the axes, or `beside` them, for which the picture grows."""
+    where = {"loc": "upper left", "bbox_to_anchor": (1, 1)} if beside else {
+        "loc": "best"}  # which is the default, but with a warning where that takes a second
+    legend = axes.legend(*zip(*handles), fontsize="small", framealpha=0.9, **where)
+    if beside:
+        figure, size = axes.figure, legend.get_window_extent()
+        figure.set_size_inches(figure.get_figwidth() + size.width / figure.dpi,
+                               max(figure.get_figheight(), size.height / figure.dpi + 0.5))
 
 
 def draw_stage(axes, stage, x, metric, name, marker, style):
@@ -172,39 +206,82 @@ def draw_stage(axes, stage, x, metric, name, marker, style):
 
 
 def stage_events(stage, x, metric):
-    """Yield (kind, x, y) of what happened in a stage, on the curve of validation."""
+    """Yield (kind, point, place) of what happened in a stage, each place on the curve of validation."""
     places = stage.positions(x)
     if stage.name == "finetune":
         first = min(places)
         place, loss = (places[first], stage.epochs[first].valid) if stage.loaded is None else (
             stage.start[x], stage.loaded)
-        yield "finetune", place, loss_metrics(loss)[metric]
+        yield "finetune", *[(place, loss_metrics(loss)[metric])] * 2
     for number, kinds in sorted(stage.events.items()):
         for kind in sorted(kinds) if number in places else ():
-            yield kind, places[number], loss_metrics(stage.epochs[number].valid)[metric]
+            yield kind, *[(places[number], loss_metrics(stage.epochs[number].valid)[metric])] * 2
 
 
-def stage_scores(stage, metric):
-    """List (kind, y) of the ways in which the model of a stage was scored on validation, besides training."""
-    return [(kind, loss_metrics(stage.scores[kind, "valid"])[metric]) for kind in MARKS
-            if (kind, "valid") in stage.scores]
+def stage_scores(stage, x, metric):
+    """Yield (kind, point, place) of the ways in which the best model of a stage was scored, besides training.
 
-
-def draw_step(axes, stage, x, metric, place, value, colour):
-    """Draw the step from the best model of a stage to `value`, which a cache or dynamic evaluation makes of it."""
+    The point is where the stage ends, at its best loss. The place is the score on validation.
+    """
     best = loss_metrics(min(epoch.valid for epoch in stage.epochs.values()))[metric]
-    axes.plot([stage.end()[x], place, place], [best, best, value], color=colour, linestyle=":", linewidth=1)
+    for kind in MARKS:
+        if (kind, "valid") in stage.scores:
+            end = stage.end()[x]
+            yield kind, (end, best), (end, loss_metrics(stage.scores[kind, "valid"])[metric])
 
 
-def draw_letter(axes, kind, place, value, name, colour, row):
-    """Draw the letter of a mark in a circle: at its place, or in a `row` above it (not None), where runs differ."""
-    if not math.isfinite(value):
-        return
-    above, order = (0, 5) if row is None else (15 + 15 * row, 5 - row / 1000)  # no line crosses a lower circle
-    line = {"arrowstyle": "-", "color": colour, "linewidth": 0.8} if above else None
-    axes.annotate(MARKS[kind][0], (place, value), (0, above), textcoords="offset points", ha="center", va="center",
-                  fontsize=7, weight="bold", zorder=order, gid=f"{name} {kind}", arrowprops=line,
-                  bbox={"boxstyle": "circle,pad=0.25", "facecolor": "white", "edgecolor": colour, "linewidth": 1.2})
+def is_score(mark):
+    return mark.kind in ("pointer", "dynamic")
+
+
+def place_marks(axes, marks):
+    """Draw `marks`, side by side while there is room: events above their place, scores to the right of it.
+
+    The axes grow until all letters are inside.
+    """
+    for _ in range(3):  # what grows moves the places
+        taken = []
+        for mark in sorted(marks, key=lambda mark: (is_score(mark), list(MARKS).index(mark.kind))):
+            left, bottom = axes.transData.transform(mark.place) * 72 / axes.figure.dpi
+            for step in (*range(1, MAX_STEPS + 1), 1):
+                mark.offset = (step * ASIDE, 0) if is_score(mark) else (0, step * UP)
+                spot = left + mark.offset[0], bottom + mark.offset[1]
+                if all(max(abs(spot[0] - other[0]), abs(spot[1] - other[1])) >= LETTER for other in taken):
+                    break
+            taken.append(spot)
+        make_room(axes, marks)
+    for mark in marks:
+        draw_mark(axes, mark)
+
+
+def make_room(axes, marks):
+    """Move the upper ends of the axes until they hold the letters of `marks`."""
+    box, data = axes.get_window_extent(), axes.transScale + axes.transLimits
+    sizes, grown = (box.width * 72 / axes.figure.dpi, box.height * 72 / axes.figure.dpi), [1.0, 1.0]
+    for mark in marks:
+        for side, share in enumerate(data.transform(mark.place)):
+            free = 1 - (mark.offset[side] + 0.75 * LETTER) / sizes[side]
+            grown[side] = max(grown[side], share / max(free, 0.2))
+    right, top = data.inverted().transform(grown)
+    axes.set_xlim(right=right)
+    axes.set_ylim(top=top)
+
+
+def draw_mark(axes, mark):
+    """Draw the letter of a mark in a circle, and the line that leads to it: a step where it is a score."""
+    line = {"arrowstyle": "-", "color": mark.colour, "linewidth": 0.8, "shrinkA": 0, "shrinkB": 0}
+    if is_score(mark):
+        line |= {"linestyle": ":", "connectionstyle": "angle,angleA=90,angleB=0,rad=0"}
+    circle = {"boxstyle": "circle,pad=0.25", "facecolor": "white", "edgecolor": mark.colour, "linewidth": 1.2}
+    order = 5 - mark.offset[1] / 1000  # no line crosses a lower circle
+    axes.annotate(MARKS[mark.kind][0], mark.point, mark.place, textcoords=shifted(axes, mark.offset), ha="center",
+                  va="center", fontsize=7, weight="bold", zorder=order, gid=f"{mark.name} {mark.kind}",
+                  arrowprops=line, bbox=circle)
+
+
+def shifted(axes, offset):
+    """Return the transform from data to places that are `offset` points away."""
+    return import_matplotlib().transforms.offset_copy(axes.transData, axes.figure, *offset, units="points")
 
 
 def legend_mark(axes, letter):
@@ -215,18 +292,33 @@ def legend_mark(axes, letter):
 
 
 def set_scale(axes, values, log_axis):
-    """Make the y axis logarithmic if `log_axis` says so, or if it is None and the values reach far."""
+    """Make the y axis logarithmic if `log_axis` says so, or if it is None and the values reach far.
+
+    Returns the ticks that it had before.
+    """
     low, high = min(values, default=1), max(values, default=1)
-    if not values or not (high >= LOG_RANGE * low if log_axis is None else log_axis):
-        return
     linear = axes.get_yticks()
-    axes.set_yscale("log")
-    bottom, top = axes.get_ylim()
-    ticks = log_ticks(bottom, top)
-    if len(ticks) < 3:  # of a short range
-        ticks = [tick for tick in linear if bottom <= tick <= top]
-    axes.set_yticks(ticks, labels=[f"{tick:,.10g}" for tick in ticks])
-    axes.minorticks_off()
+    if values and (high >= LOG_RANGE * low if log_axis is None else log_axis):
+        axes.set_yscale("log")
+    return linear
+
+
+def set_ticks(axes, linear):
+    """Label the logarithmic ones of the axes with round values, or with `linear` ones where the range is short."""
+    if axes.get_xscale() == "log":
+        axes.set_xticks(ticks := log_ticks(*axes.get_xlim()), labels=map(format_tick, ticks))
+        axes.xaxis.minorticks_off()
+    if axes.get_yscale() == "log":
+        bottom, top = axes.get_ylim()
+        ticks = log_ticks(bottom, top)
+        if len(ticks) < 3:
+            ticks = [tick for tick in linear if bottom <= tick <= top]
+        axes.set_yticks(ticks, labels=map(format_tick, ticks))
+        axes.yaxis.minorticks_off()
+
+
+def format_tick(value):
+    return f"{value:,.10g}" if value < 1e6 else f"{value:g}"
 
 
 def log_ticks(low, high):

@@ -38,7 +38,13 @@ def drawn(picture):
     """The lines of a picture that have a name, and the places of its letters, by name."""
     (axes,) = picture.axes
     lines = {line.get_gid(): (list(line.get_xdata()), list(line.get_ydata())) for line in axes.lines if line.get_gid()}
-    return lines, {note.get_gid(): note.xy for note in axes.texts if note.get_gid()}
+    return lines, {note.get_gid(): note.xyann for note in axes.texts if note.get_gid()}
+
+
+def letters(picture):
+    """The places of the letters of a picture that was drawn, in points: an array (letters, 2)."""
+    (axes,) = picture.axes
+    return [note.get_transform().transform(note.get_position()) * 72 / picture.dpi for note in axes.texts]
 
 
 def legend(picture):
@@ -60,9 +66,8 @@ def test_curves_and_marks_are_those_of_the_record(tmp_path):
     lines, marks = drawn(picture)
     assert lines == {"a train valid": ([1, 2, 3], [5.0, 4.0, 3.5]), "a train train": ([1, 2, 3], [6.0, 5.0, 4.5]),
                      "a finetune valid": ([3, 4, 5], [3.4, 3.3, 3.2]), "a finetune train": ([4, 5], [4.3, 4.2])}
-    step = 5 * plot.STEP
-    assert marks == {"a switch": (2, 4.0), "a finetune": (3, 3.4), "a pointer": (5 + step, 3.0),
-                     "a dynamic": (5 + 2 * step, 2.8)}
+    assert marks == {"a switch": (2, 4.0), "a finetune": (3, 3.4), "a pointer": (5, 3.0), "a dynamic": (5, 2.8)}
+    assert [note.xy for note in picture.axes[0].texts[-2:]] == [(5, 3.2)] * 2, "both begin with the best model"
     assert legend(picture) == ["a (best 3.200)", "validation (thick)", "training, with dropout (thin)",
                                *(plot.MARKS[kind][1] for kind in ("switch", "finetune", "pointer", "dynamic"))]
 
@@ -124,14 +129,15 @@ def test_a_score_is_that_of_the_last_model(tmp_path):
     path = record(tmp_path / "a", run(), epoch(1, 5.0), score("pointer", "valid", 1.0), epoch(2, 4.0))
     assert drawn(plot.draw([path], tmp_path / "c.png"))[1] == {}
     path = record(path, run(), epoch(1, 5.0), score("pointer", "valid", 1.0), score("pointer", "valid", 2.0))
-    assert drawn(plot.draw([path], tmp_path / "c.png", metric="loss"))[1] == {"a pointer": (1 + plot.STEP, 2.0)}
+    assert drawn(plot.draw([path], tmp_path / "c.png", metric="loss"))[1] == {"a pointer": (1, 2.0)}
 
 
 def test_runs_differ_without_colour(tmp_path):
-    paths = [record(tmp_path / f"r{number}.metrics.jsonl", run(), epoch(1, 5.0), epoch(2, 4.0)) for number in range(6)]
+    paths = [record(tmp_path / f"r{number}.metrics.jsonl", run(), epoch(1, 5.0), epoch(2, 4.0)) for number in range(14)]
     (axes,) = plot.draw(paths, tmp_path / "c.png").axes
-    looks = {(line.get_marker(), line.get_linewidth()) for line in axes.lines if str(line.get_gid()).endswith("valid")}
-    assert len(looks) == 6
+    looks = {(line.get_marker(), str(line._dash_pattern)) for line in axes.lines
+             if str(line.get_gid()).endswith("valid")}
+    assert len(looks) == 14
     widths = [{line.get_linewidth() for line in axes.lines if str(line.get_gid()).endswith(split)}
               for split in ("valid", "train train")]
     assert not widths[0] & widths[1]
@@ -144,6 +150,74 @@ def test_runs_of_one_name_are_told_apart(tmp_path):
     assert len(set(names)) == 3
     assert [name.split("/")[-1] for name in names] == [
         r"\$_a\$ (best 5.000)", r"\$_a\$ (2) (best 5.000)", r"\$_a\$ (3) (best 5.000)"]
+
+
+def test_a_long_name_is_shortened_and_still_its_own(tmp_path):
+    paths = [record(tmp_path / f"{'a' * 60}{middle}{'z' * 60}.metrics.jsonl", run(), epoch(1, 5.0)) for middle in "12"]
+    short = f"{'a' * 20}…{'z' * 20}"
+    assert plot.run_names(paths) == [f"{short} (1)", f"{short} (2)"]
+    assert plot.run_names([tmp_path / ("b" * plot.MAX_NAME)]) == ["b" * plot.MAX_NAME]
+
+
+# --- what a reader sees ----------------------------------------------------------------------------------------------
+
+def eventful(path, number=0):
+    """A record with marks of all kinds; two of them after one epoch."""
+    lift = number / 50
+    return record(path, run(), *(epoch(place, 4 + 2 / place + lift) for place in range(1, 9)),
+                  ("switch", {"epoch": 4 + number % 3}), ("decay", {"epoch": 8}), run("finetune"),
+                  ("loaded", {"loss": 4.25 + lift}), epoch(1, 4.2 + lift), score("pointer", "valid", 4.1 + lift),
+                  score("dynamic", "valid", 4.09 + lift))
+
+
+def finished(paths, out, **how):
+    """The picture and its axes as they are on paper: (picture, axes, box of the axes)."""
+    picture = plot.draw(paths, out, **how)
+    picture.draw_without_rendering()
+    return picture, picture.axes[0], picture.axes[0].get_window_extent()
+
+
+@pytest.mark.parametrize("how", [{}, {"x": "minutes", "log_x": True}, {"log_axis": False}, {"metric": "bpc"}])
+@pytest.mark.parametrize("count", [1, 3])
+def test_no_letter_hides_another_or_leaves_the_axes(tmp_path, count, how):
+    paths = [eventful(tmp_path / f"r{number}.metrics.jsonl", number) for number in range(count)]
+    picture, axes, box = finished(paths, tmp_path / "c.png", **how)
+    places = letters(picture)
+    assert len(places) == 5 * count
+    for number, place in enumerate(places):
+        assert all(max(abs(place - other)) > 11 for other in places[:number])
+        assert box.x0 < place[0] * picture.dpi / 72 < box.x1 - 7 * picture.dpi / 72
+        assert box.y0 < place[1] * picture.dpi / 72 < box.y1 - 7 * picture.dpi / 72
+
+
+def test_many_runs_leave_the_axes_most_of_the_picture(tmp_path):
+    """The letters stay inside, the legend covers no curve and is whole."""
+    paths = [eventful(tmp_path / f"r{number:02}.metrics.jsonl", number) for number in range(30)]
+    picture, axes, box = finished(paths, tmp_path / "c.png")
+    width, height = picture.get_size_inches() * picture.dpi
+    assert box.height > 0.8 * height
+    assert box.width > 0.6 * width
+    frame = axes.get_legend().get_window_extent()
+    assert box.x1 <= frame.x0
+    assert frame.x1 <= width
+    assert frame.y0 >= 0
+    assert frame.y1 <= height
+
+
+def test_an_epoch_is_a_whole_number(tmp_path):
+    _, axes, _ = finished([record(tmp_path / "a", run(), epoch(1, 5.0))], tmp_path / "c.png")
+    low, high = axes.get_xlim()
+    assert [tick for tick in axes.get_xticks() if low <= tick <= high] == [1]
+
+
+def test_values_beyond_a_million_are_short():
+    assert [plot.format_tick(tick) for tick in (0.5, 1000, 2e5, 1e6, 1e9)] == ["0.5", "1,000", "200,000", "1e+06",
+                                                                              "1e+09"]
+
+
+def test_a_record_without_training_losses_has_no_line_for_them_in_the_legend(tmp_path):
+    line = "epoch", {"epoch": 1, "loss": 5.0, "seconds": 1.0}
+    assert legend(plot.draw([record(tmp_path / "a", run(), line)], tmp_path / "c.png"))[1:] == ["validation (thick)"]
 
 
 @pytest.mark.parametrize("losses, log_axis, expected", [
