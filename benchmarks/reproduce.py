@@ -70,14 +70,17 @@ def command(stage, recipe, folder, extra):
 
 
 def run(arguments, deadline):
-    """Run a script until it ends or, at the deadline, is told to; returns whether it came to its end."""
+    """Run a script until it ends or is told to, at the deadline or at SIGTERM; returns whether it came to its end."""
     print("+", shlex.join(["python", *arguments]), flush=True)
     process = subprocess.Popen([sys.executable, *arguments], cwd=ROOT)
+    previous = signal.signal(signal.SIGTERM, lambda *_: process.terminate())  # else it would go on alone
     try:
         status = process.wait(deadline and max(0, deadline - time.monotonic()))
     except subprocess.TimeoutExpired:
         process.terminate()
         status = process.wait()
+    finally:
+        signal.signal(signal.SIGTERM, previous)
     if status not in (0, 128 + signal.SIGTERM, -signal.SIGTERM):
         sys.exit(status if status > 0 else 128 - status)
     return status == 0

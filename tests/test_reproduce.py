@@ -1,5 +1,6 @@
 """A row of the papers is made stage by stage, and a run that has to stop in between goes on."""
 
+import signal
 import sys
 
 import pytest
@@ -38,6 +39,27 @@ def test_every_recipe_is_one_that_the_scripts_take():
             if stage in recipe:
                 script.parse_flags(recipe[stage].split())
     pointer.parse_flags(reproduce.GRID.split())
+
+
+def test_sigterm_is_for_the_stage_that_runs(monkeypatch):
+    """It would go on alone, and the same command would find its files in use."""
+    told = []
+
+    class Running:
+        def __init__(self, *_, **__):
+            pass
+
+        def wait(self, _):
+            signal.raise_signal(signal.SIGTERM)
+            return 128 + signal.SIGTERM
+
+        def terminate(self):
+            told.append("terminate")
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(reproduce.subprocess, "Popen", Running)
+    assert reproduce.run(["main.py"], None) is False
+    assert told == ["terminate"]
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 @pytest.mark.slow
