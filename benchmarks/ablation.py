@@ -17,6 +17,7 @@ import subprocess
 import sys
 import time
 from collections import namedtuple
+from contextlib import suppress
 from pathlib import Path
 
 from reproduce import ROOT, command, is_done
@@ -101,6 +102,18 @@ def cut_corpus(data, folder, words=WORDS):
             raise BadInput(f"{path}: is not of the text {data}; another --folder begins anew")
 
 
+def check_flags(folder, extra):
+    """Raise BadInput when `folder` has runs with other flags, which would be taken for those of the table."""
+    recipes = [recipe(name, SEEDS[0], "", extra) for name in TRAINED]
+    said = "".join(f"{stage}: {flags}\n" for stages in recipes for stage, flags in stages.items())
+    path = folder / "flags.txt"
+    if not path.exists():
+        with replacing(path) as file:
+            file.write(said.encode())
+    elif path.read_text(encoding="utf-8") != said:
+        raise BadInput(f"{path}: the runs there have other flags; another --folder begins anew")
+
+
 # --- the runs --------------------------------------------------------------------------------------------------------
 
 def next_command(name, seed, folder, corpus, extra=""):
@@ -117,12 +130,15 @@ def run_folder(folder, name, seed):
 
 
 def start(arguments, place):
-    """Start a script on one thread; what it prints goes to the file `log.txt` in the folder `place`."""
+    """Start a script on one thread; what it prints goes to the file `log.txt` in the folder `place`.
+
+    It is in a session of its own. Ctrl-C would reach it a second time from here, and a second signal ends it at once.
+    """
     print("+", shlex.join(["python", *arguments]), flush=True)
     place.mkdir(parents=True, exist_ok=True)
     with open(place / "log.txt", "ab") as log:
         return subprocess.Popen([sys.executable, *arguments], cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"},
-                                stdout=log, stderr=subprocess.STDOUT)
+                                stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
 
 
 def run_all(runs, folder, corpus, jobs, deadline=None, extra=""):
@@ -172,6 +188,10 @@ def gather(folder):
 
 def record_path(folder, name, seed):
     return Path(folder) / f"ablation-{name}-{seed}.metrics.jsonl"
+
+
+def has_records(folder):
+    return any(record_path(folder, name, seed).exists() for name in TRAINED for seed in SEEDS)
 
 
 def read_scores(folder):
@@ -225,21 +245,21 @@ def pair_of(pair, form):
 
 
 def draw(folder, out):
-    """Draw the curves of the first seed, and the differences on test of all seeds beside the published ones.
+    """Draw the curves of the first seed with records, and the differences on test of all seeds beside published ones.
 
-    Raises BadInput when matplotlib is missing.
+    Raises BadInput when matplotlib is missing, or no epoch is recorded.
     """
-    matplotlib, seed, scores = plot.import_matplotlib(), SEEDS[0], read_scores(folder)
-    runs = {ABLATION[name].title if name == "full" else f"− {ABLATION[name].title}": path
-            for name in TRAINED if (path := record_path(folder, name, seed)).exists()}
-    runs = {title: read_stages(path) for title, path in runs.items()}
+    matplotlib, scores = plot.import_matplotlib(), read_scores(folder)
+    seed = next(seed for seed in SEEDS for name in TRAINED if record_path(folder, name, seed).exists())
+    runs = {}
+    for name in TRAINED:
+        if (path := record_path(folder, name, seed)).exists():
+            with suppress(BadInput):  # a run that has just begun
+                runs[ABLATION[name].title if name == "full" else f"− {ABLATION[name].title}"] = read_stages(path)
+    if not runs:
+        raise BadInput(f"{folder}: there is no epoch of seed {seed} in it")
     figure = matplotlib.figure.Figure(figsize=(8, 10), layout="constrained")
     curves, bars = figure.subplots(2, 1, height_ratios=(3, 2))
-    plot.draw_runs(curves, runs, "epochs", "ppl", log_axis=False)
-    best = min(loss.valid for stages in runs.values() for stage in stages for loss in stage.epochs.values())
-    low = plot.loss_metrics(best)["ppl"]
-    curves.set_ylim(0.9 * low, 1.6 * low)
-    curves.set_title(f"Validation and training, seed {seed}")
     names = [name for name in ABLATION if name != "full"][::-1]
     for place, name in enumerate(names):
         found = [pair[1] for pair in differences(scores, name).values()]
@@ -253,6 +273,10 @@ def draw(folder, out):
     bars.grid(axis="x", color="0.88", linewidth=0.6)
     bars.set_axisbelow(True)
     bars.legend(fontsize="small")
+    best = min(loss.valid for stages in runs.values() for stage in stages for loss in stage.epochs.values())
+    low = plot.loss_metrics(best)["ppl"]
+    curves.set_title(f"Validation and training, seed {seed}")
+    plot.draw_runs(curves, runs, "epochs", "ppl", log_axis=False, y_range=(0.9 * low, 1.6 * low))
     with replacing(out) as file:
         figure.savefig(file, format="png", dpi=120)
 
@@ -260,7 +284,7 @@ def draw(folder, out):
 def report(folder, out):
     """Print the table of the records in `folder` and draw their picture into `out`, where there is matplotlib."""
     print("\n".join(table(read_scores(folder))))
-    if any(record_path(folder, name, SEEDS[0]).exists() for name in TRAINED):
+    if has_records(folder):
         try:
             draw(folder, out)
             print(f"picture: {out}")
@@ -285,12 +309,15 @@ def main(argv=None):
                         help="run nothing: the table and the picture (PATH/ablation.png) of the records in a folder")
     args = parser.parse_args(argv)
     if args.report:
+        if not has_records(args.report):
+            raise BadInput(f"{args.report}: there is no record of the ablation in it")
         report(args.report, args.report / "ablation.png")
         return 0
     seconds = args.minutes and 60 * args.minutes
     deadline = seconds and time.monotonic() + seconds - min(MARGIN, seconds / 4)
     folder = args.folder.resolve()
     cut_corpus(args.data, folder / "corpus")
+    check_flags(folder, args.extra)
     runs = [(name, seed) for seed in SEEDS for name in args.rows]
     status = run_all(runs, folder, folder / "corpus", args.jobs, deadline, args.extra)
     gather(folder)

@@ -158,6 +158,32 @@ def test_a_stop_tells_every_process(tmp_path, monkeypatch, cause):
     assert told == ["begun"] * 2 + ["terminate"] * 2 + ["wait"] * 2
 
 
+def test_other_flags_take_another_folder(tmp_path):
+    """A trial with --extra is not taken for the runs of the table."""
+    ablation.check_flags(tmp_path, "--emsize 5")
+    ablation.check_flags(tmp_path, "--emsize 5")
+    with pytest.raises(BadInput, match="another --folder begins anew"):
+        ablation.check_flags(tmp_path, "")
+
+
+def test_a_signal_of_the_terminal_reaches_a_run_once(tmp_path):
+    """Ctrl-C goes to all processes of a session; the second signal, from here, would end the run at once."""
+    process = ablation.start(["-c", "import os, sys; sys.exit(os.getsid(0) != os.getpid())"], tmp_path)
+    assert process.wait() == 0
+
+
+def test_a_run_that_fails_stops_no_other(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(ablation, "POLL", 0)
+    monkeypatch.setattr(ablation, "start", lambda _, place: Namespace(
+        poll=lambda: 0, returncode=3 if "full" in str(place) else 0))
+    begun = []
+    monkeypatch.setattr(ablation, "next_command", lambda name, *_: begun.append(name) or (
+        ["x"] if begun.count(name) == 1 else None))
+    assert ablation.run_all([("full", 1), ("no-wdrop", 1)], tmp_path, tmp_path, 1) == 1
+    assert begun == ["full", "no-wdrop", "no-wdrop"]
+    assert "full-1: ended with 3; log.txt there says why" in capsys.readouterr().out
+
+
 # --- the table -------------------------------------------------------------------------------------------------------
 
 def write_record(folder, name, seed, **losses):
@@ -187,3 +213,25 @@ def test_the_table_has_the_differences_of_the_records(tmp_path):
     assert lines["− NT-ASGD"].endswith("| +0.50 / -1.00 | +0.50 / +0.50 | +6.3 / +6.4 | unclear |")
     assert lines["− weight decay"].endswith("| -10.00 / -10.00 |  | +3.7 / +3.7 | other |")
     assert lines["− AR/TAR"] == "| − AR/TAR |  |  |  |  | +2.7 / +3.0 |  |", "not fine-tuned yet"
+
+
+def test_a_run_that_was_interrupted_is_in_no_table(tmp_path):
+    write_record(tmp_path, "full", 1, train=(150, 140), finetune=(148, 139))
+    path = ablation.record_path(tmp_path, "full", 1)
+    path.write_text(path.read_text().replace('"finished": true', '"finished": false'))
+    assert ablation.read_scores(tmp_path) == {}
+
+
+def test_the_picture_is_of_what_there_is(tmp_path, capsys):
+    """The second seed alone, and a run that has just begun beside one with an epoch."""
+    pytest.importorskip("matplotlib")
+    with pytest.raises(BadInput, match="no record of the ablation"):
+        ablation.main(["--report", str(tmp_path)])
+    epoch = '{"kind": "epoch", "epoch": 1, "loss": 5.0, "seconds": 1.0}\n'
+    write_record(tmp_path, "full", 2, train=(150, 140))
+    assert ablation.main(["--report", str(tmp_path)]) == 0
+    assert "there is no epoch of seed 2" in capsys.readouterr().out
+    ablation.record_path(tmp_path, "no-wdrop", 2).write_text(epoch)
+    assert ablation.main(["--report", str(tmp_path)]) == 0
+    assert f"picture: {tmp_path / 'ablation.png'}" in capsys.readouterr().out
+    assert (tmp_path / "ablation.png").exists()
