@@ -10,7 +10,6 @@ its switch to ASGD, and fine-tuned to its plateau. A run that is finished is not
 on. The table comes from the records and from nothing else.
 """
 
-import argparse
 import os
 import shlex
 import subprocess
@@ -28,7 +27,7 @@ import plot  # noqa: E402  the scripts of the project are no package
 from curves import read_stages  # noqa: E402
 from errors import BadInput  # noqa: E402
 from files import replacing  # noqa: E402
-from flags import positive_float, positive_int  # noqa: E402
+from flags import Parser, positive_float, positive_int  # noqa: E402
 from metrics import read_metrics  # noqa: E402
 from process import StopSignals, run_script  # noqa: E402
 from run_files import metrics_path  # noqa: E402
@@ -293,7 +292,7 @@ def report(folder, out):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description="Take the parts of AWD-LSTM away one at a time.")
+    parser = Parser(description="Take the parts of AWD-LSTM away one at a time.")
     parser.add_argument("--data", type=Path, default=ROOT / "data" / "penn", metavar="PATH",
                         help="folder with train.txt, valid.txt and test.txt (default: data/penn)")
     parser.add_argument("--folder", type=Path, default=ROOT / "runs" / "ablation", metavar="PATH",
