@@ -6,6 +6,7 @@ The rules come from the measurements in `docs/minutes.md`. What a flag says is n
 
 import math
 import os
+import shlex
 import time
 from argparse import Namespace
 
@@ -120,6 +121,6 @@ def describe(args, given):
     """Spell the command that says by flags what was chosen."""
     names = ["data", "minutes", "level", *ARCHITECTURE, *DROPOUTS, "alpha", "beta", "optimizer", "lr", "clip",
              "batch_size", "bptt"]
-    names += [name for name in given if name not in names and name not in ("overwrite", "resume")]
+    names += sorted(given - {*names, "overwrite", "resume", "dry_run"})
     flags = [word for name in names for word in command_line(name, getattr(args, name))]
-    return "python main.py " + " ".join(flags)
+    return shlex.join(["python", "main.py", *flags])

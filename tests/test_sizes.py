@@ -62,10 +62,15 @@ def test_a_flag_given_wins_even_with_the_value_of_its_default(monkeypatch):
 
 
 def test_the_command_that_is_printed_amounts_to_the_same_flags(monkeypatch):
-    args, given = choose(monkeypatch, 1e10, "--seed", "5")
+    args, given = choose(monkeypatch, 1e10, "--seed", "5", "--data", "it's my book.txt", "--shares", "90", "10")
     words = shlex.split(sizes.describe(args, given))
     assert words[:2] == ["python", "main.py"]
     assert vars(parse_flags(words[2:])) == vars(args)
+
+
+def test_the_command_of_a_dry_run_is_that_of_a_run_in_one_order(monkeypatch):
+    args, given = choose(monkeypatch, 1e10, "--seed", "5", "--dry-run", "--min-count", "2")
+    assert sizes.describe(args, given).endswith("--bptt=64 --min-count=2 --save=m.pt --seed=5")
 
 
 def test_a_book_is_read_by_characters_and_the_run_says_what_was_chosen(train, book, tmp_path, capsys):
