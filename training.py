@@ -19,6 +19,7 @@ from dataclasses import asdict
 import checkpoint
 import distributed
 import run_files
+from budget import Budget
 from device import peak_memory
 from errors import BadInput
 from files import remove_partial
@@ -331,6 +332,7 @@ def dry_run(run):
     Logs what they need and writes nothing. Returns the exit status.
     """
     args, batches = run.args, run.batches
+    run.budget = Budget()  # the start alone may have taken all of --minutes
     run.forward_backward = distributed.summed(
         choose_pass(run.model, args.precision, args.alpha, args.beta, args.cuda_graphs))
     for _ in range(3 if args.cuda_graphs else 1):  # the third batch of a length is the first pure replay

@@ -3,11 +3,12 @@
 import math
 
 import pytest
-from helpers import read_metrics
+from helpers import TINY, read_metrics
 
 import budget
 import checkpoint
 import data
+import main
 import steps
 import training
 from errors import BadInput
@@ -35,6 +36,17 @@ def clock(monkeypatch):
     monkeypatch.setattr(budget, "time", clock)
     monkeypatch.setattr(training, "train_step", slow_step)
     return clock
+
+
+@pytest.fixture
+def slow_start(monkeypatch, clock):
+    """What comes before the first batch takes 30 seconds."""
+    choose_pass = training.choose_pass
+
+    def slow(*args):
+        clock.now += 30
+        return choose_pass(*args)
+    monkeypatch.setattr(training, "choose_pass", slow)
 
 
 def batches(metrics):
@@ -147,3 +159,9 @@ def test_minutes_that_scoring_alone_takes_are_bad_input(train, tmp_path, clock, 
     with pytest.raises(BadInput, match="--minutes 0.5: validation and test alone take about"):
         train(tmp_path / "m.pt", "--minutes", "0.5")
     assert not (tmp_path / "m.pt").exists()
+
+
+@pytest.mark.usefixtures("slow_start")
+def test_a_dry_run_has_its_batch_although_the_start_takes_all_of_the_time(corpus_dir, capsys):
+    assert main.main([*TINY, "--data", str(corpus_dir), "--minutes", "0.1", "--dry-run"]) == 0
+    assert "| dry run | valid loss" in capsys.readouterr().out
