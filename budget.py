@@ -30,6 +30,7 @@ class Budget:
         self.limit = math.inf if minutes is None else 60 * minutes
         self.epochs = epochs
         self.began = (process.began or time.monotonic()) - spent
+        self.goes_on = spent > 0
         self.valid_seconds = self.test_seconds = 0.0
         self.trained_from = self.planned = None  # (seconds, epochs), and epochs
 
@@ -71,7 +72,7 @@ class Budget:
     def time_scoring(self, model, batches, bptt):
         """Estimate what validation and test take, from a few pieces of each.
 
-        Raises BadInput when they leave no time to train.
+        Raises BadInput when they leave no time to train, or the start of a new run has left none.
         """
         if self.limit == math.inf:
             return
@@ -80,6 +81,9 @@ class Budget:
         if scoring > MOST_SCORING * self.limit:
             raise BadInput(f"--minutes {self.limit / 60:g}: validation and test alone take about {scoring:.0f} s with "
                            "this model; less text for them (--shares), a smaller model or more minutes may help")
+        if not self.goes_on and self.spent() >= self.training_seconds():
+            raise BadInput(f"--minutes {self.limit / 60:g}: no time to train; the start took {self.spent():.0f} s, and "
+                           f"validation and test take about {scoring:.0f} s")
 
     def plan(self, epochs):
         """Plan the epochs from the speed so far, once that is known.

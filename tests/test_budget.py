@@ -165,3 +165,10 @@ def test_minutes_that_scoring_alone_takes_are_bad_input(train, tmp_path, clock, 
 def test_a_dry_run_has_its_batch_although_the_start_takes_all_of_the_time(corpus_dir, capsys):
     assert main.main([*TINY, "--data", str(corpus_dir), "--minutes", "0.1", "--dry-run"]) == 0
     assert "| dry run | valid loss" in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("slow_start")
+def test_minutes_that_the_start_alone_takes_are_bad_input(train, tmp_path):
+    """Such a run has no model to test. It must not look like one that has come to its end."""
+    with pytest.raises(BadInput, match="--minutes 0.5: no time to train; the start took 30 s"):
+        train(tmp_path / "m.pt", "--minutes", "0.5")
