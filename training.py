@@ -68,10 +68,14 @@ def is_asked(run, signals, save=False):
 
 
 def is_finished(run):
-    """Return whether the epochs or the minutes are over, or fine-tuning has come to a plateau."""
+    """Return whether the epochs or the minutes are over, or fine-tuning has come to a plateau.
+
+    Batches that were trained before a stop are validated first, though resuming has taken the rest of the minutes.
+    """
     progress = run.progress
     plateau = run.stage == "finetune" and at_plateau(progress.history, run.args.nonmono)
-    return plateau or progress.epoch >= run.args.epochs or run.budget.is_over(run.epochs())
+    over = run.budget.is_over(run.epochs()) and not progress.epoch_seconds  # 0 after each validation
+    return plateau or progress.epoch >= run.args.epochs or over
 
 
 def is_due(run):

@@ -1,6 +1,7 @@
 """A run that fits into some minutes, by a clock that goes on a second with each batch."""
 
 import math
+import signal
 
 import pytest
 from helpers import TINY, read_metrics
@@ -172,3 +173,24 @@ def test_minutes_that_the_start_alone_takes_are_bad_input(train, tmp_path):
     """Such a run has no model to test. It must not look like one that has come to its end."""
     with pytest.raises(BadInput, match="--minutes 0.5: no time to train; the start took 30 s"):
         train(tmp_path / "m.pt", "--minutes", "0.5")
+
+
+@pytest.mark.parametrize("stop_after", [5, 55])
+def test_what_was_trained_before_a_stop_is_validated_though_no_time_is_left(train, tmp_path, clock, monkeypatch,
+                                                                            stop_after):
+    """After 5 seconds there is no model yet, after 55 that of an earlier epoch."""
+    step = training.train_step
+
+    def interrupted(*args, **kwargs):
+        if clock.now == 1000 + stop_after - 1:
+            signal.raise_signal(signal.SIGTERM)
+        return step(*args, **kwargs)
+    monkeypatch.setattr(training, "train_step", interrupted)
+    _, before = train(tmp_path / "m.pt", "--minutes", "1", "--log-interval", "1")
+    assert len(before["batch"]) == stop_after
+    _, metrics = train(tmp_path / "m.pt", "--resume", str(tmp_path / "m.pt"), "--minutes", "0.05")
+    assert len(metrics["batch"]) == stop_after
+    assert len(metrics["epoch"]) == len(before.get("epoch", [])) + 1
+    assert metrics["epoch"][-1]["epoch"] == metrics["test"][0]["epochs"]
+    train(tmp_path / "m.pt", "--resume", str(tmp_path / "m.pt"))
+    assert len(read_metrics(tmp_path / "m.pt")["epoch"]) == len(metrics["epoch"])
