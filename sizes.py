@@ -52,12 +52,12 @@ def choose_flags(args, given, corpus, device):
 
     def choose_size():
         fitting = [size for size in LADDER if is_large_enough(size, args, ntoken, budget)]
-        size = fitting[-1] if fitting else LADDER[0]
-        choose(nhid=size, emsize=embedding_size(size, args.level))
+        choose(nhid=fitting[-1] if fitting else LADDER[0])
+        choose(emsize=embedding_size(args.nhid, args.level))
         return min(budget / weights(args, ntoken) / 3 / tokens, args.epochs)
 
     epochs = choose_size()
-    if epochs >= MANY_EPOCHS or args.nhid > args.emsize:  # one tied layer is as wide as the embedding
+    if epochs >= MANY_EPOCHS or args.nhid != args.emsize:  # one tied layer is as wide as the embedding
         choose(nlayers=2)
         choose_size()
     choose(**dropouts(epochs))

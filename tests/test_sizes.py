@@ -61,6 +61,15 @@ def test_a_flag_given_wins_even_with_the_value_of_its_default(monkeypatch):
     assert (args.nhid, args.dropout, args.clip) == (1150, 0.4, 0.25)
 
 
+@pytest.mark.parametrize("flags", [("--nhid", "50"), ("--nhid", "1150"), ("--emsize", "30"), ("--emsize", "700")])
+@pytest.mark.parametrize("level", ["char", "word"])
+def test_a_size_given_is_never_without_effect(monkeypatch, flags, level):
+    """A single layer whose weight is tied to the embedding is as wide as it is."""
+    args, _ = choose(monkeypatch, 1e10, "--level", level, *flags)
+    assert getattr(args, flags[0].strip("-")) == int(flags[1])
+    assert args.nlayers == 2 or args.nhid == args.emsize
+
+
 def test_the_command_that_is_printed_amounts_to_the_same_flags(monkeypatch):
     args, given = choose(monkeypatch, 1e10, "--seed", "5", "--data", "it's my book.txt", "--shares", "90", "10")
     words = shlex.split(sizes.describe(args, given))
