@@ -51,7 +51,7 @@ def choose_flags(args, given, corpus, device):
     budget = OF_THE_TIME * 60 * args.minutes * speed  # in products of two numbers
 
     def choose_size():
-        fitting = [size for size in LADDER if is_large_enough(size, args, ntoken, budget)]
+        fitting = [size for size in LADDER if is_large_enough(size, args, ntoken, tokens, budget)]
         choose(nhid=fitting[-1] if fitting else LADDER[0])
         choose(emsize=embedding_size(args.nhid, args.level))
         return min(budget / weights(args, ntoken) / 3 / tokens, args.epochs)
@@ -65,11 +65,11 @@ def choose_flags(args, given, corpus, device):
         choose(lr=learning_rate(args.nhid))
 
 
-def is_large_enough(size, args, ntoken, budget):
-    """Return whether layers of `size` units see enough tokens in the time."""
+def is_large_enough(size, args, ntoken, tokens, budget):
+    """Return whether layers of `size` units see enough tokens in the time and in --epochs of a text of `tokens`."""
     sized = Namespace(**{**vars(args), "nhid": size, "emsize": embedding_size(size, args.level)})
-    tokens = budget / weights(sized, ntoken) / 3
-    return tokens >= TOKENS_PER_WEIGHT * weights(sized, ntoken, recurrent=True)
+    seen = min(budget / weights(sized, ntoken) / 3, args.epochs * tokens)
+    return seen >= TOKENS_PER_WEIGHT * weights(sized, ntoken, recurrent=True)
 
 
 def embedding_size(nhid, level):

@@ -56,6 +56,12 @@ def test_words_get_no_size_without_effect(monkeypatch, products):
     assert args.nlayers == 2 if args.nhid > args.emsize else args.nhid == args.emsize
 
 
+def test_few_epochs_make_a_small_model_however_long_the_time_is(monkeypatch):
+    """Two epochs of a million tokens are two for each of 10^6 weights: 1 x 256 has 8 * 256^2, 1 x 384 has more."""
+    assert choose(monkeypatch, 1e13)[0].nhid > 384
+    assert choose(monkeypatch, 1e13, "--epochs", "2")[0].nhid == 256
+
+
 def test_a_flag_given_wins_even_with_the_value_of_its_default(monkeypatch):
     args, _ = choose(monkeypatch, 1e10, "--nhid", "1150", "--dropout", "0.4", "--clip", "0.25")
     assert (args.nhid, args.dropout, args.clip) == (1150, 0.4, 0.25)
