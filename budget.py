@@ -31,6 +31,7 @@ class Budget:
         self.epochs = epochs
         self.began = (process.began or time.monotonic()) - spent
         self.goes_on = spent > 0
+        self.rises_from = 0.0 if self.goes_on else None  # the fraction at the first batch
         self.valid_seconds = self.test_seconds = 0.0
         self.trained_from = self.planned = None  # (seconds, epochs), and epochs
 
@@ -67,7 +68,9 @@ class Budget:
         if self.limit == math.inf:
             return 1.0
         done = self.fraction(epochs)
-        return min(done / WARM_UP, 1 - done)
+        if self.rises_from is None:
+            self.rises_from = done
+        return min((done - self.rises_from) / WARM_UP, 1 - done)
 
     def time_scoring(self, model, batches, bptt):
         """Estimate what validation and test take, from a few pieces of each.

@@ -69,6 +69,19 @@ def test_the_rate_rises_and_falls_in_straight_lines_to_the_end_of_the_time(train
     assert used == pytest.approx([min(part / 0.02, 1 - part) for part in done], abs=1e-2)
 
 
+@pytest.mark.usefixtures("slow_start")
+def test_the_rate_rises_from_the_first_batch_on_however_long_the_start_takes(train, tmp_path, monkeypatch):
+    used, step = [], training.train_step
+
+    def noting(*args, lr_scale, clip):
+        used.append(lr_scale)
+        return step(*args, lr_scale=lr_scale, clip=clip)
+    monkeypatch.setattr(training, "train_step", noting)
+    monkeypatch.setattr(training, "sample_seq_len", lambda *_: 7)
+    train(tmp_path / "m.pt", "--minutes", "5")
+    assert used[:9] == pytest.approx([0, 1 / 6, 2 / 6, 3 / 6, 4 / 6, 5 / 6, 264 / 300, 263 / 300, 262 / 300], abs=1e-2)
+
+
 def test_the_time_of_validation_and_test_is_kept_free(train, tmp_path, clock, monkeypatch):
     evaluate = steps.evaluate
 
