@@ -121,10 +121,10 @@ def add_cache_flags(group, optional=False):
                            metavar=metavar, help=f"{what} ({off}default: {default:.5g})")
 
 
-def add_training_flags(parser, max_bptt, plateau, save):
+def add_training_flags(parser, max_bptt, plateau, save, lr="30"):
     """Add the flags of training.
 
-    They are the same for main.py and finetune.py, except for three words of help.
+    They are the same for main.py and finetune.py, except for four words of help.
     """
     group = parser.add_argument_group("data")
     add_data_flags(group)
@@ -132,7 +132,7 @@ def add_training_flags(parser, max_bptt, plateau, save):
     add_model_flags(parser.add_argument_group("model"))
     add_dropout_flags(parser.add_argument_group("dropout", "probabilities of dropping, from 0 (off) to below 1"))
     add_regularisation_flags(parser.add_argument_group("regularisation"))
-    add_optimisation_flags(parser.add_argument_group("optimisation"), max_bptt, plateau)
+    add_optimisation_flags(parser.add_argument_group("optimisation"), max_bptt, plateau, lr)
     add_run_flags(parser.add_argument_group("run"), save)
 
 
@@ -168,8 +168,8 @@ def add_regularisation_flags(group):
                        help="weight decay on all parameters (0: off; default: %(default)s)")
 
 
-def add_optimisation_flags(group, max_bptt, plateau):
-    group.add_argument("--lr", type=positive_float, metavar="LR", help="learning rate (default: 30; 0.001 for Adam)")
+def add_optimisation_flags(group, max_bptt, plateau, lr):
+    group.add_argument("--lr", type=positive_float, metavar="LR", help=f"learning rate (default: {lr})")
     group.add_argument("--clip", type=non_negative_float, default=0.25, metavar="C",
                        help="largest norm of the gradient (0: no clipping; default: %(default)s)")
     group.add_argument("--epochs", type=non_negative_int, default=NO_LIMIT, metavar="N",

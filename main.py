@@ -43,7 +43,8 @@ def epoch_or_never(text):
 
 def make_parser():
     parser = Parser(description="Train an AWD-LSTM language model.")
-    add_training_flags(parser, max_bptt="no limit", plateau="SGD turns into ASGD", save="a name made from the time")
+    add_training_flags(parser, max_bptt="no limit", plateau="SGD turns into ASGD", save="a name made from the time",
+                       lr="30; 0.001 for Adam")
     group = parser.add_argument_group("schedule")
     group.add_argument("--optimizer", choices=list(DEFAULT_LR), default="sgd",
                        help="sgd, which turns into ASGD at a plateau, or adam (default: %(default)s)")

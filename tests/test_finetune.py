@@ -79,3 +79,11 @@ def test_a_resumed_run_may_go_on_under_another_name(trained, corpus_dir, tmp_pat
     assert trained.read_bytes() == before
     assert [line["epoch"] for line in read_metrics(other)["epoch"]] == [1, 2]
     assert [line["epoch"] for line in read_metrics(tmp_path / "tuned.pt")["epoch"]] == [1]
+
+
+def test_help_names_no_optimizer_that_fine_tuning_lacks(capsys):
+    with pytest.raises(SystemExit):
+        finetune.parse_flags(["--help"])
+    text = capsys.readouterr().out
+    assert "learning rate (default: 30)" in text
+    assert "Adam" not in text
