@@ -72,6 +72,8 @@ def load(path, device="cpu"):
     except OSError as error:
         raise BadInput(f"{path}: cannot be read: {error.strerror or error}") from error
     except (zipfile.BadZipFile, pickle.UnpicklingError) as error:
+        if is_cut(path):
+            raise BadInput(f"{path}: not a checkpoint, or damaged: its end is missing") from error
         raise BadInput(f"{path}: not a checkpoint of this toolkit (a pickled model, as the original toolkit wrote "
                        "them, could run any code: convert.py reads it without)") from error
     except Exception as error:  # a damaged archive can make these two raise anything
@@ -90,6 +92,12 @@ def load(path, device="cpu"):
     if content.setdefault("stage", "train") not in list(STATES):
         raise BadInput(f"{path}: damaged checkpoint")
     return content
+
+
+def is_cut(path):
+    """Return whether a file begins as a checkpoint does, and does not end so."""
+    with open(path, "rb") as file:
+        return file.read(4) == b"PK\x03\x04" and not zipfile.is_zipfile(path)
 
 
 def is_plain(value):
