@@ -55,6 +55,7 @@ from utils import get_batch, repackage_hidden
 FAST_WORDS = 30_000  # of validation, on which --fast searches
 NO_CACHE = {"window": [1], "theta": [0.0], "lambdasm": [0.0]}  # a share of 0 leaves the model alone
 # The flags of each rule, with their defaults.
+RMS_ONLY = {"epsilon", "batch_size", "max_batches"}
 RULES = {"rms": {"lr": 5e-5, "lamb": 0.002, "epsilon": 2e-5}, "sgd": {"lr": 0.2, "lamb": 0.002}}
 
 
@@ -90,7 +91,9 @@ def parse_flags(argv):
                        help=f"search for the best combination on the first {FAST_WORDS:,} words of validation")
     add_cache_flags(parser.add_argument_group("neural cache on top, if any of these is given"), optional=True)
     add_device_flags(parser)
-    args = parser.parse_args(argv)
+    args, given = parser.parse_args(argv), parser.given(argv)
+    if args.rule != "rms" and (own := given & RMS_ONLY):
+        parser.error(f"--{' --'.join(sorted(own)).replace('_', '-')}: of --rule rms only")
     for name, default in RULES[args.rule].items():
         if getattr(args, name) is None:
             setattr(args, name, [default])

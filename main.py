@@ -14,6 +14,7 @@ if __name__ == "__main__":  # before torch, whose import takes seconds
     process.begin(alone=False)
 
 
+import os
 import time
 
 import distributed
@@ -88,6 +89,8 @@ def start(args, argv, device):
         run_files.check_free(args.save, args.overwrite)
     args.when = [epoch for epoch in args.when if epoch != NEVER]
     given = make_parser().given(argv)
+    if "shares" in given and os.path.isdir(args.data):
+        raise BadInput(f"--shares cuts one text file: the folder {args.data} has its own splits")
     if args.minutes:
         sizes.choose_level(args, given)
     corpus = open_corpus(args)

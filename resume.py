@@ -59,6 +59,11 @@ def resume(parse, argv, stage, device):
     if not args.dry_run:
         carry_on(path, best, args.save, stage, best_stage)
     differences = [f"{name} {saved} -> {given}" for name, (saved, given) in changed.items()]
+    if args.overwrite and same_file(args.save, best):
+        differences.append("--overwrite is not used, since nothing begins anew")
+    if "when" in changed:
+        over = [epoch for epoch in args.when if 0 < epoch <= progress.epoch and epoch not in changed["when"][0]]
+        differences += [f"--when {epoch} comes too late" for epoch in over]
     log("; ".join([f"resuming {path} in epoch {progress.epoch + 1}, batch {progress.batch + 1}", *differences]))
     return Run(stage, args, corpus.dictionary.idx2word, batches, model, optimizer, progress, checksum=corpus.checksum)
 

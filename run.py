@@ -17,7 +17,10 @@ from errors import BadInput
 from metrics import Metrics, log
 from model import RNNModel
 from splitcross import splits_for
+from steps import MIN_SEQ_LEN
 from vocabulary import Rules
+
+SHORT = 8  # a --bptt below which most batches are longer than it says
 
 Batches = namedtuple("Batches", "train valid test")  # the splits, each (N, B); test None where there is none
 
@@ -69,6 +72,21 @@ class Run:
         """Return the epochs trained, with the part that is done of one that has begun."""
         progress = self.progress
         return progress.epoch + progress.row / (len(self.batches.train) - 1) if progress.row else progress.epoch
+
+    def total_tokens(self):
+        """Count the tokens trained since the run began: those of its completed epochs, and of the batches since."""
+        rows, columns = self.batches.train.shape
+        return (self.progress.epoch * (rows - 1) + min(self.progress.row, rows - 1)) * columns
+
+
+def remarks(args):
+    """Yield lines on what the flags `args` of a run come to that is easily overlooked."""
+    if args.bptt < SHORT:
+        yield (f"--bptt {args.bptt}: as in the original a batch has {MIN_SEQ_LEN} time steps or more, and the learning "
+               f"rate is scaled by steps / bptt: up to {(args.bptt + 20) / args.bptt:.0f} times")
+    if args.nlayers == 1 and args.tied and args.nhid != args.emsize:
+        yield (f"--nhid {args.nhid} is not used: a single layer whose softmax is tied to the embedding has --emsize "
+               f"{args.emsize} units")
 
 
 def open_corpus(args, words=None):

@@ -18,8 +18,8 @@ RESERVED = ("last", "finetune", "metrics.jsonl", "untuned", "statistics", "parti
 
 
 def named(path):
-    """Return `path` as a Path; raises BadInput when it ends in no name, as / and .. do not."""
-    if Path(path).name in ("", ".."):
+    """Return `path` as a Path; raises BadInput when it ends in no name, as folder/ and .. do."""
+    if Path(path).name in ("", "..") or str(path).endswith(("/", os.sep)):
         raise BadInput(f"{path or 'an empty path'}: is not the name of a file")
     return Path(path)
 

@@ -26,12 +26,11 @@ from files import remove_partial
 from metrics import Metrics, advance, describe_run, format_end, format_loss, log, loss_metrics, open_board, progress_bar
 from optimizers import at_plateau, averaged_weights, is_averaging, make_optimizer
 from process import StopSignals
-from run import Progress
-from steps import MIN_SEQ_LEN, choose_pass, evaluate, sample_seq_len, seed_everything, train_step
+from run import Progress, remarks
+from steps import choose_pass, evaluate, sample_seq_len, seed_everything, train_step
 from utils import get_batch
 
 GPU_SAVE_SECONDS = 60  # between states that are saved after epochs on a GPU
-SHORT = 8  # a --bptt below which most batches are longer than it says
 
 
 def train(run):
@@ -110,7 +109,7 @@ def open_record(run, resumed):
     args, progress, model = run.args, run.progress, run.model
     remove_partial(*run_files.all_files(args.save))  # left by a run that was killed
     run.metrics = Metrics(run_files.metrics_path(args.save), progress.metrics_bytes if resumed else None, run.stage)
-    run.metrics.board = open_board(args.tensorboard, run.stage, total_tokens(run))
+    run.metrics.board = open_board(args.tensorboard, run.stage, run.total_tokens())
     description = describe_run(vars(args), model.parameter_count(), run.batches.train.device) | distributed.describe()
     run.metrics.write("resume" if resumed else "run", stage=run.stage, epoch=progress.epoch + 1, batch=progress.batch,
                       corpus=run.checksum, **description)
@@ -119,9 +118,8 @@ def open_record(run, resumed):
     log(f"{run.stage}: {' '.join(f'{name}={value}' for name, value in vars(args).items())}")
     processes = ", {processes} processes".format_map(description) if "processes" in description else ""
     log(f"model: {args.model}, {model.parameter_count():,} parameters, on {description['device']}{processes}")
-    if args.bptt < SHORT:
-        log(f"--bptt {args.bptt}: as in the original a batch has {MIN_SEQ_LEN} time steps or more, and the learning "
-            f"rate is scaled by steps / bptt: up to {(args.bptt + 20) / args.bptt:.0f} times")
+    for line in remarks(args):
+        log(line)
 
 
 def train_epoch(run, signals):
@@ -209,19 +207,13 @@ def log_batch(run, rows, loss, seconds, scale):
     mean, lr = progress.window_loss / progress.window_batches, run.optimizer.param_groups[0]["lr"]
     ms = progress.window_seconds * 1000 / progress.window_batches
     used = lr * progress.window_scale / progress.window_batches
-    run.metrics.write("batch", epoch=progress.epoch + 1, batch=progress.batch, total_tokens=total_tokens(run),
+    run.metrics.write("batch", epoch=progress.epoch + 1, batch=progress.batch, total_tokens=run.total_tokens(),
                       tokens=progress.window_rows * source.size(1), lr=lr, mean_lr=used, ms_per_batch=ms,
                       **loss_metrics(mean))
     log(f"| epoch {progress.epoch + 1:3d} | {progress.batch:5d}/{len(source) // args.bptt:5d} batches | "
         f"lr {used:8.5f} | ms/batch {ms:8.2f} | {format_loss('', mean)}"
         f"{distributed.format_speed(progress.window_rows * source.size(1), progress.window_seconds)}")
     clear_window(progress)
-
-
-def total_tokens(run):
-    """Count the tokens trained since the run began: those of its completed epochs, and of the batches since."""
-    rows, columns = run.batches.train.shape
-    return (run.progress.epoch * (rows - 1) + min(run.progress.row, rows - 1)) * columns
 
 
 def clear_window(progress):
@@ -253,7 +245,7 @@ def end_epoch(run):
     run.budget.valid_seconds = time.perf_counter() - start
     run.metrics.write("epoch", epoch=round(run.epochs(), 3), optimizer=type(run.optimizer).__name__,
                       seconds=seconds, best_epoch=progress.best_epoch, train_loss=train_loss,
-                      total_tokens=total_tokens(run), **loss_metrics(loss))
+                      total_tokens=run.total_tokens(), **loss_metrics(loss))
     progress.seconds += seconds + time.perf_counter() - start
     end = run.budget.format_left() or format_end(progress.seconds, epoch, run.args.epochs)
     log(f"| end of epoch {epoch:3d} | time: {seconds:8.2f}s | train loss {train_loss:5.2f} | "
@@ -325,6 +317,8 @@ def report_test(run, stop):
         run.metrics.write("test", epoch=progress.best_epoch, epochs=round(run.epochs(), 3), finished=not stop,
                           seconds=progress.seconds, valid_loss=progress.best_loss, **tested)
         log(f"| end of training | best epoch {progress.best_epoch:3d} | {shown}")
+        if run.stage == "finetune" and progress.history and not progress.best_epoch:
+            log("no epoch was better than the model as loaded, which is kept; a smaller --lr may help")
     if end := run.budget.describe_end(run.epochs()):
         log(end)
     return 128 + stop if stop else 0

@@ -81,6 +81,17 @@ def test_cuda_where_there_is_none(run, place):
     assert "no CUDA device" in refused(run, place, "main", "--cuda", "--data", "corpus", "--save", "m.pt")
 
 
+@pytest.mark.parametrize("flag", ["--epsilon 1", "--batch_size 5", "--max-batches 3"])
+def test_flags_of_the_other_rule(run, place, flag):
+    err = refused(run, place, "dynamic", "--save", "good.pt", "--rule", "sgd", *flag.split())
+    assert f"{flag.split()[0].replace('_', '-')}: of --rule rms only" in err
+
+
+def test_parts_of_a_folder(run, place):
+    err = refused(run, place, "main", *TINY, "--data", "corpus", "--shares", "90", "10", "--save", "m.pt")
+    assert "--shares cuts one text file: the folder corpus has its own splits" in err
+
+
 def test_missing_corpus_names_the_command_that_gets_it(run, place):
     assert "./getdata.sh NAME" in refused(run, place, "main", "--data", "data/penn", "--save", "m.pt")
 

@@ -41,12 +41,13 @@ def test_into_another_file(trained, corpus_dir, tmp_path):
     assert read_metrics(other)["run"][0]["flags"]["wdrop"] == 0.3
 
 
-def test_a_worse_model_never_takes_the_place_of_a_better_one(trained, corpus_dir):
+def test_a_worse_model_never_takes_the_place_of_a_better_one(trained, corpus_dir, capsys):
     before = checkpoint.load(trained)
     tune(corpus_dir, "--save", trained, "--epochs", 2, "--lr", 1e4, "--clip", 0.25)
     after = checkpoint.load(trained)
     assert all(torch.equal(before["model"][name], after["model"][name]) for name in before["model"])
     assert read_metrics(trained)["test"][1]["epoch"] == 0
+    assert "no epoch was better than the model as loaded" in capsys.readouterr().out
 
 
 def test_it_ends_at_a_plateau_and_scores(trained, corpus_dir):

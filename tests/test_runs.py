@@ -18,6 +18,7 @@ from data import Corpus
 from errors import BadInput
 from files import locked
 from model import RNNModel, parameter_shapes
+from run import remarks
 from text import read_texts
 
 # --- names -----------------------------------------------------------------------------------------------------------
@@ -53,7 +54,7 @@ def test_the_name_of_another_file_of_a_run_is_refused(train, tmp_path, name):
         train(tmp_path / name, "--epochs", "1")
 
 
-@pytest.mark.parametrize("name", [".", "/", "..", "a/.."])
+@pytest.mark.parametrize("name", [".", "/", "..", "a/..", "new/"])
 @pytest.mark.parametrize("call", [
     lambda name: main.main(["--no-cuda", "--save", name]), lambda name: main.main(["--no-cuda", "--resume", name]),
     lambda name: finetune.main(["--no-cuda", "--save", name]), lambda name: pointer.main(["--no-cuda", "--save", name]),
@@ -62,6 +63,32 @@ def test_a_path_without_a_name_is_refused(call, name):
     with pytest.raises(BadInput, match="is not the name of a file|cannot be read"):
         call(name)
 
+
+# --- flags -----------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize(("flags", "said"), [
+    ("", ""), ("--bptt 8", ""), ("--bptt 7", "--bptt 7: as in the original a batch has 5 time steps or more"),
+    ("--nlayers 1 --nhid 99", "--nhid 99 is not used: a single layer whose softmax is tied to the embedding has "
+                              "--emsize 400 units"),
+    ("--nlayers 1 --nhid 99 --no-tied", ""), ("--nlayers 1 --nhid 400", ""), ("--nlayers 2 --nhid 99", "")])
+def test_a_run_says_what_is_easily_overlooked(flags, said):
+    (line,) = list(remarks(main.parse_flags(flags.split()))) or [""]
+    assert line.startswith(said)
+    assert bool(line) == bool(said)
+
+
+def test_a_resumed_run_says_which_flags_come_too_late(train, tmp_path, capsys):
+    train(tmp_path / "m.pt", "--epochs", "2", "--optimizer", "adam", "--when", "1", "5")
+    capsys.readouterr()
+    train(tmp_path / "m.pt", "--epochs", "2", "--resume", str(tmp_path / "m.pt"), "--overwrite",
+          "--when", "1", "2", "3")
+    printed = capsys.readouterr().out
+    assert "--when 2 comes too late" in printed
+    assert printed.count("comes too late") == 1
+    assert "--overwrite is not used" in printed
+
+
+# --- other files -----------------------------------------------------------------------------------------------------
 
 def test_two_names_with_one_record_are_refused(train, tmp_path):
     train(tmp_path / "m.pt", "--epochs", "1")
