@@ -111,7 +111,7 @@ class Budget:
         if self.limit == math.inf:
             return None
         planned = f" of {self.planned:.2f} planned" if self.planned is not None else ""
-        return f"| end of time | {epochs:.2f} epochs{planned} in {self.spent() / 60:.1f} of {self.limit / 60:g} minutes"
+        return f"| end of time | {epochs:.2f} epochs{planned} in {self.spent() / 60:.2f} of {self.limit / 60:g} minutes"
 
 
 def scoring_seconds(model, source, bptt):

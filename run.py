@@ -22,6 +22,10 @@ from vocabulary import Rules
 
 SHORT = 8  # a --bptt below which most batches are longer than it says
 
+# With --minutes, of validation and test: rows that a column should have, so that its beginning without a hidden state
+# counts for little, and columns beyond which a batch is no faster.
+ROWS, MOST_COLUMNS = 10_000, 100
+
 Batches = namedtuple("Batches", "train valid test")  # the splits, each (N, B); test None where there is none
 
 
@@ -105,11 +109,15 @@ def open_corpus(args, words=None):
 def open_batches(corpus, args, device):
     """Lay a corpus out as Batches.
 
-    The columns are --batch_size for training, 10 for validation, 1 for the test. Raises BadInput when a split is too
-    short.
+    The columns are --batch_size for training, 10 for validation, 1 for the test. With --minutes, long texts are scored
+    in more columns. Raises BadInput when a split is too short.
     """
+    def columns(split, least):
+        return max(least, min(len(split) // ROWS, MOST_COLUMNS)) if vars(args).get("minutes") else least
+
     if args.cuda_graphs and splits_for(len(corpus.dictionary)):
         raise BadInput(f"--cuda-graphs: not with a split softmax, which {len(corpus.dictionary):,} words have")
     train = load_split(corpus, "train", args.batch_size, device, rows=3)
-    test = load_split(corpus, "test", 1, device) if corpus.has_test else None
-    return Batches(train, load_split(corpus, "valid", 10, device), test)
+    valid = load_split(corpus, "valid", columns(corpus.valid, 10), device)
+    test = load_split(corpus, "test", columns(corpus.test, 1), device) if corpus.has_test else None
+    return Batches(train, valid, test)

@@ -212,7 +212,8 @@ def log_batch(run, rows, loss, seconds, scale):
                       **loss_metrics(mean))
     log(f"| epoch {progress.epoch + 1:3d} | {progress.batch:5d}/{len(source) // args.bptt:5d} batches | "
         f"lr {used:8.5f} | ms/batch {ms:8.2f} | {format_loss('', mean)}"
-        f"{distributed.format_speed(progress.window_rows * source.size(1), progress.window_seconds)}")
+        f"{distributed.format_speed(progress.window_rows * source.size(1), progress.window_seconds)}"
+        f"{run.budget.format_left()}")
     clear_window(progress)
 
 

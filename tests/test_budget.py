@@ -2,8 +2,10 @@
 
 import math
 import signal
+from argparse import Namespace
 
 import pytest
+import torch
 from helpers import TINY, read_metrics
 
 import budget
@@ -13,6 +15,7 @@ import main
 import steps
 import training
 from errors import BadInput
+from run import open_batches
 
 
 class Clock:
@@ -156,7 +159,15 @@ def test_the_plan_is_what_the_speed_so_far_gives(train, tmp_path, capsys):
     out = capsys.readouterr().out
     planned = float(out.split("| plan | ")[1].split(" epochs")[0])
     assert planned == pytest.approx(metrics["test"][0]["epochs"], rel=0.25)
-    assert f"epochs of {planned:.2f} planned in 2.0 of 2 minutes" in out
+    assert f"epochs of {planned:.2f} planned in 2.00 of 2 minutes" in out
+
+
+@pytest.mark.usefixtures("clock")
+def test_log_lines_say_what_is_left(train, tmp_path, capsys):
+    """Off a terminal there is no bar that would. Each batch takes a second."""
+    train(tmp_path / "m.pt", "--minutes", "2", "--log-interval", "6")
+    lines = [line for line in capsys.readouterr().out.splitlines() if "batches |" in line]
+    assert [line.split(" | ")[-1] for line in lines[:2]] == ["1.9 minutes left", "1.8 minutes left"]
 
 
 @pytest.mark.usefixtures("clock")
@@ -164,6 +175,17 @@ def test_no_minutes_change_nothing(train, tmp_path, capsys):
     train(tmp_path / "m.pt", "--epochs", "1")
     assert "plan" not in capsys.readouterr().out
     assert budget.Budget().lr_scale(3) == 1
+
+
+@pytest.mark.parametrize(("minutes", "tokens", "columns"), [
+    (None, 10**6, (10, 1)), (3.0, 9_999, (10, 1)), (3.0, 99_999, (10, 9)), (3.0, 500_000, (50, 50)),
+    (3.0, 10**7, (100, 100))])
+def test_long_texts_are_scored_in_more_columns_of_ten_thousand_rows(minutes, tokens, columns):
+    text = torch.zeros(tokens, dtype=torch.uint8)
+    corpus = Namespace(train=text, valid=text, test=text, has_test=True, first_unknown={}, dictionary=range(5))
+    args = Namespace(batch_size=20, cuda_graphs=False, minutes=minutes)
+    batches = open_batches(corpus, args, "cpu")
+    assert (batches.train.size(1), batches.valid.size(1), batches.test.size(1)) == (20, *columns)
 
 
 def test_minutes_that_scoring_alone_takes_are_bad_input(train, tmp_path, clock, monkeypatch):
