@@ -68,7 +68,7 @@ class Budget:
         if self.limit == math.inf:
             return 1.0
         done = self.fraction(epochs)
-        if self.rises_from is None:
+        if self.rises_from is None or done < self.rises_from:  # validation took less than was estimated
             self.rises_from = done
         return min((done - self.rises_from) / WARM_UP, 1 - done)
 

@@ -85,6 +85,19 @@ def test_the_rate_rises_from_the_first_batch_on_however_long_the_start_takes(tra
     assert used[:9] == pytest.approx([0, 1 / 6, 2 / 6, 3 / 6, 4 / 6, 5 / 6, 264 / 300, 263 / 300, 262 / 300], abs=1e-2)
 
 
+def test_the_rate_is_never_below_nothing_where_validation_takes_less_than_estimated(clock):
+    """Several processes share the validation that one has timed. More time to train is a smaller part that is done."""
+    held = budget.Budget(1)
+    held.valid_seconds = 20
+    clock.now += 20
+    assert held.lr_scale(0) == 0
+    held.valid_seconds = 2
+    clock.now += 3
+    assert held.lr_scale(1) == 0
+    clock.now += 0.58
+    assert held.lr_scale(1) == pytest.approx(0.5)
+
+
 def test_the_time_of_validation_and_test_is_kept_free(train, tmp_path, clock, monkeypatch):
     evaluate = steps.evaluate
 
