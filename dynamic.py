@@ -54,8 +54,8 @@ from utils import get_batch, repackage_hidden
 
 FAST_WORDS = 30_000  # of validation, on which --fast searches
 NO_CACHE = {"window": [1], "theta": [0.0], "lambdasm": [0.0]}  # a share of 0 leaves the model alone
+RMS_ONLY = {"epsilon", "batch_size", "max_batches"}  # flags
 # The flags of each rule, with their defaults.
-RMS_ONLY = {"epsilon", "batch_size", "max_batches"}
 RULES = {"rms": {"lr": 5e-5, "lamb": 0.002, "epsilon": 2e-5}, "sgd": {"lr": 0.2, "lamb": 0.002}}
 
 

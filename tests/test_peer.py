@@ -72,6 +72,7 @@ def test_the_weights_before_a_residual_sum_begin_smaller():
             assert weight.std().item() == pytest.approx(expected, rel=0.1), name
 
 
+@torch.no_grad()
 def test_a_later_token_changes_no_earlier_logit():
     model = make_model().eval()
     tokens = torch.randint(NTOKEN, (1, peer.CONTEXT))
