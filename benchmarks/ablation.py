@@ -85,9 +85,12 @@ def recipe(name, seed, data, extra=""):
 def cut_corpus(data, folder, words=WORDS):
     """Write the corpus of the ablation into `folder`: whole lines of the training text, with `words` words or more.
 
-    Each line has an <eos>, which counts. Raises BadInput when another corpus is there.
+    Each line has an <eos>, which counts. Raises BadInput when another corpus is there, or `data` cannot be read.
     """
-    splits = {split: (Path(data) / f"{split}.txt").read_bytes() for split in ("train", "valid", "test")}
+    try:
+        splits = {split: (Path(data) / f"{split}.txt").read_bytes() for split in ("train", "valid", "test")}
+    except OSError as error:
+        raise BadInput(f"--data {data}: {error.filename} cannot be read: {error.strerror}") from error
     count, lines = 0, []
     for line in splits["train"].splitlines(True):
         if count >= words:

@@ -69,6 +69,12 @@ def test_the_text_is_the_first_words_in_whole_lines(tmp_path):
         ablation.cut_corpus(tmp_path, tmp_path / "1", 5)
 
 
+def test_a_text_that_is_not_there_is_bad_input(tmp_path):
+    with pytest.raises(BadInput, match=r"train.txt cannot be read: No such file"):
+        ablation.main(["--data", str(tmp_path / "nowhere"), "--folder", str(tmp_path / "runs")])
+    assert not (tmp_path / "runs").exists()
+
+
 # --- the runs --------------------------------------------------------------------------------------------------------
 
 class Ended:
