@@ -113,11 +113,12 @@ def check_flags(folder, extra):
     recipes = [recipe(name, SEEDS[0], "", extra) for name in TRAINED]
     said = "".join(f"{stage}: {flags}\n" for stages in recipes for stage, flags in stages.items())
     path = folder / "flags.txt"
-    if not path.exists():
-        with replacing(path) as file:
-            file.write(said.encode())
-    elif path.read_text(encoding="utf-8") != said:
+    if path.exists() and path.read_text(encoding="utf-8") == said:
+        return
+    if any(folder.glob("*/train.metrics.jsonl")):
         raise BadInput(f"{path}: the runs there have other flags; another --folder begins anew")
+    with replacing(path) as file:
+        file.write(said.encode())
 
 
 # --- the runs --------------------------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ import finetune
 import main
 from errors import BadInput
 from metrics import Metrics
+from run_files import metrics_path
 from steps import sample_seq_len
 
 CHANGED = {  # by each row, beside the full model
@@ -164,11 +165,17 @@ def test_a_stop_tells_every_process(tmp_path, monkeypatch, cause):
 
 
 def test_other_flags_take_another_folder(tmp_path):
-    """A trial with --extra is not taken for the runs of the table."""
+    """A trial with --extra is not taken for the runs of the table. A flag that no run took is no reason."""
+    ablation.check_flags(tmp_path, "--emsizee 5")
     ablation.check_flags(tmp_path, "--emsize 5")
+    (tmp_path / "full-1").mkdir()
+    metrics_path(tmp_path / "full-1" / "train.pt").write_bytes(b"")
     ablation.check_flags(tmp_path, "--emsize 5")
     with pytest.raises(BadInput, match="another --folder begins anew"):
         ablation.check_flags(tmp_path, "")
+    (tmp_path / "flags.txt").unlink()
+    with pytest.raises(BadInput, match="another --folder begins anew"):
+        ablation.check_flags(tmp_path, "--emsize 5")
 
 
 def test_a_signal_of_the_terminal_reaches_a_run_once(tmp_path):
