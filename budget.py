@@ -30,8 +30,7 @@ class Budget:
         self.limit = math.inf if minutes is None else 60 * minutes
         self.epochs = epochs
         self.began = (process.began or time.monotonic()) - spent
-        self.goes_on = spent > 0
-        self.rises_from = 0.0 if self.goes_on else None  # the fraction at the first batch
+        self.rises_from = 0.0 if spent else None  # the fraction at the first batch
         self.valid_seconds = self.test_seconds = 0.0
         self.trained_from = self.planned = None  # (seconds, epochs), and epochs
 
@@ -84,7 +83,7 @@ class Budget:
         if scoring > MOST_SCORING * self.limit:
             raise BadInput(f"--minutes {self.limit / 60:g}: validation and test alone take about {scoring:.0f} s with "
                            "this model; less text for them (--shares), a smaller model or more minutes may help")
-        if not self.goes_on and self.spent() >= self.training_seconds():
+        if self.rises_from is None and self.spent() >= self.training_seconds():
             raise BadInput(f"--minutes {self.limit / 60:g}: no time to train; the start took {self.spent():.0f} s, and "
                            f"validation and test take about {scoring:.0f} s")
 

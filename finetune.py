@@ -56,7 +56,7 @@ def parse_flags(argv):
                         help="whose words the tuned model knows: those of the model, others being <unk>, or those of "
                              "the corpus, new ones beginning with the mean of the old (default: %(default)s)")
     parser.add_argument("--load", metavar="FILE", help="the model to fine-tune (default: that of --save)")
-    parser.set_defaults(**dict.fromkeys(INHERITED, ModelsOwn()))
+    parser.set_defaults(minutes=None, **dict.fromkeys(INHERITED, ModelsOwn()))
     return parser.parse_args(argv)
 
 

@@ -20,7 +20,6 @@ import time
 import distributed
 import run_files
 import sizes
-from budget import Budget
 from device import set_up_device
 from errors import BadInput
 from flags import Parser, add_training_flags, positive_float, positive_int
@@ -76,7 +75,6 @@ def main(argv=None):
         argv = distributed.after_restart(argv, save, "train")
         going_on = parse_flags(argv).resume
         run = resume(parse_flags, argv, "train", device) if going_on else start(args, argv, device)
-        run.budget = Budget(run.args.minutes, run.progress.spent, run.args.epochs)
         return train(distributed.hand_over(run))
 
 
@@ -106,10 +104,13 @@ def start(args, argv, device):
     except RuntimeError as error:  # what PyTorch raises when it gets no memory
         raise BadInput(f"no model of this size: {str(error).splitlines()[0]}") from error
     optimizer = make_optimizer(args.optimizer, model, args.lr, args.wdecay)
-    log.check()  # before anything is removed
-    if args.overwrite and not args.dry_run:
-        run_files.remove_run(args.save)
-    return Run("train", args, corpus.dictionary.idx2word, batches, model, optimizer, checksum=corpus.checksum)
+    run = Run("train", args, corpus.dictionary.idx2word, batches, model, optimizer, checksum=corpus.checksum)
+    if not args.dry_run:
+        run.set_budget()
+        log.check()
+        if args.overwrite:  # nothing before this has to be bad input
+            run_files.remove_run(args.save)
+    return run
 
 
 if __name__ == "__main__":

@@ -65,7 +65,10 @@ def resume(parse, argv, stage, device):
         over = [epoch for epoch in args.when if 0 < epoch <= progress.epoch and epoch not in changed["when"][0]]
         differences += [f"--when {epoch} comes too late" for epoch in over]
     log("; ".join([f"resuming {path} in epoch {progress.epoch + 1}, batch {progress.batch + 1}", *differences]))
-    return Run(stage, args, corpus.dictionary.idx2word, batches, model, optimizer, progress, checksum=corpus.checksum)
+    run = Run(stage, args, corpus.dictionary.idx2word, batches, model, optimizer, progress, checksum=corpus.checksum)
+    if not args.dry_run:
+        run.set_budget()
+    return run
 
 
 def find_state(best, stage, device="cpu"):

@@ -24,7 +24,7 @@ SHORT = 8  # a --bptt below which most batches are longer than it says
 
 # With --minutes, of validation and test: rows that a column should have, so that its beginning without a hidden state
 # counts for little, and columns beyond which a batch is no faster.
-ROWS, MOST_COLUMNS = 10_000, 100
+MIN_ROWS, MOST_COLUMNS = 10_000, 100
 
 Batches = namedtuple("Batches", "train valid test")  # the splits, each (N, B); test None where there is none
 
@@ -77,6 +77,11 @@ class Run:
         progress = self.progress
         return progress.epoch + progress.row / (len(self.batches.train) - 1) if progress.row else progress.epoch
 
+    def set_budget(self):
+        """Begin, or go on, to count the time of --minutes; raises BadInput when they leave none to train."""
+        self.budget = Budget(self.args.minutes, self.progress.spent, self.args.epochs)
+        self.budget.time_scoring(self.model, self.batches, self.args.bptt)
+
     def total_tokens(self):
         """Count the tokens trained since the run began: those of its completed epochs, and of the batches since."""
         rows, columns = self.batches.train.shape
@@ -84,7 +89,7 @@ class Run:
 
 
 def remarks(args):
-    """Yield lines on what the flags `args` of a run come to that is easily overlooked."""
+    """Yield a line on each of the flags `args` that does not do what one may expect."""
     if args.bptt < SHORT:
         yield (f"--bptt {args.bptt}: as in the original a batch has {MIN_SEQ_LEN} time steps or more, and the learning "
                f"rate is scaled by steps / bptt: up to {(args.bptt + 20) / args.bptt:.0f} times")
@@ -113,7 +118,7 @@ def open_batches(corpus, args, device):
     in more columns. Raises BadInput when a split is too short.
     """
     def columns(split, least):
-        return max(least, min(len(split) // ROWS, MOST_COLUMNS)) if vars(args).get("minutes") else least
+        return max(least, min(len(split) // MIN_ROWS, MOST_COLUMNS)) if args.minutes else least
 
     if args.cuda_graphs and splits_for(len(corpus.dictionary)):
         raise BadInput(f"--cuda-graphs: not with a split softmax, which {len(corpus.dictionary):,} words have")

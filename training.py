@@ -19,7 +19,6 @@ from dataclasses import asdict
 import checkpoint
 import distributed
 import run_files
-from budget import Budget
 from device import peak_memory
 from errors import BadInput
 from files import remove_partial
@@ -97,8 +96,6 @@ def begin(run):
         open_record(run, resumed)
     run.forward_backward = distributed.summed(
         choose_pass(run.model, args.precision, args.alpha, args.beta, args.cuda_graphs))
-    if distributed.is_first():
-        run.budget.time_scoring(run.model, run.batches, args.bptt)
     run.saved_at = time.monotonic()
     if run.stage == "finetune" and not resumed:
         save_state(run)  # from the start there is one to resume from, as there is a model
@@ -318,7 +315,7 @@ def report_test(run, stop):
         run.metrics.write("test", epoch=progress.best_epoch, epochs=round(run.epochs(), 3), finished=not stop,
                           seconds=progress.seconds, valid_loss=progress.best_loss, **tested)
         log(f"| end of training | best epoch {progress.best_epoch:3d} | {shown}")
-        if run.stage == "finetune" and progress.history and not progress.best_epoch:
+        if run.stage == "finetune" and progress.history and not (progress.best_epoch or stop):
             log("no epoch was better than the model as loaded, which is kept; a smaller --lr may help")
     if end := run.budget.describe_end(run.epochs()):
         log(end)
@@ -331,7 +328,6 @@ def dry_run(run):
     Logs what they need and writes nothing. Returns the exit status.
     """
     args, batches = run.args, run.batches
-    run.budget = Budget()  # the start alone may have taken all of --minutes
     run.forward_backward = distributed.summed(
         choose_pass(run.model, args.precision, args.alpha, args.beta, args.cuda_graphs))
     for _ in range(3 if args.cuda_graphs else 1):  # the third batch of a length is the first pure replay

@@ -41,13 +41,15 @@ def parse_flags():
     args = parser.parse_args()
     if not args.report and not (args.data and args.folder):
         parser.error("--data and --folder are needed, or --report")
+    if args.data and len({Path(path).stem for path in args.data}) < len(args.data):
+        parser.error("--data: texts of one name would have one record")
     return args
 
 
 def train(data, level, minutes, number, folder, which=""):
     """Train on the text `data`, unless that is done, or go on with it. Returns the path of the record.
 
-    `which` is "", or a name of NEIGHBOURS.
+    `which` is "", or a name of NEIGHBOURS. Where there is no such neighbour nothing is trained, and None returned.
     """
     save = folder / f"{data.stem}.{level}.{minutes:g}min{which}.seed{number}.pt"
     if is_done(metrics_path(save)):
@@ -58,6 +60,8 @@ def train(data, level, minutes, number, folder, which=""):
     flags = ["--level", level, *LEVELS[level].split()]
     if which:
         size = neighbour(chosen(train(data, level, minutes, number, folder))["nhid"], which)
+        if size is None:
+            return None
         flags += ["--nhid", size, "--emsize", embedding_size(size, level)]
     run("main.py", "--data", data, *flags, "--minutes", f"{minutes:g}", "--seed", number, "--save", save)
     return metrics_path(save)
@@ -69,9 +73,9 @@ def chosen(path):
 
 
 def neighbour(size, which):
-    """Return the next smaller or larger number of units on the ladder of the rules."""
+    """Return the next smaller or larger number of units on the ladder of the rules; None where it ends."""
     rung = LADDER.index(size) + NEIGHBOURS[which]
-    return LADDER[min(max(rung, 0), len(LADDER) - 1)]
+    return LADDER[rung] if 0 <= rung < len(LADDER) else None
 
 
 # --- the table -------------------------------------------------------------------------------------------------------

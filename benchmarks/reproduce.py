@@ -124,8 +124,9 @@ def main():
     for stage in stages:
         if not is_done(stage, folder) and not run(command(stage, recipe, folder, shlex.split(args.extra)), deadline):
             print(f"stopped in the stage {stage}; the same command goes on")
-            return
+            return 0 if deadline and time.monotonic() >= deadline else 128 + signal.SIGTERM
     print(row(args.row, folder))
+    return 0
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ import budget
 import checkpoint
 import data
 import main
+import process
 import steps
 import training
 from errors import BadInput
@@ -45,12 +46,13 @@ def clock(monkeypatch):
 @pytest.fixture
 def slow_start(monkeypatch, clock):
     """What comes before the first batch takes 30 seconds."""
-    choose_pass = training.choose_pass
+    make_optimizer = main.make_optimizer
 
     def slow(*args):
+        monkeypatch.setattr(process, "began", clock.now)
         clock.now += 30
-        return choose_pass(*args)
-    monkeypatch.setattr(training, "choose_pass", slow)
+        return make_optimizer(*args)
+    monkeypatch.setattr(main, "make_optimizer", slow)
 
 
 def batches(metrics):
@@ -218,9 +220,12 @@ def test_a_dry_run_has_its_batch_although_the_start_takes_all_of_the_time(corpus
 
 @pytest.mark.usefixtures("slow_start")
 def test_minutes_that_the_start_alone_takes_are_bad_input(train, tmp_path):
-    """Such a run has no model to test. It must not look like one that has come to its end."""
+    """Such a run has no model to test. It must not look like one that has come to its end, nor remove one."""
+    train(tmp_path / "m.pt", "--epochs", "1")
+    before = {path: path.read_bytes() for path in tmp_path.glob("m.*")}
     with pytest.raises(BadInput, match="--minutes 0.5: no time to train; the start took 30 s"):
-        train(tmp_path / "m.pt", "--minutes", "0.5")
+        train(tmp_path / "m.pt", "--minutes", "0.5", "--overwrite")
+    assert {path: path.read_bytes() for path in tmp_path.glob("m.*")} == before
 
 
 @pytest.mark.parametrize("stop_after", [5, 55])

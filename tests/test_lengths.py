@@ -73,8 +73,8 @@ def test_neighbours_are_the_sizes_beside_the_chosen_one(make):
         == [(level, nhid, nhid) for level in ("char", "word") for nhid in (None, "192", "384")]
 
 
-@pytest.mark.parametrize(("size", "which", "expected"), [(64, "smaller", 64), (64, "larger", 96),
-                                                         (1536, "larger", 1536), (512, "smaller", 384)])
+@pytest.mark.parametrize(("size", "which", "expected"), [(64, "smaller", None), (64, "larger", 96),
+                                                         (1536, "larger", None), (512, "smaller", 384)])
 def test_the_ladder_ends(size, which, expected):
     assert lengths.neighbour(size, which) == expected
 
@@ -112,7 +112,8 @@ def test_a_report_shows_what_is_finished(make, tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("flags", [[], ["--data", "a.txt"], ["--folder", "l"],
-                                   ["--data", "a.txt", "--folder", "l", "--minutes", "0"]])
+                                   ["--data", "a.txt", "--folder", "l", "--minutes", "0"],
+                                   ["--data", "a/b.txt", "c/b.txt", "--folder", "l"]])
 def test_bad_flags_end_in_a_line_and_status_2(monkeypatch, capsys, flags):
     monkeypatch.setattr(sys, "argv", ["lengths.py", *flags])
     with pytest.raises(SystemExit) as end:
