@@ -7,8 +7,8 @@
 The rows are those of table 4 of arXiv 1708.02182, each by flags alone. The text is the first 100,000 words of the
 training text, with the whole of validation and test. Every row is trained for the same number of epochs, well beyond
 its switch to ASGD. The full model is also fine-tuned, which is the first row; all rows below the second are compared
-with the second. A run that is finished is not begun again, one that was stopped goes on. The table comes from the
-records and from nothing else.
+with the second. A run that is finished is not begun again, nor one whose record was copied into the folder; one that
+was stopped goes on. The table comes from the records and from nothing else.
 """
 
 import os
@@ -228,11 +228,11 @@ def published_difference(name):
 
 
 def sign(found):
-    """Say whether a part helps in all the differences `found`, as published for every part, or in none."""
+    """Say whether a part helps in all the differences `found`, as published for every part, or harms in all."""
     values = [value for pair in found.values() for value in pair]
     if not values:
         return ""
-    return "same" if min(values) > 0 else "other" if max(values) <= 0 else "unclear"
+    return "same" if min(values) > 0 else "other" if max(values) < 0 else "unclear"
 
 
 def table(scores):
@@ -326,7 +326,8 @@ def main(argv=None):
     folder = args.folder.resolve()
     cut_corpus(args.data, folder / "corpus")
     check_flags(folder, args.extra)
-    runs = [(name, seed) for seed in SEEDS for name in args.rows]
+    scores = read_scores(folder)
+    runs = [(name, seed) for seed in SEEDS for name in args.rows if seed not in scores.get(name, {})]
     status = run_all(runs, folder, folder / "corpus", args.jobs, deadline, args.extra)
     gather(folder)
     report(folder, folder / "ablation.png")

@@ -184,6 +184,16 @@ def test_a_signal_of_the_terminal_reaches_a_run_once(tmp_path):
     assert process.wait() == 0
 
 
+def test_a_run_whose_record_is_there_is_not_begun(run, tmp_path):
+    """As another machine has left it: only the record. One that lacks a stage is begun."""
+    (tmp_path / "copied").mkdir()
+    write_record(tmp_path / "copied", "full", 1, train=(150, 140))
+    write_record(tmp_path / "copied", "no-asgd", 1, train=(151, 141))
+    status, commands = run("copied")
+    assert (status, [command.split()[0] for command in commands]) == (0, ["main.py", "finetune.py"])
+    assert ablation.read_scores(tmp_path / "copied")["no-asgd"] == {1: pytest.approx((151, 141))}
+
+
 def test_a_run_that_fails_stops_no_other(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(ablation, "POLL", 0)
     monkeypatch.setattr(ablation, "start", lambda _, place: Namespace(

@@ -195,7 +195,7 @@ def test_the_picture_marks_them(make, monkeypatch, tmp_path):
     make("--on-top")
     monkeypatch.undo()
     (axes,) = plot.draw(make.drawn[0], tmp_path / "q.png", "minutes", "loss", log_axis=False).axes
-    heights = {note.get_gid(): note.xy[1] for note in axes.texts if note.get_gid()}
+    heights = {note.get_gid(): note.xyann[1] for note in axes.texts if note.get_gid()}
     assert heights == pytest.approx({"0.25T.seed1 pointer": 1.6, "0.25T.seed1 dynamic": 1.5, "4T.seed1 pointer": 1.4,
                                      "4T.seed1 dynamic": 1.3})
 
