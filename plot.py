@@ -159,13 +159,15 @@ def draw_runs(axes, runs, x, metric, log_axis, log_x=False, y_range=None):
     axes.set_ylabel(Y_LABELS[metric])
     axes.grid(color="0.88", linewidth=0.6)
     axes.set_axisbelow(True)
-    axes.update_datalim([mark.place for mark in marks] or axes.dataLim.get_points())
+    if marks:
+        axes.update_datalim([mark.place for mark in marks])
     axes.autoscale_view()
     if log_x:
         axes.set_xscale("log")
     elif x == "epochs":
         axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
-    linear = set_scale(axes, [value for value in values if math.isfinite(value) and value > 0], log_axis)
+    linear = axes.get_yticks()
+    set_scale(axes, [value for value in values if math.isfinite(value) and value > 0], log_axis)
     if y_range:
         axes.set_ylim(y_range)
     draw_legend(axes, handles, beside=len(runs) > INSIDE)
@@ -292,15 +294,10 @@ def legend_mark(axes, letter):
 
 
 def set_scale(axes, values, log_axis):
-    """Make the y axis logarithmic if `log_axis` says so, or if it is None and the values reach far.
-
-    Returns the ticks that it had before.
-    """
+    """Make the y axis logarithmic if `log_axis` says so, or if it is None and the values reach far."""
     low, high = min(values, default=1), max(values, default=1)
-    linear = axes.get_yticks()
     if values and (high >= LOG_RANGE * low if log_axis is None else log_axis):
         axes.set_yscale("log")
-    return linear
 
 
 def set_ticks(axes, linear):

@@ -20,7 +20,7 @@ from collections import namedtuple
 from contextlib import suppress
 from pathlib import Path
 
-from reproduce import ROOT, command, is_done
+from reproduce import ROOT, command, deadline_in, is_done
 from table import rows
 
 sys.path.insert(0, str(ROOT))
@@ -38,7 +38,6 @@ SEEDS = (1, 2)
 EPOCHS = 60      # of training
 TUNING = 25      # epochs of fine-tuning at most; its plateau ends it
 POLL = 0.5       # seconds between looks at the processes
-MARGIN = 20      # seconds, at most a quarter of the time, that runs get to finish a batch and write their state
 STAGES = ("train", "finetune")
 
 FULL = ("--batch_size 10 --lr 20 --emsize 200 --nhid 400 --nlayers 3 --dropout 0.4 --dropouth 0.25 --dropouti 0.4 "
@@ -321,14 +320,12 @@ def main(argv=None):
             raise BadInput(f"{args.report}: there is no record of the ablation in it")
         report(args.report, args.report / "ablation.png")
         return 0
-    seconds = args.minutes and 60 * args.minutes
-    deadline = seconds and time.monotonic() + seconds - min(MARGIN, seconds / 4)
     folder = args.folder.resolve()
     cut_corpus(args.data, folder / "corpus")
     check_flags(folder, args.extra)
     scores = read_scores(folder)
     runs = [(name, seed) for seed in SEEDS for name in args.rows if seed not in scores.get(name, {})]
-    status = run_all(runs, folder, folder / "corpus", args.jobs, deadline, args.extra)
+    status = run_all(runs, folder, folder / "corpus", args.jobs, deadline_in(args.minutes), args.extra)
     gather(folder)
     report(folder, folder / "ablation.png")
     return status

@@ -31,7 +31,7 @@ from run_files import last_path, metrics_path  # noqa: E402
 ROOT = Path(__file__).parent.parent
 # The stages after training, and their scripts.
 SCORES = {"cache": "pointer.py", "grid": "pointer.py", "dynamic": "dynamic.py", "both": "dynamic.py"}
-MARGIN = 20  # seconds, at most a quarter of the time, that a stage gets to finish its batch and write its state
+MARGIN = 20  # seconds, at most a quarter of the time, that scripts get to finish a batch and write their state
 
 
 def records(save):
@@ -67,6 +67,11 @@ def command(stage, recipe, folder, extra):
         return [script, "--resume", str(save)]
     load = ["--load", str(folder / "train.pt")] if stage == "finetune" else []
     return [script, *shlex.split(recipe[stage]), *extra, *load, "--save", str(save)]
+
+
+def deadline_in(minutes):
+    """Return when to stop, by the monotonic clock, so that all ends within `minutes`; None without a limit."""
+    return minutes and time.monotonic() + 60 * minutes - min(MARGIN, 15 * minutes)
 
 
 def run(arguments, deadline):
@@ -114,8 +119,7 @@ def main():
     parser.add_argument("--extra", default="", metavar="FLAGS",
                         help="further flags for training and fine-tuning, for a smaller trial")
     args = parser.parse_args()
-    seconds = args.minutes and 60 * args.minutes
-    deadline = seconds and time.monotonic() + seconds - min(MARGIN, seconds / 4)
+    deadline = deadline_in(args.minutes)
     folder = args.folder.resolve() if args.folder else Path("runs", args.row)  # the latter below ROOT, as all commands
     (ROOT / folder).mkdir(parents=True, exist_ok=True)
     recipe = RECIPES[args.row]
