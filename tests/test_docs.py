@@ -40,6 +40,18 @@ def test_every_command_is_one_that_its_script_takes(path):
             PARSERS[words[1]](words[2:])
 
 
+@pytest.mark.parametrize("page", ["README.md"])
+def test_whoever_tries_a_page_after_the_readme_is_not_refused(page):
+    saves = set()
+    for path in dict.fromkeys(["README.md", page]):
+        for line in code_lines(ROOT / path):
+            script = re.search(r"^(?:python|torchrun).* (main|finetune)\.py (.*)", line)
+            args = PARSERS[f"{script[1]}.py"](shlex.split(script[2])) if script else None
+            if args and args.save and not args.resume and (script[1] == "main" or args.load):
+                assert args.save not in saves, line
+                saves.add(args.save)
+
+
 @pytest.mark.parametrize("name", recipes.RECIPES)
 def test_the_page_of_recipes_has_the_commands_of_the_code(name):
     text = (ROOT / "docs" / "recipes.md").read_text(encoding="utf-8")
