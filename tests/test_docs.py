@@ -40,7 +40,7 @@ def test_every_command_is_one_that_its_script_takes(path):
             PARSERS[words[1]](words[2:])
 
 
-@pytest.mark.parametrize("page", ["README.md"])
+@pytest.mark.parametrize("page", ["README.md", "docs/your-text.md", "docs/ulmfit.md"])
 def test_whoever_tries_a_page_after_the_readme_is_not_refused(page):
     saves = set()
     for path in dict.fromkeys(["README.md", page]):
@@ -50,6 +50,11 @@ def test_whoever_tries_a_page_after_the_readme_is_not_refused(page):
             if args and args.save and not args.resume and (script[1] == "main" or args.load):
                 assert args.save not in saves, line
                 saves.add(args.save)
+
+
+def test_no_command_writes_over_the_text_of_a_reader():
+    written = {text for path in DOCUMENTS for line in code_lines(path) for text in re.findall(r" > (\S+\.txt)", line)}
+    assert not written & set(re.findall(r"--data (\S+\.txt)", (ROOT / "README.md").read_text(encoding="utf-8")))
 
 
 @pytest.mark.parametrize("name", recipes.RECIPES)
