@@ -12,6 +12,7 @@ from errors import BadInput
 from metrics import read_metrics
 
 X_AXES = ("epochs", "hours", "minutes", "tokens")  # tokens in millions
+LARGEST = 1e100  # figure of a record: the margins of an axis, and sums, are numbers too
 
 
 @dataclass
@@ -60,9 +61,9 @@ class Stage:
 
 
 def figure_of(record, name, low=-math.inf):
-    """Return the number `name` of a record; raises ValueError when it is none that is finite and at least `low`."""
+    """Return the number `name` of a record; raises ValueError when it is none from `low` to LARGEST."""
     value = record.get(name)
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= sys.float_info.max:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= LARGEST:
         raise ValueError(name)
     return value
 

@@ -19,7 +19,7 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
-from curves import read_stages
+from curves import LARGEST, read_stages
 from errors import BadInput
 from files import check_writable, replacing, same_file
 from flags import Parser
@@ -140,7 +140,7 @@ def draw_runs(axes, runs, x, metric, log_axis, log_x=False, y_range=None):
         style = {"color": COLOURS[index % len(COLOURS)], "linestyle": DASHES[index % len(DASHES)]}
         marker = MARKERS[index % len(MARKERS)]
         best = min(epoch.valid for stage in stages for epoch in stage.epochs.values())
-        label = f"{name} (best {loss_metrics(best)[metric]:.{2 if metric == 'ppl' else 3}f})"
+        label = f"{name} (best {value_of(best, metric):.{2 if metric == 'ppl' else 3}f})"
         label = label.replace("$", r"\$")  # else a formula
         handles.append((axes.plot([], [], marker=marker, markersize=4, linewidth=2, **style)[0], label))
         for stage in stages:
@@ -200,11 +200,17 @@ def draw_stage(axes, stage, x, metric, name, marker, style):
     for split, points, look in (
             ("valid", valid, {"linewidth": 2, "marker": marker, "markersize": 4}),
             ("train", train, {"linewidth": 0.8, "marker": marker if len(train) == 1 else "", "markersize": 2})):
-        drawn = [loss_metrics(loss)[metric] for _, loss in points]
+        drawn = [value_of(loss, metric) for _, loss in points]
         axes.plot([place for place, _ in points], drawn, gid=f"{name} {stage.name} {split}",
                   markevery=SPACING if len(points) > 1 else 1, **look, **style)
         values += drawn
     return values
+
+
+def value_of(loss, metric):
+    """Express a loss in nats as what is drawn: infinite, which has no place, beyond what an axis can take."""
+    value = loss_metrics(loss)[metric]
+    return value if value <= LARGEST else math.inf
 
 
 def stage_events(stage, x, metric):
@@ -214,10 +220,10 @@ def stage_events(stage, x, metric):
         first = min(places)
         place, loss = (places[first], stage.epochs[first].valid) if stage.loaded is None else (
             stage.start[x], stage.loaded)
-        yield "finetune", *[(place, loss_metrics(loss)[metric])] * 2
+        yield "finetune", *[(place, value_of(loss, metric))] * 2
     for number, kinds in sorted(stage.events.items()):
         for kind in sorted(kinds) if number in places else ():
-            yield kind, *[(places[number], loss_metrics(stage.epochs[number].valid)[metric])] * 2
+            yield kind, *[(places[number], value_of(stage.epochs[number].valid, metric))] * 2
 
 
 def stage_scores(stage, x, metric):
@@ -225,11 +231,11 @@ def stage_scores(stage, x, metric):
 
     The point is where the stage ends, at its best loss. The place is the score on validation.
     """
-    best = loss_metrics(min(epoch.valid for epoch in stage.epochs.values()))[metric]
+    best = value_of(min(epoch.valid for epoch in stage.epochs.values()), metric)
     for kind in MARKS:
         if (kind, "valid") in stage.scores:
             end = stage.end()[x]
-            yield kind, (end, best), (end, loss_metrics(stage.scores[kind, "valid"])[metric])
+            yield kind, (end, best), (end, value_of(stage.scores[kind, "valid"], metric))
 
 
 def is_score(mark):

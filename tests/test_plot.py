@@ -265,8 +265,9 @@ def test_bad_lines_are_skipped_and_named(tmp_path, capsys):
     assert "6 (epoch: seconds)" in said, "numbers are those of records, without the line that is none"
 
 
-def test_a_loss_beyond_all_perplexities_is_drawn_as_none(tmp_path):
-    picture = plot.draw([record(tmp_path / "a", run(), epoch(1, 800.0), ("switch", {"epoch": 1}), epoch(2, 4.0))],
+@pytest.mark.parametrize("loss", [650.0, 699.0, 800.0])  # an axis up to e^650 has no number for its margin
+def test_a_loss_beyond_all_perplexities_is_drawn_as_none(tmp_path, loss):
+    picture = plot.draw([record(tmp_path / "a", run(), epoch(1, loss), ("switch", {"epoch": 1}), epoch(2, 4.0))],
                         tmp_path / "c.png")
     assert picture.axes[0].get_ylim()[1] < math.exp(6)
     assert drawn(picture)[1] == {}, "there is no place for its mark"
