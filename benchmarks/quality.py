@@ -12,10 +12,11 @@ best setting of a small grid is chosen on the text that it is reported on.
 
 import argparse
 import statistics
-import subprocess
 import sys
 from itertools import chain
 from pathlib import Path
+
+import reproduce
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import plot  # noqa: E402  the scripts of the project are no package
@@ -25,7 +26,6 @@ from metrics import read_metrics  # noqa: E402
 from process import run_script  # noqa: E402
 from run_files import last_path, metrics_path  # noqa: E402
 
-ROOT = Path(__file__).parent.parent
 SIZES = ("model", "nlayers", "nhid", "emsize", "batch_size", "lr", "dropout", "wdrop")  # what the table says of a model
 # What is scored on top of a trained model: the kind of the record, the column of the table, and the grid.
 ON_TOP = {"pointer": ("cache", "--window 500 2000 --theta 0.3 0.6 1 --lambdasm 0.02 0.05 0.1"),
@@ -46,9 +46,11 @@ def parse_flags():
 
 
 def run(*arguments):
-    """Run a script of the project; raises BadInput when it fails."""
-    print("+ python", *arguments, flush=True)
-    if subprocess.run([sys.executable, *map(str, arguments)], cwd=ROOT, check=False).returncode:
+    """Run a script of the project; raises BadInput when it fails, and ends as it does when a signal stops it."""
+    status = reproduce.run([*map(str, arguments)])
+    if status > 128:
+        sys.exit(status)
+    if status:
         raise BadInput(f"{arguments[0]}: failed, see above")
 
 

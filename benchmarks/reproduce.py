@@ -32,6 +32,7 @@ ROOT = Path(__file__).parent.parent
 # The stages after training, and their scripts.
 SCORES = {"cache": "pointer.py", "grid": "pointer.py", "dynamic": "dynamic.py", "both": "dynamic.py"}
 MARGIN = 20  # seconds, at most a quarter of the time, that scripts get to finish a batch and write their state
+GRACE = 60   # seconds that a script gets to end by itself after Ctrl-C, which tests the best model
 
 
 def records(save):
@@ -74,8 +75,11 @@ def deadline_in(minutes):
     return minutes and time.monotonic() + 60 * minutes - min(MARGIN, 15 * minutes)
 
 
-def run(arguments, deadline):
-    """Run a script until it ends or is told to, at the deadline or at SIGTERM; returns whether it came to its end."""
+def run(arguments, deadline=None):
+    """Run a script until it ends or is told to, at the deadline or by a signal; returns its exit status.
+
+    So that it can write its state, it is waited for after SIGTERM, which is passed on to it, and after Ctrl-C.
+    """
     print("+", shlex.join(["python", *arguments]), flush=True)
     process = subprocess.Popen([sys.executable, *arguments], cwd=ROOT)
     previous = signal.signal(signal.SIGTERM, lambda *_: process.terminate())  # else it would go on alone
@@ -84,10 +88,23 @@ def run(arguments, deadline):
     except subprocess.TimeoutExpired:
         process.terminate()
         status = process.wait()
+    except KeyboardInterrupt:  # the script has received it too, unless it was sent to this process alone
+        try:
+            process.wait(GRACE)
+        except subprocess.TimeoutExpired:
+            process.terminate()
+            process.wait()
+        raise
     finally:
         signal.signal(signal.SIGTERM, previous)
-    if status not in (0, 128 + signal.SIGTERM, -signal.SIGTERM):
-        sys.exit(status if status > 0 else 128 - status)
+    return status if status >= 0 else 128 - status
+
+
+def finish(arguments, deadline):
+    """Run the script of a stage; returns whether it came to its end. Where it failed, this script ends as it did."""
+    status = run(arguments, deadline)
+    if status not in (0, 128 + signal.SIGTERM):
+        sys.exit(status)
     return status == 0
 
 
@@ -126,7 +143,9 @@ def main():
     stages = [stage for stage in ("train", "finetune", *SCORES)
               if stage in recipe or (stage == "grid" and "cache" in recipe)]
     for stage in stages:
-        if not is_done(stage, folder) and not run(command(stage, recipe, folder, shlex.split(args.extra)), deadline):
+        if is_done(stage, folder):
+            continue
+        if not finish(command(stage, recipe, folder, shlex.split(args.extra)), deadline):
             print(f"stopped in the stage {stage}; the same command goes on")
             return 0 if deadline and time.monotonic() >= deadline else 128 + signal.SIGTERM
     print(row(args.row, folder))

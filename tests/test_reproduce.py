@@ -57,9 +57,32 @@ def test_sigterm_is_for_the_stage_that_runs(monkeypatch):
             told.append("terminate")
     before = signal.getsignal(signal.SIGTERM)
     monkeypatch.setattr(reproduce.subprocess, "Popen", Running)
-    assert reproduce.run(["main.py"], None) is False
+    assert reproduce.finish(["main.py"], None) is False
     assert told == ["terminate"]
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+@pytest.mark.parametrize("ends", [True, False], ids=["of the terminal", "of this process alone"])
+def test_after_ctrl_c_a_stage_gets_the_time_to_write_its_state(monkeypatch, ends):
+    told = []
+
+    class Running:
+        def __init__(self, *_, **__):
+            pass
+
+        def wait(self, timeout=None):
+            told.append("wait")
+            if told == ["wait"]:
+                raise KeyboardInterrupt
+            if timeout and not ends:
+                raise reproduce.subprocess.TimeoutExpired("main.py", timeout)
+
+        def terminate(self):
+            told.append("terminate")
+    monkeypatch.setattr(reproduce.subprocess, "Popen", Running)
+    with pytest.raises(KeyboardInterrupt):
+        reproduce.run(["main.py"])
+    assert told == (["wait", "wait"] if ends else ["wait", "wait", "terminate", "wait"])
 
 
 @pytest.mark.slow
