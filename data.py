@@ -149,6 +149,12 @@ def folder_level(path):
     return level
 
 
+def check_shares(path):
+    """Raise BadInput when the text at `path`, for which --shares is given, is a folder."""
+    if os.path.isdir(path):
+        raise BadInput(f"--shares cuts one text file: the folder {path} has its own splits")
+
+
 def check_level(path, level, model):
     """Raise BadInput when the folder `path` says another level than that of the model at `model`."""
     made_for = folder_level(path)

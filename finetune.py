@@ -18,7 +18,7 @@ if __name__ == "__main__":  # before torch, whose import takes seconds
 import checkpoint
 import distributed
 import run_files
-from data import check_level
+from data import check_level, check_shares
 from device import set_up_device
 from errors import BadInput
 from files import copy_file, same_file
@@ -96,7 +96,7 @@ def start(argv, load, save, device):
     Raises BadInput where another model lies at `save`, or a fine-tuning that was stopped.
     """
     content = checkpoint.load_model(load, device)
-    args, _ = checkpoint.merge_flags(parse_flags, argv, content, load, INHERITED, fixed=FIXED)
+    args, changed = checkpoint.merge_flags(parse_flags, argv, content, load, INHERITED, fixed=FIXED)
     if args.vocab == "model" and (args.min_count or args.max_vocab or args.vocab_order != "appearance"):
         raise BadInput("--min-count, --max-vocab and --vocab-order choose a vocabulary: with --vocab corpus")
     args.load, args.save, args.lr = load, save, args.lr or LR
@@ -106,6 +106,8 @@ def start(argv, load, save, device):
     checkpoint.check_data(content, load, args.data)
     if isinstance(parse_flags(argv).level, ModelsOwn) and args.data != content["flags"].get("data"):
         check_level(args.data, args.level, load)
+    if "shares" in changed:
+        check_shares(args.data)
     corpus = open_corpus(args, content["vocabulary"] if args.vocab == "model" else None)
     batches = open_batches(corpus, args, device)
     if args.vocab == "corpus":

@@ -14,12 +14,12 @@ if __name__ == "__main__":  # before torch, whose import takes seconds
     process.begin(alone=False)
 
 
-import os
 import time
 
 import distributed
 import run_files
 import sizes
+from data import check_shares
 from device import set_up_device
 from errors import BadInput
 from flags import Parser, add_training_flags, positive_float, positive_int
@@ -87,8 +87,8 @@ def start(args, argv, device):
         run_files.check_free(args.save, args.overwrite)
     args.when = [epoch for epoch in args.when if epoch != NEVER]
     given = make_parser().given(argv)
-    if "shares" in given and os.path.isdir(args.data):
-        raise BadInput(f"--shares cuts one text file: the folder {args.data} has its own splits")
+    if "shares" in given:
+        check_shares(args.data)
     if args.minutes:
         sizes.choose_level(args, given)
     corpus = open_corpus(args)

@@ -2,7 +2,7 @@
 
 import checkpoint
 import run_files
-from data import Corpus, check_level, load_split
+from data import Corpus, check_level, check_shares, load_split
 from errors import BadInput
 from metrics import Metrics, format_loss, log, loss_metrics
 
@@ -16,11 +16,13 @@ def open_trained(parse_flags, argv, device):
     given = parse_flags(argv)
     save = given.save
     content = checkpoint.load_model(save, device)
-    args, _ = checkpoint.merge_flags(parse_flags, argv, content, save, ["model", "data", "level", "shares"],
-                                     fixed=["model", "level"])
+    args, changed = checkpoint.merge_flags(parse_flags, argv, content, save, ["model", "data", "level", "shares"],
+                                           fixed=["model", "level"])
     checkpoint.check_data(content, save, args.data)
     if given.level is None and args.data != content["flags"].get("data"):
         check_level(args.data, args.level, save)
+    if "shares" in changed:
+        check_shares(args.data)
     corpus = Corpus(args.data, args.level, args.shares, words=content["vocabulary"])
     log(corpus.describe())
     return args, corpus, checkpoint.restore_model(content, save, device=device)

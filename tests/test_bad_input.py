@@ -87,8 +87,10 @@ def test_flags_of_the_other_rule(run, place, flag):
     assert f"{flag.split()[0].replace('_', '-')}: of --rule rms only" in err
 
 
-def test_parts_of_a_folder(run, place):
-    err = refused(run, place, "main", *TINY, "--data", "corpus", "--shares", "90", "10", "--save", "m.pt")
+@pytest.mark.parametrize("script, flags", [("main", [*TINY, "--save", "m.pt"]), ("finetune", ["--save", "good.pt"]),
+                                           ("pointer", ["--save", "good.pt"]), ("dynamic", ["--save", "good.pt"])])
+def test_parts_of_a_folder(run, place, script, flags):
+    err = refused(run, place, script, *flags, "--data", "corpus", "--shares", "90", "10")
     assert "--shares cuts one text file: the folder corpus has its own splits" in err
 
 
