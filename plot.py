@@ -162,7 +162,7 @@ def draw_runs(axes, runs, x, metric, log_axis, log_x=False, y_range=None):
     if marks:
         axes.update_datalim([mark.place for mark in marks])
     axes.autoscale_view()
-    if log_x:
+    if log_x and math.isfinite(axes.dataLim.minposx):  # something drawn has a place there
         axes.set_xscale("log")
     elif x == "epochs":
         axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)

@@ -240,6 +240,12 @@ def test_the_x_axis_is_logarithmic_when_asked(tmp_path):
     assert {"0.1", "1", "10"} <= set(labels)
 
 
+@pytest.mark.parametrize("line", [epoch(1, 800.0), epoch(1, 5.0, seconds=0)])
+def test_the_x_axis_is_linear_where_nothing_has_a_place_on_a_logarithmic_one(tmp_path, line):
+    axes, = plot.draw([record(tmp_path / "a", run(), line)], tmp_path / "c.png", "minutes", log_x=True).axes
+    assert axes.get_xscale() == "linear"
+
+
 @pytest.mark.parametrize("ending, begin", [("png", b"\x89PNG"), ("svg", b"<?xml"), ("PDF", b"%PDF")])
 def test_the_ending_is_the_format(tmp_path, capsys, ending, begin):
     path, out = record(tmp_path / "a", *WHOLE), tmp_path / f"c.{ending}"
