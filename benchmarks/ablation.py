@@ -179,15 +179,14 @@ def run_all(runs, folder, corpus, jobs, deadline=None, extra=""):
     return 128 + signals.stop if signals.stop else int(failed)
 
 
-def gather(folder):
-    """Join the records of each run, stage by stage, into one file; `report` reads those."""
-    for name in TRAINED:
-        for seed in SEEDS:
-            parts = [metrics_path(run_folder(folder, name, seed) / f"{stage}.pt") for stage in STAGES]
-            content = b"".join(path.read_bytes() for path in parts if path.exists())
-            if content:
-                with replacing(record_path(folder, name, seed)) as file:
-                    file.write(content)
+def gather(runs, folder):
+    """Join the records of each of the `runs`, stage by stage, into one file; `report` reads those."""
+    for name, seed in runs:
+        parts = [metrics_path(run_folder(folder, name, seed) / f"{stage}.pt") for stage in STAGES]
+        content = b"".join(path.read_bytes() for path in parts if path.exists())
+        if content:
+            with replacing(record_path(folder, name, seed)) as file:
+                file.write(content)
 
 
 # --- what came out ---------------------------------------------------------------------------------------------------
@@ -326,7 +325,7 @@ def main(argv=None):
     scores = read_scores(folder)
     runs = [(name, seed) for seed in SEEDS for name in args.rows if seed not in scores.get(name, {})]
     status = run_all(runs, folder, folder / "corpus", args.jobs, deadline_in(args.minutes), args.extra)
-    gather(folder)
+    gather(runs, folder)
     report(folder, folder / "ablation.png")
     return status
 

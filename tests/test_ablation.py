@@ -194,6 +194,17 @@ def test_a_run_whose_record_is_there_is_not_begun(run, tmp_path):
     assert ablation.read_scores(tmp_path / "copied")["no-asgd"] == {1: pytest.approx((151, 141))}
 
 
+def test_a_record_that_was_copied_stays_where_a_run_was_stopped_before(run, tmp_path):
+    (tmp_path / "copied").mkdir()
+    write_record(tmp_path / "copied", "full", 1, train=(150, 140), finetune=(148, 139))
+    write_record(tmp_path / "copied", "no-asgd", 1, train=(151, 141))
+    for _ in range(2):
+        assert run("copied") == (0, [])
+        assert list(ablation.read_scores(tmp_path / "copied")) == ["full", "no-finetuning", "no-asgd"]
+        (tmp_path / "copied" / "full-1").mkdir(exist_ok=True)
+        metrics_path(tmp_path / "copied" / "full-1" / "train.pt").write_text('{"kind": "run", "stage": "train"}\n')
+
+
 def test_a_run_that_fails_stops_no_other(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(ablation, "POLL", 0)
     monkeypatch.setattr(ablation, "start", lambda _, place: Namespace(
