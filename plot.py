@@ -118,8 +118,8 @@ def run_names(paths):
     names = [Path(path).name.removesuffix(ENDING) for path in paths]
     names = [name if names.count(name) == 1 else str(path).removesuffix(ENDING) for name, path in zip(names, paths)]
     names = [name if len(name) <= MAX_NAME else f"{name[:MAX_NAME // 2]}…{name[-MAX_NAME // 2:]}" for name in names]
-    names = [name if names.count(name) == 1 else f"{name} ({number})" for number, name in enumerate(names, 1)]
-    return ["".join(letter if letter.isprintable() else "?" for letter in name) for name in names]
+    names = ["".join(letter if letter.isprintable() else "?" for letter in name) for name in names]
+    return [name if names.count(name) == 1 else f"{name} ({number})" for number, name in enumerate(names, 1)]
 
 
 @dataclass

@@ -157,6 +157,7 @@ def test_a_long_name_is_shortened_and_still_its_own(tmp_path):
     short = f"{'a' * 20}…{'z' * 20}"
     assert plot.run_names(paths) == [f"{short} (1)", f"{short} (2)"]
     assert plot.run_names([tmp_path / ("b" * plot.MAX_NAME)]) == ["b" * plot.MAX_NAME]
+    assert plot.run_names(["c\a", "c\b"]) == ["c? (1)", "c? (2)"], "letters that cannot be printed"
 
 
 # --- what a reader sees ----------------------------------------------------------------------------------------------
