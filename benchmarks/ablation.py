@@ -294,7 +294,7 @@ def report(folder, out):
         try:
             draw(folder, out)
             print(f"picture: {out}")
-        except BadInput as error:  # no epoch yet, or no matplotlib
+        except (BadInput, OSError) as error:  # no epoch yet, no matplotlib, or a folder of someone else
             print(f"no picture: {error}")
 
 

@@ -254,6 +254,14 @@ def test_a_run_that_was_interrupted_is_in_no_table(tmp_path):
     assert ablation.read_scores(tmp_path) == {}
 
 
+def test_a_picture_that_cannot_be_written_is_a_line_below_the_table(tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    epoch = '{"kind": "epoch", "epoch": 1, "loss": 5.0, "seconds": 1.0}\n'
+    ablation.record_path(tmp_path, "full", 1).write_text(epoch)
+    ablation.report(tmp_path, tmp_path / "nowhere" / "ablation.png")
+    assert "no picture: [Errno 2] No such file" in capsys.readouterr().out.splitlines()[-1]
+
+
 def test_the_picture_is_of_what_there_is(tmp_path, capsys):
     """The second seed alone, and a run that has just begun beside one with an epoch."""
     pytest.importorskip("matplotlib")
