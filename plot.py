@@ -148,7 +148,7 @@ def draw_runs(axes, runs, x, metric, log_axis, log_x=False, y_range=None):
             trained |= any(epoch.train is not None for epoch in stage.epochs.values())
             marks += [Mark(kind, name, style["color"], point, place) for kind, point, place in (
                 *stage_events(stage, x, metric), *stage_scores(stage, x, metric))
-                if math.isfinite(point[1]) and math.isfinite(place[1])]
+                if math.isfinite(point[1]) and math.isfinite(place[1]) and (place[0] > 0 or not log_x)]
     values += [mark.place[1] for mark in marks]
     handles.append((axes.plot([], [], color="black", linewidth=2)[0], "validation (thick)"))
     if trained:

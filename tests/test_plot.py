@@ -247,6 +247,13 @@ def test_the_x_axis_is_linear_where_nothing_has_a_place_on_a_logarithmic_one(tmp
     assert axes.get_xscale() == "linear"
 
 
+def test_what_begins_at_0_has_no_letter_on_a_logarithmic_axis(tmp_path):
+    path = record(tmp_path / "a", run("finetune"), ("loaded", {"loss": 5.0}), epoch(1, 4.0))
+    picture = plot.draw([path], tmp_path / "c.png", "minutes", log_x=True)
+    assert drawn(picture)[1] == {}
+    assert plot.MARKS["finetune"][1] not in legend(picture), "which would explain a letter that nobody sees"
+
+
 @pytest.mark.parametrize("ending, begin", [("png", b"\x89PNG"), ("svg", b"<?xml"), ("PDF", b"%PDF")])
 def test_the_ending_is_the_format(tmp_path, capsys, ending, begin):
     path, out = record(tmp_path / "a", *WHOLE), tmp_path / f"c.{ending}"
