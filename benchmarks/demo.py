@@ -8,8 +8,6 @@ stages and the text. Needs no network.
 """
 
 import os
-import shlex
-import subprocess
 import sys
 import tempfile
 import time
@@ -19,6 +17,7 @@ from statistics import median
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from sample import SPLITS, write_sample
+from scripts import run
 from table import table
 
 import main as train_script
@@ -34,8 +33,6 @@ from process import run_script
 from steps import choose_pass, train_step
 from utils import get_batch
 
-ROOT = Path(train_script.__file__).parent
-
 # The dropouts, AR and TAR are a fraction of the published ones: in three epochs this model does not overfit.
 EPOCHS, FINETUNE_EPOCHS = 2, 1
 TRAIN = ("--emsize 128 --nhid 256 --nlayers 2 --batch_size 20 --bptt 35 --dropout 0.1 --dropouth 0.05 --dropouti 0.1 "
@@ -46,7 +43,6 @@ TEXT = "--words 120 --temperature 0.7"
 WARM_UP, TIMED = 3, 10  # batches
 EVALUATION = 0.07  # share of the time of training that validation, test and cache take in addition
 STARTS = 10  # seconds that four processes take to start
-GRACE = 10  # seconds that a script gets to end by itself after Ctrl-C
 
 
 def make_sample(folder):
@@ -110,25 +106,6 @@ def format_seconds(seconds):
     return f"{max(10, round(seconds, -1)):.0f} seconds" if seconds < 115 else f"{seconds / 60:.0f} minutes"
 
 
-def run(script, *flags):
-    """Run a script of the project in a process of its own, on the same terminal.
-
-    Returns its exit status, as shells have it. After Ctrl-C the script gets some time to end by itself.
-    """
-    print("\n+", shlex.join(["python", script, *flags]), flush=True)
-    process = subprocess.Popen([sys.executable, str(ROOT / script), *flags])
-    try:
-        status = process.wait()
-    except KeyboardInterrupt:  # the script has received it too, unless it was sent to this process alone
-        try:
-            process.wait(GRACE)
-        except subprocess.TimeoutExpired:
-            process.terminate()
-            process.wait()
-        raise
-    return status if status >= 0 else 128 - status
-
-
 def main(argv=None):
     parser = Parser(description="Run the whole demo: corpus, training, fine-tuning, cache, text.")
     parser.add_argument("folder", nargs="?", type=Path, default="demo", help="where the files go (default: demo)")
@@ -141,11 +118,11 @@ def main(argv=None):
     seconds = estimate(train_script.parse_flags(steps[0][1:]))
     log(f"demo: training, fine-tuning, cache and text: about {format_seconds(seconds)} on this machine")
     for step in steps:
-        status = run(*step)
+        status = run(step)
         if status:
             return status
     picture = folder / "curves.png"
-    if run("plot.py", str(folder / "demo.metrics.jsonl"), "--out", str(picture)):  # matplotlib is an extra
+    if run(["plot.py", folder / "demo.metrics.jsonl", "--out", picture]):  # matplotlib is an extra
         picture = None
     print("", *table(read_metrics(folder / "demo.metrics.jsonl")), "", sep="\n")
     print((folder / "generated.txt").read_text(encoding="utf-8"), end="")

@@ -16,7 +16,7 @@ import sys
 from itertools import chain
 from pathlib import Path
 
-import reproduce
+import scripts
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import plot  # noqa: E402  the scripts of the project are no package
@@ -47,7 +47,7 @@ def parse_flags():
 
 def run(*arguments):
     """Run a script of the project; raises BadInput when it fails, and ends as it does when a signal stops it."""
-    status = reproduce.run([*map(str, arguments)])
+    status = scripts.run(arguments)
     if status > 128:
         sys.exit(status)
     if status:

@@ -13,13 +13,13 @@ cache its stage.
 import math
 import shlex
 import signal
-import subprocess
 import sys
 import time
 from itertools import zip_longest
 from pathlib import Path
 
 from recipes import GRID, RECIPES
+from scripts import ROOT, run
 from table import rows
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
@@ -28,11 +28,9 @@ from metrics import read_metrics  # noqa: E402
 from process import run_script  # noqa: E402
 from run_files import last_path, metrics_path  # noqa: E402
 
-ROOT = Path(__file__).parent.parent
 # The stages after training, and their scripts.
 SCORES = {"cache": "pointer.py", "grid": "pointer.py", "dynamic": "dynamic.py", "both": "dynamic.py"}
 MARGIN = 20  # seconds, at most a quarter of the time, that scripts get to finish a batch and write their state
-GRACE = 60   # seconds that a script gets to end by itself after Ctrl-C, which tests the best model
 
 
 def records(save):
@@ -75,34 +73,9 @@ def deadline_in(minutes):
     return minutes and time.monotonic() + 60 * minutes - min(MARGIN, 15 * minutes)
 
 
-def run(arguments, deadline=None):
-    """Run a script until it ends or is told to, at the deadline or by a signal; returns its exit status.
-
-    So that it can write its state, it is waited for after SIGTERM, which is passed on to it, and after Ctrl-C.
-    """
-    print("+", shlex.join(["python", *arguments]), flush=True)
-    process = subprocess.Popen([sys.executable, *arguments], cwd=ROOT)
-    previous = signal.signal(signal.SIGTERM, lambda *_: process.terminate())  # else it would go on alone
-    try:
-        status = process.wait(deadline and max(0, deadline - time.monotonic()))
-    except subprocess.TimeoutExpired:
-        process.terminate()
-        status = process.wait()
-    except KeyboardInterrupt:  # the script has received it too, unless it was sent to this process alone
-        try:
-            process.wait(GRACE)
-        except subprocess.TimeoutExpired:
-            process.terminate()
-            process.wait()
-        raise
-    finally:
-        signal.signal(signal.SIGTERM, previous)
-    return status if status >= 0 else 128 - status
-
-
 def finish(arguments, deadline):
     """Run the script of a stage; returns whether it came to its end. Where it failed, this script ends as it did."""
-    status = run(arguments, deadline)
+    status = run(arguments, deadline, folder=ROOT)
     if status not in (0, 128 + signal.SIGTERM):
         sys.exit(status)
     return status == 0

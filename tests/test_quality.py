@@ -224,12 +224,12 @@ def test_bad_flags_end_in_a_line_and_status_2(monkeypatch, capsys, flags):
 
 
 def test_a_script_that_fails_is_named(monkeypatch):
-    monkeypatch.setattr(quality.reproduce, "run", lambda _: 2)
+    monkeypatch.setattr(quality.scripts, "run", lambda _: 2)
     with pytest.raises(BadInput, match=r"main\.py: failed"):
         quality.run("main.py", "--data", "book.txt")
 
 
 def test_a_script_that_is_stopped_is_none_that_fails(monkeypatch):
-    monkeypatch.setattr(quality.reproduce, "run", lambda _: 143)
+    monkeypatch.setattr(quality.scripts, "run", lambda _: 143)
     with pytest.raises(SystemExit, match="143"):
         quality.run("main.py", "--data", "book.txt")

@@ -1,0 +1,38 @@
+"""Run a script of the project in a process of its own, so that it can write its state whatever stops it."""
+
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+GRACE = 60  # seconds that a script gets to end by itself after Ctrl-C, which tests the best model
+
+
+def run(arguments, deadline=None, folder=None):
+    """Run a script in `folder` (None: the current one) until it ends or is told to, at the deadline or by a signal.
+
+    `arguments` begin with its path in the project. Returns its exit status, as shells have it. The script is waited for
+    after SIGTERM, which is passed on to it, and after Ctrl-C.
+    """
+    script, *flags = map(str, arguments)
+    print("+", shlex.join(["python", script, *flags]), flush=True)
+    process = subprocess.Popen([sys.executable, str(ROOT / script), *flags], cwd=folder)
+    previous = signal.signal(signal.SIGTERM, lambda *_: process.terminate())  # else it would go on alone
+    try:
+        status = process.wait(deadline and max(0, deadline - time.monotonic()))
+    except subprocess.TimeoutExpired:
+        process.terminate()
+        status = process.wait()
+    except KeyboardInterrupt:  # the script has received it too, unless it was sent to this process alone
+        try:
+            process.wait(GRACE)
+        except subprocess.TimeoutExpired:
+            process.terminate()
+            process.wait()
+        raise
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+    return status if status >= 0 else 128 - status
