@@ -22,6 +22,9 @@ TOKENS_PER_WEIGHT = 2      # a model that sees fewer in the time has not come fa
 OF_THE_TIME = 0.9          # the rest is for reading, validation and test
 WORD_EMSIZE = 400          # the largest embedding of words
 MANY_EPOCHS = 8            # from which on a model learns the text by heart unless much is dropped
+MOST_EPOCHS = 50           # from which on the most is dropped
+MUCH = {"dropout": 0.4, "dropouth": 0.3, "dropouti": 0.1, "dropoute": 0.0, "wdrop": 0.3}  # from MANY_EPOCHS on
+MOST = {"dropout": 0.5, "dropouth": 0.3, "dropouti": 0.5, "dropoute": 0.1, "wdrop": 0.5}  # from MOST_EPOCHS on
 
 PROBE_SIZE, PROBE_STEPS = 256, 4  # a model whose steps are timed, and how many of them
 
@@ -43,7 +46,7 @@ def choose_flags(args, given, corpus, device):
                 setattr(args, name, value)
 
     ntoken, tokens = len(corpus.dictionary), len(corpus.train)
-    choose(optimizer="adam", alpha=0.0, beta=0.0, dropoute=0.0, nlayers=1)
+    choose(optimizer="adam", alpha=0.0, beta=0.0, nlayers=1)
     if args.optimizer == "adam":
         choose(clip=1.0)
     choose(bptt=64, batch_size=batch_size(tokens))
@@ -60,7 +63,7 @@ def choose_flags(args, given, corpus, device):
     if epochs >= MANY_EPOCHS or args.nhid != args.emsize:  # one tied layer is as wide as the embedding
         choose(nlayers=2)
         choose_size()
-    choose(**dropouts(epochs))
+    choose(**dropouts(epochs, args.level))
     if args.optimizer == "adam":
         choose(lr=learning_rate(args.nhid))
 
@@ -92,12 +95,18 @@ def learning_rate(nhid):
     return 4e-3 if nhid <= 384 else 3e-3
 
 
-def dropouts(epochs):
-    """Choose dropouts for a text that is read so many times: none up to twice, and weight drop from MANY_EPOCHS on."""
-    if epochs >= MANY_EPOCHS:
-        return {"dropout": 0.4, "dropouth": 0.3, "dropouti": 0.1, "wdrop": 0.3}
-    p = round(max(0.0, 0.1 * math.log2(max(epochs, 1) / 2)), 2)
-    return {"dropout": p, "dropouth": p, "dropouti": 0.0, "wdrop": 0.0}
+def dropouts(epochs, level):
+    """Choose dropouts for a text that is read so many times.
+
+    There are none up to twice. From MANY_EPOCHS on there is weight drop too, and of words ever more is dropped.
+    """
+    if epochs < MANY_EPOCHS:
+        p = round(max(0.0, 0.1 * math.log2(max(epochs, 1) / 2)), 2)
+        return {"dropout": p, "dropouth": p, "dropouti": 0.0, "dropoute": 0.0, "wdrop": 0.0}
+    if level != "word":
+        return MUCH
+    share = min(1.0, math.log(epochs / MANY_EPOCHS) / math.log(MOST_EPOCHS / MANY_EPOCHS))
+    return {name: round(p + share * (MOST[name] - p), 2) for name, p in MUCH.items()}
 
 
 def probe(args, ntoken, device):

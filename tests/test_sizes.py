@@ -48,6 +48,15 @@ def test_the_more_often_a_text_is_read_the_more_is_dropped(monkeypatch, epochs, 
     assert (args.nlayers, round(args.dropout, 1), args.wdrop) == (nlayers, dropout, wdrop)
 
 
+@pytest.mark.parametrize("epochs, dropouti, dropoute, wdrop", [
+    (7.9, 0, 0, 0), (8, 0.1, 0, 0.3), (20, 0.3, 0.05, 0.4), (50, 0.5, 0.1, 0.5), (500, 0.5, 0.1, 0.5)])
+def test_of_words_ever_more_is_dropped(epochs, dropouti, dropoute, wdrop):
+    """20 is half way from 8 to 50 as their ratios go."""
+    chosen = sizes.dropouts(epochs, "word")
+    assert (chosen["dropouti"], chosen["dropoute"], chosen["wdrop"]) == (dropouti, dropoute, wdrop)
+    assert sizes.dropouts(max(epochs, 8), "char") == sizes.dropouts(8, "char")
+
+
 @pytest.mark.parametrize("products", [1e8, 1e9, 1e10, 1e11, 1e12])
 def test_words_get_no_size_without_effect(monkeypatch, products):
     """The embedding of words has a largest size. A single layer whose weight is tied to it is as wide as it is."""
