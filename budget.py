@@ -74,16 +74,19 @@ class Budget:
     def time_scoring(self, model, batches, bptt):
         """Estimate what validation and test take, from a few pieces of each.
 
-        Raises BadInput when they leave no time to train, or the start of a new run has left none.
+        Raises BadInput when they leave a new run no time to train, or its start has left none. One that goes on has
+        something to validate and to test.
         """
         if self.limit == math.inf:
             return
         self.valid_seconds, self.test_seconds = (scoring_seconds(model, source, bptt) for source in batches[1:])
+        if self.rises_from is not None:
+            return
         scoring = self.valid_seconds + self.test_seconds
         if scoring > MOST_SCORING * self.limit:
             raise BadInput(f"--minutes {self.limit / 60:g}: validation and test alone take about {scoring:.0f} s with "
                            "this model; less text for them (--shares), a smaller model or more minutes may help")
-        if self.rises_from is None and self.spent() >= self.training_seconds():
+        if self.spent() >= self.training_seconds():
             raise BadInput(f"--minutes {self.limit / 60:g}: no time to train; the start took {self.spent():.0f} s, and "
                            f"validation and test take about {scoring:.0f} s")
 

@@ -228,6 +228,24 @@ def test_minutes_that_the_start_alone_takes_are_bad_input(train, tmp_path):
     assert {path: path.read_bytes() for path in tmp_path.glob("m.*")} == before
 
 
+def test_a_run_that_goes_on_ends_though_scoring_takes_longer_by_now(train, tmp_path, clock, monkeypatch):
+    step, evaluate = training.train_step, budget.evaluate
+
+    def interrupted(*args, **kwargs):
+        signal.raise_signal(signal.SIGTERM)
+        return step(*args, **kwargs)
+
+    def slow(*args):
+        clock.now += 30
+        return evaluate(*args)
+    with monkeypatch.context() as stop:
+        stop.setattr(training, "train_step", interrupted)
+        train(tmp_path / "m.pt", "--minutes", "1")
+    monkeypatch.setattr(budget, "evaluate", slow)
+    _, metrics = train(tmp_path / "m.pt", "--resume", str(tmp_path / "m.pt"))
+    assert len(metrics["test"]) == 1
+
+
 @pytest.mark.parametrize("stop_after", [5, 55])
 def test_what_was_trained_before_a_stop_is_validated_though_no_time_is_left(train, tmp_path, clock, monkeypatch,
                                                                             stop_after):
