@@ -13,6 +13,7 @@ from argparse import Namespace
 import torch
 
 from checkpoint import command_line
+from flags import NO_LIMIT
 from model import ARCHITECTURE, DROPOUTS, RNNModel, parameter_shapes
 from optimizers import make_optimizer
 from steps import choose_pass, train_step
@@ -21,12 +22,14 @@ LADDER = (64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536)  # units of a layer
 TOKENS_PER_WEIGHT = 2      # a model that sees fewer in the time has not come far; a larger one would have come less far
 OF_THE_TIME = 0.9          # the rest is for reading, validation and test
 WORD_EMSIZE = 400          # the largest embedding of words
+ENOUGH_STEPS = 2000        # fewer are better for fewer tokens each
+FEWEST_COLUMNS = 4         # of a batch
 MANY_EPOCHS = 8            # from which on a model learns the text by heart unless much is dropped
-MOST_EPOCHS = 50           # from which on the most is dropped
+MOST_EPOCHS = 50           # of words: the most is dropped then, and more would only learn by heart
 MUCH = {"dropout": 0.4, "dropouth": 0.3, "dropouti": 0.1, "dropoute": 0.0, "wdrop": 0.3}  # from MANY_EPOCHS on
 MOST = {"dropout": 0.5, "dropouth": 0.3, "dropouti": 0.5, "dropoute": 0.1, "wdrop": 0.5}  # from MOST_EPOCHS on
 
-PROBE_SIZE, PROBE_STEPS = 256, 4  # a model whose steps are timed, and how many of them
+PROBE_SIZE, PROBE_COLUMNS, PROBE_STEPS = 256, 16, 4  # a model and batches whose steps are timed, and how many of them
 
 
 def choose_level(args, given):
@@ -49,7 +52,9 @@ def choose_flags(args, given, corpus, device):
     choose(optimizer="adam", alpha=0.0, beta=0.0, nlayers=1)
     if args.optimizer == "adam":
         choose(clip=1.0)
-    choose(bptt=64, batch_size=batch_size(tokens))
+    if args.level == "word":
+        choose(epochs=MOST_EPOCHS)
+    choose(bptt=64, batch_size=PROBE_COLUMNS)
     speed = probe(args, min(ntoken, 10_000), device)
     budget = OF_THE_TIME * 60 * args.minutes * speed  # in products of two numbers
 
@@ -63,7 +68,7 @@ def choose_flags(args, given, corpus, device):
     if epochs >= MANY_EPOCHS or args.nhid != args.emsize:  # one tied layer is as wide as the embedding
         choose(nlayers=2)
         choose_size()
-    choose(**dropouts(epochs, args.level))
+    choose(**dropouts(epochs, args.level), batch_size=batch_size(tokens, epochs * tokens / args.bptt))
     if args.optimizer == "adam":
         choose(lr=learning_rate(args.nhid))
 
@@ -86,9 +91,15 @@ def weights(args, ntoken, recurrent=False):
                if len(shape) == 2 and name != "encoder.weight" and (name.startswith("rnns") or not recurrent))
 
 
-def batch_size(tokens):
-    """Choose the columns: so many that they are long."""
-    return 16 if tokens < 2**22 else 32
+def batch_size(tokens, rows):
+    """Choose the columns of a text of `tokens`, of which as many are read as stand in `rows` pieces of --bptt.
+
+    They are long, and in a short time so few that there are steps enough.
+    """
+    columns = 16 if tokens < 2**22 else 32
+    while columns > FEWEST_COLUMNS and rows / columns < ENOUGH_STEPS:
+        columns //= 2
+    return columns
 
 
 def learning_rate(nhid):
@@ -130,6 +141,7 @@ def describe(args, given):
     """Spell the command that says by flags what was chosen."""
     names = ["data", "minutes", "level", *ARCHITECTURE, *DROPOUTS, "alpha", "beta", "optimizer", "lr", "clip",
              "batch_size", "bptt"]
+    names += ["epochs"] if args.epochs < NO_LIMIT else []
     names += sorted(given - {*names, "overwrite", "resume", "dry_run"})
     flags = [word for name in names for word in command_line(name, getattr(args, name))]
     return shlex.join(["python", "main.py", *flags])

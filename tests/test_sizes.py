@@ -5,6 +5,7 @@ import shlex
 import pytest
 
 import sizes
+from flags import NO_LIMIT
 from main import make_parser, parse_flags
 
 
@@ -55,6 +56,22 @@ def test_of_words_ever_more_is_dropped(epochs, dropouti, dropoute, wdrop):
     chosen = sizes.dropouts(epochs, "word")
     assert (chosen["dropouti"], chosen["dropoute"], chosen["wdrop"]) == (dropouti, dropoute, wdrop)
     assert sizes.dropouts(max(epochs, 8), "char") == sizes.dropouts(8, "char")
+
+
+def test_words_are_read_no_more_often_than_pays(monkeypatch):
+    args, given = choose(monkeypatch, 1e12, "--level", "word", tokens=50_000)
+    assert args.epochs == sizes.MOST_EPOCHS
+    again = parse_flags([*shlex.split(sizes.describe(args, given))[2:], "--save", "m.pt"])
+    assert again.epochs == sizes.MOST_EPOCHS
+    assert choose(monkeypatch, 1e12, "--level", "word", "--epochs", "90", tokens=50_000)[0].epochs == 90
+    assert choose(monkeypatch, 1e12, tokens=50_000)[0].epochs == NO_LIMIT
+
+
+@pytest.mark.parametrize("tokens, rows, columns", [
+    (10**6, 32_000, 16), (10**6, 31_999, 8), (10**6, 15_999, 4), (10**6, 1, 4), (10**7, 64_000, 32),
+    (10**7, 63_999, 16), (10**7, 1, 4)])
+def test_a_batch_is_no_larger_than_leaves_two_thousand_steps(tokens, rows, columns):
+    assert sizes.batch_size(tokens, rows) == columns
 
 
 @pytest.mark.parametrize("products", [1e8, 1e9, 1e10, 1e11, 1e12])
