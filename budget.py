@@ -113,7 +113,9 @@ class Budget:
         if self.limit == math.inf:
             return None
         planned = f" of {self.planned:.2f} planned" if self.planned is not None else ""
-        return f"| end of time | {epochs:.2f} epochs{planned} in {self.spent() / 60:.2f} of {self.limit / 60:g} minutes"
+        what, more = ("epochs", "; --epochs N goes on") if epochs >= self.epochs else ("time", "")
+        return (f"| end of {what} | {epochs:.2f} epochs{planned} in {self.spent() / 60:.2f} of {self.limit / 60:g} "
+                f"minutes{more}")
 
 
 def scoring_seconds(model, source, bptt):

@@ -171,6 +171,12 @@ def check_flags(args):
         raise BadInput("--max-restarts of torchrun: a restart goes on from --save FILE, which is not given")
 
 
+def check_columns(batch_size):
+    """Raise BadInput when some process would have no column."""
+    if group and group.size > batch_size:
+        raise BadInput(f"--batch-size {batch_size}: too few columns for {group.size} processes")
+
+
 def after_restart(argv, save, stage):
     """Return the command line that goes on from the state at `save`, if this job wrote it before a restart."""
     argv = sys.argv[1:] if argv is None else argv
@@ -182,8 +188,7 @@ def hand_over(run):
     """Give the run that rank 0 has made to the others, all but the text, which they read; returns the run."""
     if group is None:
         return run
-    if group.size > run.args.batch_size:
-        raise BadInput(f"--batch-size {run.args.batch_size}: too few columns for {group.size} processes")
+    check_columns(run.args.batch_size)
     content = io.BytesIO()
     torch.save((replace(run, batches=None), checkpoint.generator_states()), content)
     content = torch.frombuffer(content.getbuffer(), dtype=torch.uint8)

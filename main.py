@@ -50,8 +50,8 @@ def make_parser():
                        help="sgd, which turns into ASGD at a plateau, or adam (default: %(default)s)")
     group.add_argument("--minutes", type=positive_float, metavar="N",
                        help="time for the whole run, test included: the learning rate falls to nothing by then, and "
-                            "level, sizes, dropouts, batch, optimizer and the most epochs are chosen where no flag "
-                            "says them (default: no limit, and no choice)")
+                            "level, sizes, dropouts, batch and optimizer are chosen where no flag says them, and "
+                            "words are read 50 times at most (default: no limit, and no choice)")
     group.add_argument("--when", type=epoch_or_never, nargs="+", default=[], metavar="E",
                        help="epochs after which a copy of the model is kept as SAVE.eE and the rate is divided "
                             "by 10 (default and -1: none; no longer once ASGD runs)")
@@ -93,8 +93,9 @@ def start(args, argv, device):
         sizes.choose_level(args, given)
     corpus = open_corpus(args)
     if args.minutes:
-        sizes.choose_flags(args, given, corpus, device)
+        sizes.choose_flags(args, given, corpus, device, **distributed.describe())
         log(f"the same by flags: {sizes.describe(args, given)}")
+    distributed.check_columns(args.batch_size)
     args.lr = args.lr or DEFAULT_LR[args.optimizer]
     batches = open_batches(corpus, args, device)
     seed_everything(args.seed)

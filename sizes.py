@@ -1,4 +1,4 @@
-"""Choose what a run of some minutes is like (`main.py --minutes`): level, sizes, dropouts, batch and learning rate.
+"""Choose what a run of some minutes is like (`main.py --minutes`): level, sizes, dropouts, batch, rate.
 
 The rules come from the measurements in `docs/minutes.md`. What a flag says is not chosen. Shapes are in the alphabet of
 `model.py`.
@@ -22,14 +22,14 @@ LADDER = (64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536)  # units of a layer
 TOKENS_PER_WEIGHT = 2      # a model that sees fewer in the time has not come far; a larger one would have come less far
 OF_THE_TIME = 0.9          # the rest is for reading, validation and test
 WORD_EMSIZE = 400          # the largest embedding of words
-ENOUGH_STEPS = 2000        # fewer are better for fewer tokens each
-FEWEST_COLUMNS = 4         # of a batch
+ENOUGH_STEPS = 2000        # of Adam; rather than fewer, each has fewer tokens
+FEWEST_COLUMNS = 4         # of a process
 MANY_EPOCHS = 8            # from which on a model learns the text by heart unless much is dropped
 MOST_EPOCHS = 50           # of words: the most is dropped then, and more would only learn by heart
 MUCH = {"dropout": 0.4, "dropouth": 0.3, "dropouti": 0.1, "dropoute": 0.0, "wdrop": 0.3}  # from MANY_EPOCHS on
 MOST = {"dropout": 0.5, "dropouth": 0.3, "dropouti": 0.5, "dropoute": 0.1, "wdrop": 0.5}  # from MOST_EPOCHS on
 
-PROBE_SIZE, PROBE_COLUMNS, PROBE_STEPS = 256, 16, 4  # a model and batches whose steps are timed, and how many of them
+PROBE_SIZE, PROBE_STEPS = 256, 4  # a model whose steps are timed, and how many of them
 
 
 def choose_level(args, given):
@@ -41,8 +41,8 @@ def choose_level(args, given):
         args.level = "char"
 
 
-def choose_flags(args, given, corpus, device):
-    """Set the flags of `args` that are not in `given` to what suits the text and the minutes."""
+def choose_flags(args, given, corpus, device, processes=1):
+    """Set the flags of `args` that are not in `given` to what suits the text, the minutes and the `processes`."""
     def choose(**chosen):
         for name, value in chosen.items():
             if name not in given:
@@ -54,7 +54,7 @@ def choose_flags(args, given, corpus, device):
         choose(clip=1.0)
     if args.level == "word":
         choose(epochs=MOST_EPOCHS)
-    choose(bptt=64, batch_size=PROBE_COLUMNS)
+    choose(bptt=64, batch_size=batch_size(tokens))
     speed = probe(args, min(ntoken, 10_000), device)
     budget = OF_THE_TIME * 60 * args.minutes * speed  # in products of two numbers
 
@@ -65,12 +65,16 @@ def choose_flags(args, given, corpus, device):
         return min(budget / weights(args, ntoken) / 3 / tokens, args.epochs)
 
     epochs = choose_size()
-    if epochs >= MANY_EPOCHS or args.nhid != args.emsize:  # one tied layer is as wide as the embedding
+    many = epochs >= MANY_EPOCHS
+    if many or args.nhid != args.emsize:  # one tied layer is as wide as the embedding
         choose(nlayers=2)
-        choose_size()
-    choose(**dropouts(epochs, args.level), batch_size=batch_size(tokens, epochs * tokens / args.bptt))
+        epochs = choose_size()
+    choose(**dropouts(max(epochs, MANY_EPOCHS) if many else epochs, args.level))
     if args.optimizer == "adam":
         choose(lr=learning_rate(args.nhid))
+        if device.type == "cpu":  # where few columns take little more time
+            rows = epochs * tokens / args.bptt  # of all batches
+            choose(batch_size=fewer_columns(args.batch_size, rows, FEWEST_COLUMNS * processes))
 
 
 def is_large_enough(size, args, ntoken, tokens, budget):
@@ -91,13 +95,14 @@ def weights(args, ntoken, recurrent=False):
                if len(shape) == 2 and name != "encoder.weight" and (name.startswith("rnns") or not recurrent))
 
 
-def batch_size(tokens, rows):
-    """Choose the columns of a text of `tokens`, of which as many are read as stand in `rows` pieces of --bptt.
+def batch_size(tokens):
+    """Choose the columns: so many that they are long."""
+    return 16 if tokens < 2**22 else 32
 
-    They are long, and in a short time so few that there are steps enough.
-    """
-    columns = 16 if tokens < 2**22 else 32
-    while columns > FEWEST_COLUMNS and rows / columns < ENOUGH_STEPS:
+
+def fewer_columns(columns, rows, fewest):
+    """Halve the columns of a batch while `rows` of --bptt tokens make too few batches of them, not below `fewest`."""
+    while columns // 2 >= fewest and rows / columns < ENOUGH_STEPS:
         columns //= 2
     return columns
 
@@ -115,7 +120,7 @@ def dropouts(epochs, level):
         p = round(max(0.0, 0.1 * math.log2(max(epochs, 1) / 2)), 2)
         return {"dropout": p, "dropouth": p, "dropouti": 0.0, "dropoute": 0.0, "wdrop": 0.0}
     if level != "word":
-        return MUCH
+        return dict(MUCH)
     share = min(1.0, math.log(epochs / MANY_EPOCHS) / math.log(MOST_EPOCHS / MANY_EPOCHS))
     return {name: round(p + share * (MOST[name] - p), 2) for name, p in MUCH.items()}
 

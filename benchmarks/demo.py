@@ -17,7 +17,7 @@ from statistics import median
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from sample import SPLITS, write_sample
-from scripts import run
+from scripts import STOPPED, run
 from table import table
 
 import main as train_script
@@ -122,7 +122,10 @@ def main(argv=None):
         if status:
             return status
     picture = folder / "curves.png"
-    if run(["plot.py", folder / "demo.metrics.jsonl", "--out", picture]):  # matplotlib is an extra
+    status = run(["plot.py", folder / "demo.metrics.jsonl", "--out", picture])
+    if status in STOPPED:
+        return status
+    if status:  # matplotlib is an extra
         picture = None
     print("", *table(read_metrics(folder / "demo.metrics.jsonl")), "", sep="\n")
     print((folder / "generated.txt").read_text(encoding="utf-8"), end="")

@@ -46,12 +46,12 @@ def parse_flags():
 
 
 def run(*arguments):
-    """Run a script of the project; raises BadInput when it fails, and ends as it does when a signal stops it."""
+    """Run a script of the project; raises BadInput when it fails, and ends as it does when it is told to stop."""
     status = scripts.run(arguments)
-    if status > 128:
+    if status in scripts.STOPPED:
         sys.exit(status)
     if status:
-        raise BadInput(f"{arguments[0]}: failed, see above")
+        raise BadInput(f"{arguments[0]}: failed with status {status}, see above")
 
 
 def records(path, kind):

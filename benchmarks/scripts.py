@@ -1,4 +1,4 @@
-"""Run a script of the project in a process of its own, so that it can write its state whatever stops it."""
+"""Run a script of the project in a process of its own, so that it can write its state when it is stopped."""
 
 import shlex
 import signal
@@ -9,6 +9,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 GRACE = 60  # seconds that a script gets to end by itself after Ctrl-C, which tests the best model
+STOPPED = [128 + number for number in (signal.SIGINT, signal.SIGTERM)]  # exit statuses of a script that was told to end
 
 
 def run(arguments, deadline=None, folder=None):
@@ -22,10 +23,11 @@ def run(arguments, deadline=None, folder=None):
     process = subprocess.Popen([sys.executable, str(ROOT / script), *flags], cwd=folder)
     previous = signal.signal(signal.SIGTERM, lambda *_: process.terminate())  # else it would go on alone
     try:
-        status = process.wait(deadline and max(0, deadline - time.monotonic()))
-    except subprocess.TimeoutExpired:
-        process.terminate()
-        status = process.wait()
+        try:
+            status = process.wait(deadline and max(0, deadline - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            process.terminate()
+            status = process.wait()
     except KeyboardInterrupt:  # the script has received it too, unless it was sent to this process alone
         try:
             process.wait(GRACE)

@@ -265,3 +265,11 @@ def test_what_was_trained_before_a_stop_is_validated_though_no_time_is_left(trai
     assert metrics["epoch"][-1]["epoch"] == metrics["test"][0]["epochs"]
     train(tmp_path / "m.pt", "--resume", str(tmp_path / "m.pt"))
     assert len(read_metrics(tmp_path / "m.pt")["epoch"]) == len(metrics["epoch"])
+
+
+@pytest.mark.usefixtures("clock")
+def test_a_run_says_whether_its_time_or_its_epochs_came_to_an_end(train, tmp_path, capsys):
+    train(tmp_path / "m.pt", "--minutes", "5", "--epochs", "1")
+    assert "| end of epochs | 1.00 epochs of 1.00 planned" in capsys.readouterr().out
+    train(tmp_path / "n.pt", "--minutes", "1")
+    assert "| end of time |" in capsys.readouterr().out

@@ -223,9 +223,10 @@ def test_bad_flags_end_in_a_line_and_status_2(monkeypatch, capsys, flags):
     assert len(capsys.readouterr().err.splitlines()) == 1
 
 
-def test_a_script_that_fails_is_named(monkeypatch):
-    monkeypatch.setattr(quality.scripts, "run", lambda _: 2)
-    with pytest.raises(BadInput, match=r"main\.py: failed"):
+@pytest.mark.parametrize("status", [2, 137], ids=["bad input", "no memory"])
+def test_a_script_that_fails_is_named(monkeypatch, status):
+    monkeypatch.setattr(quality.scripts, "run", lambda _: status)
+    with pytest.raises(BadInput, match=rf"main\.py: failed with status {status}"):
         quality.run("main.py", "--data", "book.txt")
 
 

@@ -3,6 +3,7 @@
 import shlex
 
 import pytest
+import torch
 
 import sizes
 from flags import NO_LIMIT
@@ -21,12 +22,12 @@ class FakeCorpus:
         self.dictionary, self.train = range(ntoken), range(tokens)
 
 
-def choose(monkeypatch, products, *flags, tokens=10**6, ntoken=65):
+def choose(monkeypatch, products, *flags, tokens=10**6, ntoken=65, device="cpu", processes=1):
     """What is chosen with `products` of two numbers a second."""
     monkeypatch.setattr(sizes, "probe", lambda *_: products)
     argv = ["--minutes", "1", "--level", "char", "--save", "m.pt", *flags]
     args, given = parse_flags(argv), make_parser().given(argv)
-    sizes.choose_flags(args, given, FakeCorpus(ntoken, tokens), "cpu")
+    sizes.choose_flags(args, given, FakeCorpus(ntoken, tokens), torch.device(device), processes)
     return args, given
 
 
@@ -67,11 +68,27 @@ def test_words_are_read_no_more_often_than_pays(monkeypatch):
     assert choose(monkeypatch, 1e12, tokens=50_000)[0].epochs == NO_LIMIT
 
 
-@pytest.mark.parametrize("tokens, rows, columns", [
-    (10**6, 32_000, 16), (10**6, 31_999, 8), (10**6, 15_999, 4), (10**6, 1, 4), (10**7, 64_000, 32),
-    (10**7, 63_999, 16), (10**7, 1, 4)])
-def test_a_batch_is_no_larger_than_leaves_two_thousand_steps(tokens, rows, columns):
-    assert sizes.batch_size(tokens, rows) == columns
+@pytest.mark.parametrize("rows, columns", [(32_000, 16), (31_999, 8), (15_999, 4), (1, 4)])
+def test_a_batch_is_no_larger_than_leaves_two_thousand_steps(rows, columns):
+    assert sizes.fewer_columns(16, rows, 4) == columns
+
+
+def test_fewer_columns_are_for_adam_on_a_cpu_and_some_for_each_process(monkeypatch):
+    def columns(*flags, **how):
+        return choose(monkeypatch, 1e9, *flags, **how)[0].batch_size
+    assert columns() == 4
+    assert columns("--optimizer", "sgd") == columns(device="cuda") == columns("--batch_size", "16") == 16
+    assert columns(processes=2) == 8
+    assert columns(processes=8) == 16
+
+
+def test_what_is_dropped_goes_by_the_layers_that_are_trained(monkeypatch):
+    """Those of words are two where the embedding is narrower, and slower than the one that was thought of first."""
+    products = 6e12
+    args, _ = choose(monkeypatch, products, "--level", "word", tokens=4 * 10**6, ntoken=10_000)
+    epochs = sizes.OF_THE_TIME * 60 * products / 3 / sizes.weights(args, 10_000) / 4e6
+    assert args.nlayers == 2
+    assert args.dropout == sizes.dropouts(epochs, "word")["dropout"] < 0.1
 
 
 @pytest.mark.parametrize("products", [1e8, 1e9, 1e10, 1e11, 1e12])
