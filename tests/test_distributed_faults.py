@@ -34,9 +34,10 @@ def test_what_is_wrong_with_all_is_one_line(corpus_dir, tmp_path, flags, line):
 
 
 def test_too_few_columns_leave_the_old_run(corpus_dir, tmp_path):
-    (tmp_path / "m.pt").write_text("old")
-    the_line(3, tmp_path, command(corpus_dir, tmp_path / "m.pt", "--batch_size", "2", "--overwrite"))
-    assert (tmp_path / "m.pt").read_text() == "old"
+    (tmp_path / "m.metrics.jsonl").write_text("old")
+    line = the_line(3, tmp_path, command(corpus_dir, tmp_path / "m.pt", "--batch_size", "2", "--overwrite"))
+    assert "too few columns" in line
+    assert (tmp_path / "m.metrics.jsonl").read_text() == "old"
 
 
 def test_help_is_printed_once_and_ends_all(tmp_path):
