@@ -131,7 +131,7 @@ def other_clock(rank, folder):
 
 
 def test_minutes_are_those_of_one_clock(corpus_dir, tmp_path):
-    flags = command(corpus_dir, tmp_path / "m.pt", "--minutes", "0.1")
+    flags = command(corpus_dir, tmp_path / "m.pt", "--minutes", "0.1", "--epochs", "100000")
     statuses, printed, errors = together(2, tmp_path, "main", flags, other_clock, tmp_path)
     assert statuses == [0, 0], errors
     assert printed.count("| end of time |") == 1
