@@ -51,7 +51,7 @@ def make_parser():
     group.add_argument("--minutes", type=positive_float, metavar="N",
                        help="time for the whole run, test included: the learning rate falls to nothing by then, and "
                             "level, sizes, dropouts, batch and optimizer are chosen where no flag says them, and "
-                            f"words are read {sizes.MOST_EPOCHS} times at most (default: no limit, and no choice)")
+                            f"the text is read {sizes.MOST_EPOCHS} times at most (default: no limit, and no choice)")
     group.add_argument("--when", type=epoch_or_never, nargs="+", default=[], metavar="E",
                        help="epochs after which a copy of the model is kept as SAVE.eE and the rate is divided "
                             "by 10 (default and -1: none; no longer once ASGD runs)")

@@ -13,7 +13,6 @@ from argparse import Namespace
 import torch
 
 from checkpoint import command_line
-from flags import NO_LIMIT
 from model import ARCHITECTURE, DROPOUTS, RNNModel, parameter_shapes
 from optimizers import make_optimizer
 from steps import choose_pass, train_step
@@ -25,9 +24,9 @@ WORD_EMSIZE = 400          # the largest embedding of words
 ENOUGH_STEPS = 2000        # of Adam; rather than fewer, each has fewer tokens
 FEWEST_COLUMNS = 4         # of a process
 MANY_EPOCHS = 8            # from which on a model learns the text by heart unless much is dropped
-MOST_EPOCHS = 50           # of words: the most is dropped then, and more would only learn by heart
+MOST_EPOCHS = 50           # more would only learn the text by heart
 MUCH = {"dropout": 0.4, "dropouth": 0.3, "dropouti": 0.1, "dropoute": 0.0, "wdrop": 0.3}  # from MANY_EPOCHS on
-MOST = {"dropout": 0.5, "dropouth": 0.3, "dropouti": 0.5, "dropoute": 0.1, "wdrop": 0.5}  # from MOST_EPOCHS on
+MOST = {"dropout": 0.5, "dropouth": 0.3, "dropouti": 0.5, "dropoute": 0.1, "wdrop": 0.5}  # from MOST_EPOCHS on, words
 
 PROBE_SIZE, PROBE_STEPS = 256, 4  # a model whose steps are timed, and how many of them
 
@@ -52,9 +51,7 @@ def choose_flags(args, given, corpus, device, processes=1):
     choose(optimizer="adam", alpha=0.0, beta=0.0, nlayers=1)
     if args.optimizer == "adam":
         choose(clip=1.0)
-    if args.level == "word":
-        choose(epochs=MOST_EPOCHS)
-    choose(bptt=64, batch_size=batch_size(tokens))
+    choose(epochs=MOST_EPOCHS, bptt=64, batch_size=batch_size(tokens))
     speed = probe(args, min(ntoken, 10_000), device)
     budget = OF_THE_TIME * 60 * args.minutes * speed  # in products of two numbers
 
@@ -145,8 +142,7 @@ def probe(args, ntoken, device):
 def describe(args, given):
     """Spell the command that says by flags what was chosen."""
     names = ["data", "minutes", "level", *ARCHITECTURE, *DROPOUTS, "alpha", "beta", "optimizer", "lr", "clip",
-             "batch_size", "bptt"]
-    names += ["epochs"] if args.epochs < NO_LIMIT else []
+             "batch_size", "bptt", "epochs"]
     names += sorted(given - {*names, "overwrite", "resume", "dry_run"})
     flags = [word for name in names for word in command_line(name, getattr(args, name))]
     return shlex.join(["python", "main.py", *flags])
