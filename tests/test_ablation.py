@@ -157,8 +157,9 @@ def test_a_stop_tells_every_process(tmp_path, monkeypatch, cause):
         def wait(self):
             told.append("wait")
     monkeypatch.setattr(ablation, "subprocess", Namespace(Popen=Running, STDOUT=None))
-    monkeypatch.setattr(ablation, "POLL", 0)
-    deadline = ablation.time.monotonic() + 0.2 if cause == "deadline" else None
+    naps = []  # each is a second of this clock
+    monkeypatch.setattr(ablation, "time", Namespace(monotonic=lambda: len(naps), sleep=naps.append))
+    deadline = 3 if cause == "deadline" else None
     status = ablation.run_all([("full", 1), ("no-asgd", 1), ("full", 2)], tmp_path, tmp_path, 2, deadline)
     assert status == (143 if cause == "signal" else 0)
     assert told == ["begun"] * 2 + ["terminate"] * 2 + ["wait"] * 2
