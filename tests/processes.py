@@ -15,7 +15,7 @@ from process import run_script
 
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(["test_reference", "distributed", "torch._dynamo"])  # what the optimizers import
-LIMIT = 120  # seconds
+LIMIT = 900  # seconds, for processes that hang; beyond distributed.TIMEOUT, after which they say so themselves
 
 
 def together(size, folder, name, argv, prepare=None, *details):

@@ -60,7 +60,7 @@ def getdata(tmp_path, served):
         (tmp_path / "sums").write_text(sums)
         environment = {**os.environ, "DATA_DIR": str(tmp_path / "data"), "PYTHON": sys.executable, "no_proxy": "*",
                        "GETDATA_URL": served[1], "GETDATA_CHECKSUMS": str(tmp_path / "sums")}
-        return subprocess.run([SCRIPT, *corpora], env=environment, capture_output=True, text=True, timeout=120)
+        return subprocess.run([SCRIPT, *corpora], env=environment, capture_output=True, text=True, timeout=900)
     return run
 
 

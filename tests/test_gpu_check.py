@@ -1,6 +1,7 @@
 """The script behind `make gpu-check`, as far as it needs no GPU: what it counts, times and prints."""
 
 import json
+import multiprocessing
 import os
 import sys
 import time
@@ -39,7 +40,7 @@ def test_of_no_interest():
 @pytest.mark.slow
 def test_outcomes_are_counted_by_name(tmp_path):
     (tmp_path / "test_cases.py").write_text(CASES)
-    rows, status = gpu_parts.in_a_process(60, gpu_parts.run_tests, str(tmp_path / "test_cases.py"), "-p",
+    rows, status = gpu_parts.in_a_process(900, gpu_parts.run_tests, str(tmp_path / "test_cases.py"), "-p",
                                           "no:cacheprovider", "--noconftest")
     rows = {what: (result, detail.split(";")[0]) for what, result, detail in rows}
     assert status == 1
@@ -71,17 +72,16 @@ def hangs():
 
 @pytest.mark.slow
 def test_what_a_process_does_is_an_answer_or_one_line():
-    value, process = gpu_parts.in_a_process(60, good, 3)
+    value, process = gpu_parts.in_a_process(900, good, 3)
     assert value == 3
     assert process != os.getpid()
     for function, arguments, line in ((chained, (), r"ValueError: capture ended \(after MemoryError: the first one\)"),
                                       (os._exit, (7,), "the process died with exit status 7")):
         with pytest.raises(gpu_parts.Failed, match=line):
-            gpu_parts.in_a_process(60, function, *arguments)
-    start = time.monotonic()
+            gpu_parts.in_a_process(900, function, *arguments)
     with pytest.raises(gpu_parts.Failed, match="killed after 1 s"):
         gpu_parts.in_a_process(1, hangs)
-    assert time.monotonic() < start + 60
+    assert not multiprocessing.active_children()
 
 
 @pytest.fixture

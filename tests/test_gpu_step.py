@@ -170,7 +170,8 @@ def test_on_a_gpu_evaluation_has_long_chunks_and_the_same_loss(values, chunks, m
     assert len(calls) == chunks
 
 
-@pytest.mark.parametrize("on_a_gpu, seconds, saved", [(False, 60, [1, 2, 3]), (True, 0, [1, 2, 3]), (True, 60, [1, 3])])
+@pytest.mark.parametrize("on_a_gpu, seconds, saved", [(False, math.inf, [1, 2, 3]), (True, 0, [1, 2, 3]),
+                                                       (True, math.inf, [1, 3])])
 def test_on_a_gpu_the_state_is_saved_once_then_by_time_and_in_the_end(on_a_gpu, seconds, saved, train, tmp_path,
                                                                       monkeypatch, request):
     if on_a_gpu:

@@ -75,7 +75,7 @@ def test_a_stage_that_is_stopped_goes_on(make, tmp_path, monkeypatch, script, st
         return wait(process, timeout)
 
     monkeypatch.setattr(scripts.subprocess.Popen, "wait", impatient)
-    printed = [make("stopped", "--minutes", "5", stages=stages) for _ in range(count + 1)]
+    printed = [make("stopped", "--minutes", "500", stages=stages) for _ in range(count + 1)]
     assert "the same command goes on" in printed[0]
     assert printed[-1].splitlines()[-1].split(" | ")[:-1] == whole[:-1], "all but the minutes"
     if "dynamic" in stages:
