@@ -1,5 +1,7 @@
 """The demo makes its corpus whole or not at all, and runs stage after stage to the table and the text."""
 
+import re
+
 import demo
 import pytest
 import sample
@@ -65,7 +67,7 @@ def test_every_stage_runs_and_the_table_and_the_text_come_last(tiny, capfd):
     assert picture == f"the curves are in {tiny / 'curves.png'}\n"
     assert (tiny / "curves.png").exists()
     assert len(text.split()) == 5
-    assert "about 10 seconds on this machine" in printed
+    assert re.search(r"about \d+ (seconds|minutes) on this machine", printed)
     assert printed.count("\n+ python ") == 5
 
 
