@@ -45,5 +45,5 @@ def test_killed_and_resumed_training_is_undisturbed_training(corpus_dir, tmp_pat
         status = session([*command, "--save", parts, *again], kill_after)
         for path in (parts, last):
             assert not path.exists() or checkpoint.load(path), "readable at every instant"
-        assert status == (0 if kill_after is None else -9)
+        assert status in (0, -9 if kill_after is not None else 0), "a fast machine may be at its end by then"
     assert_undisturbed(whole, parts)
