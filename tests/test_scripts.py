@@ -1,6 +1,7 @@
 """A script that runs in a process of its own gets the time to write its state, whatever stops it."""
 
 import signal
+from types import SimpleNamespace
 
 import pytest
 import scripts
@@ -48,3 +49,26 @@ def test_after_ctrl_c_a_script_gets_the_time_to_write_its_state(monkeypatch, end
     with pytest.raises(KeyboardInterrupt):
         scripts.run(["main.py"])
     assert told == (["wait", "wait"] if ends else ["wait", "wait", "terminate", "wait"])
+
+
+@pytest.mark.parametrize(("deadline", "waited"), [(130.0, 30.0), (90.0, 0)])
+def test_at_its_deadline_a_script_is_told_to_end_and_waited_for(monkeypatch, deadline, waited):
+    """Its exit status is that of a shell: 128 and the number of the signal."""
+    told = []
+
+    class Running:
+        def __init__(self, *_, **__):
+            pass
+
+        def wait(self, timeout=None):
+            told.append(timeout)
+            if timeout is not None:
+                raise scripts.subprocess.TimeoutExpired("main.py", timeout)
+            return -signal.SIGTERM
+
+        def terminate(self):
+            told.append("terminate")
+    monkeypatch.setattr(scripts.subprocess, "Popen", Running)
+    monkeypatch.setattr(scripts, "time", SimpleNamespace(monotonic=lambda: 100.0))
+    assert scripts.run(["main.py"], deadline) == 128 + signal.SIGTERM
+    assert told == [waited, "terminate", None]
