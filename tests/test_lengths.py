@@ -120,3 +120,16 @@ def test_bad_flags_end_in_a_line_and_status_2(monkeypatch, capsys, flags):
         run_script(lengths.main)
     assert end.value.code == 2
     assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+def test_the_table_has_the_last_test_of_a_run_that_was_stopped(make, tmp_path):
+    """A run that Ctrl-C stops has a test too."""
+    save = tmp_path / "l" / "book.char.3min.seed1.pt"
+    save.parent.mkdir()
+    metrics = Metrics(metrics_path(save))
+    metrics.write("run", stage="train", flags=CHOSEN)
+    metrics.write("test", epochs=1.0, finished=False, valid_loss=9.0, loss=9.0)
+    last_path(save).write_bytes(b"")
+    commands, printed = make("--minutes", "3", "--seeds", "1", "--levels", "char")
+    assert commands == [["--resume", str(save)]]
+    assert printed[2] == f"| book | char | 3 | 2.2 | {SIZE} | 8 / 9 |  |  |"
