@@ -161,3 +161,18 @@ def test_the_weights_are_put_back(model, texts):
         except BadInput:
             assert lr > 1
         assert all(map(torch.equal, model.parameters(), before))
+
+
+def test_a_decay_of_more_than_1_goes_no_further_than_the_trained_weights(model, texts):
+    _, text = texts
+    one, three = (dynamic.score_split(model, text, "text", BPTT, None, {"lr": 0.3, "lamb": lamb}, {})
+                  for lamb in (1.0, 3.0))
+    assert one == three
+
+
+def test_statistics_of_some_batches_are_those_of_the_text_up_to_there(model, texts):
+    train, _ = texts
+    some = gradients.gradient_rms(model, train, BPTT, 2)
+    part, whole = (gradients.gradient_rms(model, source, BPTT) for source in (train[:2 * BPTT + 1], train))
+    assert all(torch.equal(some[name], part[name]) for name in part)
+    assert not all(torch.equal(some[name], whole[name]) for name in whole)
