@@ -91,3 +91,12 @@ def test_the_script_scores_and_records(train, corpus_dir, tmp_path, capsys):
     cache = read_metrics(save)["pointer"]
     assert [line["split"] for line in cache] == ["valid", "test"] * 2
     assert [line["loss"] for line in cache[:2]] == pytest.approx([line["loss"] for line in cache[2:]], abs=1e-6)
+
+
+@pytest.mark.parametrize("window", [2, 3])
+def test_a_text_is_too_short_if_the_cache_changes_no_prediction(capsys, window):
+    """A text of 5 words has 4 predictions; before the last of them 3 lie behind."""
+    outputs, targets, logprob = torch.randn(4, 4), torch.zeros(4, dtype=torch.long), torch.full((4,), -1.0)
+    (loss,) = cache.mixture_losses([(outputs, targets, logprob)], [window], [1.0], [0.5]).flatten()
+    cache.log_idle("pointer", [1, window], valid=torch.zeros(5, 1))
+    assert ("the cache never joins" in capsys.readouterr().out) == (loss.item() == 1)
