@@ -1,6 +1,7 @@
 """What a run of some minutes chooses, and what it leaves to the flags."""
 
 import shlex
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -131,7 +132,7 @@ def test_the_command_of_a_dry_run_is_that_of_a_run_in_one_order(monkeypatch):
 
 
 def test_a_book_is_read_by_characters_and_the_run_says_what_was_chosen(train, book, tmp_path, capsys):
-    _, metrics = train(tmp_path / "m.pt", "--data", str(book), "--minutes", "1", "--epochs", "1")
+    _, metrics = train(tmp_path / "m.pt", "--data", str(book), "--minutes", "1000", "--epochs", "1")
     flags = metrics["run"][0]["flags"]
     assert (flags["level"], flags["optimizer"], flags["nhid"]) == ("char", "adam", 6)  # 6 was given
     assert "the same by flags: python main.py" in capsys.readouterr().out
@@ -140,3 +141,27 @@ def test_a_book_is_read_by_characters_and_the_run_says_what_was_chosen(train, bo
 def test_without_minutes_nothing_is_chosen(train, book, tmp_path):
     _, metrics = train(tmp_path / "m.pt", "--data", str(book), "--epochs", "1")
     assert (metrics["run"][0]["flags"]["level"], metrics["run"][0]["flags"]["optimizer"]) == ("word", "sgd")
+
+
+@pytest.mark.parametrize("tokens, columns", [(2**22 - 1, 16), (2**22, 32)])
+def test_a_long_text_has_more_columns(monkeypatch, tokens, columns):
+    assert choose(monkeypatch, 1e10, tokens=tokens, device="cuda")[0].batch_size == columns
+
+
+@pytest.mark.parametrize("nhid, lr", [(384, 0.004), (512, 0.003)])
+def test_a_wide_layer_has_a_smaller_learning_rate(monkeypatch, nhid, lr):
+    assert choose(monkeypatch, 1e10, "--nhid", str(nhid))[0].lr == lr
+
+
+def test_the_speed_is_that_of_the_fastest_step_but_the_first(monkeypatch):
+    """A token is multiplied by 8 * 256^2 weights of the layer and 65 * 256 of the softmax, three times in a step."""
+    taken, now = [1, 5, 2, 4], 0
+
+    def step(*given):
+        nonlocal now
+        now += taken.pop(0)
+        return given[5], 0.0
+    monkeypatch.setattr(sizes, "time", SimpleNamespace(perf_counter=lambda: now))
+    monkeypatch.setattr(sizes, "train_step", step)
+    args = parse_flags(["--bptt", "7", "--batch_size", "4"])
+    assert sizes.probe(args, 65, torch.device("cpu")) == 3 * 7 * 4 * (8 * 256**2 + 65 * 256) / 2
