@@ -4,10 +4,12 @@ import io
 import json
 import math
 import os
+import queue
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -170,21 +172,27 @@ def test_levels_of_characters_and_bytes(train, tmp_path, capsys):
         assert capsys.readouterr().out.split("\t")[1] == str(tokens)
 
 
-class Slow(io.RawIOBase):
-    """A stream whose lines come one after the other, each after what came before was asked for."""
+@pytest.fixture
+def arrive(monkeypatch):
+    """Let lines arrive with a `pause` between them, by a clock that stands still but for that."""
+    def call(lines, pause):
+        now = 0.0
 
-    def __init__(self, lines, pause):
-        self.lines, self.pause = iter(lines), pause
+        class Arrivals(stream.Ahead):
+            def get(self, timeout=None):
+                nonlocal now
+                now += pause if timeout is None else min(pause, timeout)
+                if timeout is not None and timeout < pause:
+                    raise queue.Empty
+                return super().get()
+        monkeypatch.setattr(stream, "Ahead", Arrivals)
+        monkeypatch.setattr(stream, "time", SimpleNamespace(monotonic=lambda: now))
+        return stream.batches(lines, 64)
+    return call
 
-    def __iter__(self):
-        for line in self.lines:
-            time.sleep(self.pause)
-            yield line
 
-
-def test_a_batch_waits_for_no_line_that_does_not_come():
-    sizes = [len(batch) for batch in stream.batches(Slow([b"a", b"b", b"c"], 4 * stream.WAIT), 64)]
-    assert sizes == [1, 1, 1]
+def test_a_batch_waits_for_no_line_that_does_not_come(arrive):
+    assert [len(batch) for batch in arrive([b"a", b"b", b"c"], 4 * stream.WAIT)] == [1, 1, 1]
 
 
 @pytest.mark.parametrize("level", ["word", "char", "byte"])
@@ -226,15 +234,12 @@ def test_long_lines_are_not_read_ahead(monkeypatch):
     assert handed_on == 50
 
 
-def test_a_line_waits_no_longer_than_a_moment_though_others_come():
-    first = next(stream.batches(Slow([b"a"] * 64, stream.WAIT / 2), 64))
-    assert len(first) < 32
+def test_a_line_waits_no_longer_than_a_moment_though_others_come(arrive):
+    assert len(next(arrive([b"a"] * 64, 0.4 * stream.WAIT))) == 3
 
 
-def test_lines_that_are_there_make_full_batches():
-    sizes = [len(batch) for batch in stream.batches(iter(range(130)), 64)]
-    assert sum(sizes) == 130
-    assert sizes[0] == 64
+def test_lines_that_are_there_make_full_batches(arrive):
+    assert [len(batch) for batch in arrive(range(130), 0)] == [64, 64, 2]
 
 
 @pytest.mark.slow
