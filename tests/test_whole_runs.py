@@ -26,14 +26,19 @@ from utils import batchify
 
 
 def test_log_lines_average_their_own_batches(train, tmp_path):
-    _, one = train(tmp_path / "one.pt", "--epochs", "1", "--log-interval", "1")
-    _, three = train(tmp_path / "three.pt", "--epochs", "1", "--log-interval", "3")
-    losses = [line["loss"] for line in one["batch"]]
-    assert len(three["batch"]) == len(losses) // 3 > 1
-    for line, start in zip(three["batch"], range(0, len(losses), 3)):
-        assert line["loss"] == pytest.approx(sum(losses[start:start + 3]) / 3)
-        assert line["batch"] == start + 3
-        assert line["tokens"] == sum(batch["tokens"] for batch in one["batch"][start:start + 3])
+    """What an epoch has beyond its last line is in none, and not in the first of the next epoch."""
+    _, one = train(tmp_path / "one.pt", "--epochs", "3", "--log-interval", "1")
+    _, three = train(tmp_path / "three.pt", "--epochs", "3", "--log-interval", "3")
+    batches = [[line for line in one["batch"] if line["epoch"] == epoch] for epoch in (1, 2, 3)]
+    assert any(len(epoch) % 3 for epoch in batches[:2])
+    lines = iter(three["batch"])
+    for epoch in batches:
+        for start in range(0, len(epoch) // 3 * 3, 3):
+            line, part = next(lines), epoch[start:start + 3]
+            assert (line["epoch"], line["batch"]) == (part[2]["epoch"], part[2]["batch"])
+            assert line["loss"] == pytest.approx(sum(batch["loss"] for batch in part) / 3)
+            assert line["tokens"] == sum(batch["tokens"] for batch in part)
+    assert next(lines, None) is None
 
 
 def test_when_keeps_a_copy_and_divides_the_rate(train, tmp_path):
@@ -195,10 +200,13 @@ def test_the_copy_of_when_and_the_start_rate_in_the_epoch_of_the_switch(train, t
 
 
 def test_the_epoch_line_has_the_mean_training_loss(train, tmp_path):
-    _, metrics = train(tmp_path / "m.pt", "--epochs", "1", "--log-interval", "1")
-    tokens = sum(line["tokens"] for line in metrics["batch"])
-    mean = sum(line["loss"] * line["tokens"] for line in metrics["batch"]) / tokens
-    assert metrics["epoch"][0]["train_loss"] == pytest.approx(mean)
+    """... of that epoch alone."""
+    _, metrics = train(tmp_path / "m.pt", "--epochs", "2", "--log-interval", "1")
+    for epoch in metrics["epoch"]:
+        lines = [line for line in metrics["batch"] if line["epoch"] == epoch["epoch"]]
+        mean = sum(line["loss"] * line["tokens"] for line in lines) / sum(line["tokens"] for line in lines)
+        assert epoch["train_loss"] == pytest.approx(mean)
+    assert len(metrics["epoch"]) == 2
 
 
 @pytest.mark.usefixtures("train")
