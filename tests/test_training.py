@@ -3,6 +3,7 @@
 import math
 from argparse import Namespace
 from functools import partial
+from types import SimpleNamespace
 
 import numpy
 import pytest
@@ -52,6 +53,7 @@ def test_sequence_lengths_have_a_floor_and_a_cap():
     numpy.random.seed(0)
     assert {steps.sample_seq_len(1) for _ in range(100)} >= {5}
     assert max(steps.sample_seq_len(70, 72) for _ in range(1000)) == 72
+    assert max(steps.sample_seq_len(70, 0) for _ in range(1000)) > 72, "0 is no cap"
 
 
 def test_an_epoch_reads_every_row_but_the_last_once(monkeypatch):
@@ -117,6 +119,16 @@ def test_asgd_steps_with_the_rate_of_the_batch_before_and_averages_what_follows(
         assert model.weight.item() == pytest.approx(-(4 + 8 + 16) / 3)
 
 
+@pytest.mark.parametrize(("name", "expected"), [("sgd", 2 - 0.5 * 0.1 * 2), ("asgd", 2 - 0.5 * 0.1 * 2), ("adam", 1.5)])
+def test_weights_decay_without_a_gradient(name, expected):
+    """The decay 0.1 w is a gradient too. The first step of Adam is the learning rate, whatever the gradient."""
+    model = torch.nn.Linear(1, 1, bias=False).double()
+    torch.nn.init.constant_(model.weight, 2)
+    model.weight.grad = torch.zeros_like(model.weight)
+    optimizers.make_optimizer(name, model, 0.5, 0.1).step()
+    assert model.weight.item() == pytest.approx(expected)
+
+
 @pytest.mark.parametrize("name", ["sgd", "asgd", "adam"])
 def test_the_optimizer_owns_every_trainable_parameter(name):
     model = RNNModel(11, emsize=5, nhid=6, nlayers=2, tied=False)
@@ -166,3 +178,38 @@ def test_evaluation_is_nats_per_predicted_token(bptt):
 def test_loss_metrics():
     assert loss_metrics(math.log(8)) == {"loss": math.log(8), "ppl": pytest.approx(8), "bpc": pytest.approx(3)}
     assert loss_metrics(1000.0)["ppl"] == math.inf
+
+
+# --- the clock -------------------------------------------------------------------------------------------------------
+
+@pytest.fixture
+def clock(monkeypatch):
+    """Let a batch take a quarter of a second and a validation three, all else nothing; returns the batches so far."""
+    batches, now = [], 0.0
+
+    def slow(function, seconds):
+        def call(*given, **how):
+            nonlocal now
+            now += seconds
+            batches.extend([1] if seconds < 1 else [])
+            return function(*given, **how)
+        return call
+    monkeypatch.setattr(training, "time", SimpleNamespace(monotonic=lambda: now, perf_counter=lambda: now))
+    monkeypatch.setattr(training, "train_step", slow(training.train_step, 0.25))
+    monkeypatch.setattr(training.distributed, "evaluate", slow(training.distributed.evaluate, 3))
+    return batches
+
+
+def test_the_record_has_milliseconds_a_batch_and_seconds_an_epoch_and_in_all(train, tmp_path, clock):
+    _, record = train(tmp_path / "m.pt", "--epochs", "2", "--log-interval", "3")
+    assert [line["ms_per_batch"] for line in record["batch"]] == [250] * len(record["batch"])
+    assert sum(line["seconds"] for line in record["epoch"]) == len(clock) / 4
+    assert record["test"][0]["seconds"] == len(clock) / 4 + 2 * 3, "with validation"
+
+
+def test_the_state_is_saved_each_time_that_so_many_minutes_are_over(train, tmp_path, clock, monkeypatch):
+    """After 4 batches of a quarter of a second more than 0.9 seconds are over."""
+    saved, save_state = [], training.save_state
+    monkeypatch.setattr(training, "save_state", lambda run: (saved.append(run.progress.batch), save_state(run)))
+    train(tmp_path / "m.pt", "--epochs", "1", "--save-interval", str(0.9 / 60))
+    assert saved == [*range(4, len(clock) + 1, 4), 0]
