@@ -1,6 +1,7 @@
 """A checkpoint is whole or not there, holds no code, and says what it is."""
 
 import pickle
+from dataclasses import asdict
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ import resume
 import run_files
 from errors import BadInput
 from model import RNNModel
+from run import Progress
 
 FLAGS = {"model": "LSTM", "emsize": 5, "nhid": 6, "nlayers": 2, "tied": True,
          "dropout": 0.1, "dropouth": 0.1, "dropouti": 0.1, "dropoute": 0.1, "wdrop": 0.5}
@@ -125,3 +127,11 @@ def test_the_command_line_wins_over_the_flags_of_a_checkpoint():
     assert vars(args) == vars(saved) | {"bptt": 8}
     with pytest.raises(BadInput, match="--tied True contradicts m.pt, which was trained with tied False"):
         checkpoint.merge_flags(main.parse_flags, ["--tied"], {"flags": vars(saved)}, "m.pt", ["tied"])
+
+
+def test_progress_of_earlier_versions_lacks_two_figures():
+    """Each row of the epoch was predicted, and the rate of each batch counts once."""
+    values = asdict(Progress(epoch=1, row=21, batch=3, window_batches=2))
+    del values["epoch_rows"], values["window_scale"]
+    progress = resume.restore_progress(values, None)
+    assert (progress.epoch_rows, progress.window_scale) == (21, 2.0)
