@@ -3,6 +3,7 @@
 import math
 import signal
 from argparse import Namespace
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -273,3 +274,58 @@ def test_a_run_says_whether_its_time_or_its_epochs_came_to_an_end(train, tmp_pat
     assert "| end of epochs | 1.00 epochs of 1.00 planned" in capsys.readouterr().out
     train(tmp_path / "n.pt", "--minutes", "1")
     assert "| end of time |" in capsys.readouterr().out
+
+
+def test_a_run_that_goes_on_has_no_second_rise(clock):
+    assert budget.Budget(1, spent=30).lr_scale(3) == 0.5
+    assert budget.Budget(1, spent=0).lr_scale(3) == 0
+    assert clock.now == 1000
+
+
+def test_the_plan_leaves_the_time_of_validation_and_test(clock):
+    """An epoch in 10 seconds makes four in the 40 that 60 seconds leave, 20 being for validation and test."""
+    held = budget.Budget(1)
+    held.valid_seconds, held.test_seconds = 15, 5
+    assert held.plan(0) is None
+    clock.now += 10
+    assert held.plan(1) == "| plan | 4.00 epochs, one in 10 s, and 20 s for the last validation and the test"
+    assert held.plan(2) is None
+
+
+@pytest.mark.parametrize(("seconds", "text"), [(119, "119 s"), (120, "2.0 minutes"), (3600, "60.0 minutes")])
+def test_a_long_epoch_takes_minutes(seconds, text):
+    assert budget.format_seconds(seconds) == text
+
+
+@pytest.mark.parametrize(("rows", "seconds"), [(101, 50), (21, 10), (6, 2.5)])
+def test_an_evaluation_is_estimated_from_its_first_rows(clock, monkeypatch, rows, seconds):
+    """Each row takes half a second, and 20 rows are looked at."""
+    seen = []
+
+    def evaluate(_, source, bptt):
+        seen.append(len(source) - 1)
+        clock.now += 0.5 * seen[-1]
+        assert bptt == 5
+    monkeypatch.setattr(budget, "evaluate", evaluate)
+    assert budget.scoring_seconds(None, torch.zeros(rows, 2), 5) == seconds
+    assert max(seen) <= 20
+    assert budget.scoring_seconds(None, None, 5) == 0
+
+
+@pytest.mark.usefixtures("clock")
+@pytest.mark.parametrize(("each", "refused"), [(22.4, False), (22.6, True)])
+def test_scoring_may_take_three_quarters_of_the_time(monkeypatch, each, refused):
+    monkeypatch.setattr(budget, "scoring_seconds", lambda *_: each)
+    batches = [None, torch.zeros(9, 1), torch.zeros(9, 1)]
+    with pytest.raises(BadInput, match="take about 45 s") if refused else nullcontext():
+        budget.Budget(1).time_scoring(None, batches, 5)
+
+
+def test_a_validation_that_takes_longer_than_estimated_leaves_less_time_to_train(train, tmp_path, clock, monkeypatch):
+    def slow(*args):
+        clock.now += 10
+        return steps.evaluate(*args)
+    monkeypatch.setattr(training.distributed, "evaluate", slow)
+    monkeypatch.setattr(training, "time", clock)
+    train(tmp_path / "m.pt", "--minutes", "3")
+    assert clock.now <= 1181
