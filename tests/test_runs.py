@@ -321,3 +321,14 @@ def test_scripts_start_without_what_they_do_not_need(train, tmp_path):
             "assert 'torch._dynamo' not in sys.modules")
     ended = subprocess.run([sys.executable, "-c", code, tmp_path / "m.pt"], cwd=ROOT, capture_output=True, text=True)
     assert ended.stderr == ""
+
+
+# --- other flags -----------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("flags", [[], ["--lr", "0.5"], ["--wdecay", "0.25"]], ids=["none", "lr", "wdecay"])
+def test_a_run_goes_on_with_the_rate_and_the_decay_that_are_given(train, tmp_path, flags):
+    train(tmp_path / "m.pt", "--epochs", "2", "--optimizer", "adam", "--lr", "0.01", "--wdecay", "0.125", "--when", "1")
+    main.main(["--no-cuda", "--resume", str(tmp_path / "m.pt"), "--epochs", "3", *flags])
+    (group,) = checkpoint.load(tmp_path / "m.last.pt")["state"]["optimizer"]["param_groups"]
+    expected = {"--lr": 0.001, "--wdecay": 0.125} | dict(zip(flags[::2], map(float, flags[1::2])))
+    assert {"--lr": group["lr"], "--wdecay": group["weight_decay"]} == pytest.approx(expected)
