@@ -135,6 +135,9 @@ def test_unknown_words_are_counted_and_told_apart(train, tmp_path, capsys):
     assert [block[0].split("\t")[2] for block in blocks[:2]] == ["1", "0"], "a literal <unk> is a word of the model's"
     assert blocks[0][2].split("\t")[1] == blocks[1][2].split("\t")[1]
     assert "8 tokens, 1 unknown" in printed.err
+    known = [float(row.split("\t")[1]) for block in blocks[:2] for row in block[1:]]
+    del known[1]  # the zebra
+    assert float(printed.err.split("without unknown ")[1]) == pytest.approx(math.exp(-sum(known) / 7), rel=1e-4)
 
 
 @pytest.mark.parametrize("text, flags, message", [
