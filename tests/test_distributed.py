@@ -223,6 +223,11 @@ def test_fine_tuning_goes_on_as_if_it_had_not_stopped(corpus_dir, tmp_path):
     assert state_difference(tmp_path / "whole.pt", tmp_path / "parts.pt", "finetune") == 0
 
 
+def test_the_speed_is_tokens_a_second(monkeypatch):
+    monkeypatch.setattr(distributed, "group", object())
+    assert distributed.format_speed(3000, 2.0) == " | tokens/s    1,500"
+
+
 def test_a_process_that_is_alone_is_left_alone():
     def main():
         pass
