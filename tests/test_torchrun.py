@@ -56,6 +56,13 @@ class Job:
         return status, [line for line in self.err.read_text().splitlines() if "main.py: error:" in line]
 
 
+def two_states(path, states):
+    """Note the state that there is, and return whether there have been two. So the job has noted the first."""
+    last = run_files.last_path(path)
+    states |= {last.stat().st_ino} if last.exists() else set()
+    return len(states) > 1
+
+
 @pytest.fixture
 def flags(corpus_dir):
     return ["--no-cuda", "--data", corpus_dir, "--emsize", "5", "--nhid", "6", "--nlayers", "2", "--batch_size", "5",
@@ -77,9 +84,11 @@ def test_a_job_of_which_any_process_is_killed_ends_and_goes_on_undisturbed(whole
         job = Job(tmp_path, *flags, "--save", parts, *(["--resume", parts] if last.exists() else []))
         job.wait_for(job.starts)
         time.sleep(chance.uniform(0, 0.5))
-        os.kill(chance.choice(job.workers()), signal.SIGKILL)
+        workers = job.workers()
+        for pid in chance.sample(workers, min(1, len(workers))):  # a fast machine may be at its end by then
+            os.kill(pid, signal.SIGKILL)
         status, errors = job.end(LIMIT)
-        assert status == 1
+        assert status == (1 if workers else 0)
         assert len(errors) <= 1
         for path in (parts, last):
             assert not path.exists() or checkpoint.load(path), "readable at every instant"
@@ -92,8 +101,7 @@ def test_a_job_that_restarts_goes_on_from_its_last_state(whole, flags, tmp_path)
     parts, kills = tmp_path / "parts.pt", 2
     job = Job(tmp_path, *flags, "--save", parts, options=[f"--max-restarts={kills}"])
     for kill in range(kills):
-        job.wait_for(lambda so_far=kill: job.starts() > so_far and run_files.last_path(parts).exists())
-        time.sleep(0.3)
+        job.wait_for(lambda so_far=kill, states=set(): job.starts() > so_far and two_states(parts, states))
         os.kill(job.workers()[kill % SIZE], signal.SIGKILL)
     assert job.end()[0] == 0
     assert "resuming" in job.out.read_text()
