@@ -58,9 +58,13 @@ def remove_partial(*paths):
 
 def remove_unless_open(path):
     """Remove the file `path` unless a process is writing it (`replacing`)."""
-    with suppress(OSError), open(path, "rb") as file:
-        if fcntl is None or take(file):  # Windows removes no file that is open
+    with suppress(OSError):
+        if fcntl is None:  # Windows removes no file that is open, here or elsewhere
             os.unlink(path)
+            return
+        with open(path, "rb") as file:
+            if take(file):
+                os.unlink(path)
 
 
 def copy_file(source, target):

@@ -9,12 +9,14 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from helpers import TINY, read_metrics
 
 import checkpoint
 import device
+import files
 import generate
 import main
 import metrics
@@ -153,3 +155,45 @@ def test_a_checkpoint_holds_a_path_that_the_locale_cannot_read(corpus_dir, tmp_p
     os.rename(corpus_dir, odd)
     assert main.main([*TINY, "--data", odd, "--save", str(tmp_path / "m.pt"), "--epochs", "1"]) == 0
     assert checkpoint.load(tmp_path / "m.pt")["flags"]["data"] == odd
+
+
+# --- Windows ---------------------------------------------------------------------------------------------------------
+
+def is_open(path):
+    """Whether this process has a file open, or mapped into memory."""
+    path = os.path.realpath(path)
+    for number in os.listdir("/proc/self/fd"):
+        if os.path.exists(f"/proc/self/fd/{number}") and os.readlink(f"/proc/self/fd/{number}") == path:
+            return True
+    return any(line.endswith(f" {path}") for line in Path("/proc/self/maps").read_text().splitlines())
+
+
+@pytest.fixture
+def windows(monkeypatch):
+    """Files as on Windows: none that is open can be replaced or removed, and locks are those of msvcrt."""
+    if not os.path.exists("/proc/self/maps"):
+        pytest.skip("the system does not say which files are open")
+
+    def unless_open(function):
+        def call(*paths):
+            for path in paths:
+                if is_open(path):
+                    raise PermissionError(13, "Access is denied", str(path))
+            return function(*paths)
+        return call
+
+    locker = files.fcntl
+    held = SimpleNamespace(LK_NBLCK=2, locking=lambda number, *_: locker.flock(number, locker.LOCK_EX | locker.LOCK_NB))
+    monkeypatch.setattr(files, "fcntl", None)
+    monkeypatch.setattr(files, "msvcrt", held, raising=False)
+    for name in ("replace", "unlink"):
+        monkeypatch.setattr(os, name, unless_open(getattr(os, name)))
+
+
+@pytest.mark.usefixtures("windows")
+def test_what_a_killed_run_left_is_removed_on_windows_too(tmp_path):
+    left, written = tmp_path / "m.pt.1.partial", tmp_path / "m.pt.2.partial"
+    left.write_bytes(b"half")
+    with open(written, "wb"):
+        files.remove_partial(tmp_path / "m.pt")
+    assert list(tmp_path.iterdir()) == [written]
