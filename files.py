@@ -130,6 +130,8 @@ def locked(path, required=True):
             os.write(file.fileno(), str(os.getpid()).encode())
         yield
     finally:
+        if fcntl is None:  # Windows removes no file that is open, so neither one that another process has by then
+            file.close()
         with suppress(OSError):
             os.unlink(name)
         with suppress(OSError):

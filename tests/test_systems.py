@@ -197,3 +197,12 @@ def test_what_a_killed_run_left_is_removed_on_windows_too(tmp_path):
     with open(written, "wb"):
         files.remove_partial(tmp_path / "m.pt")
     assert list(tmp_path.iterdir()) == [written]
+
+
+@pytest.mark.usefixtures("windows")
+def test_a_lock_leaves_no_file_on_windows_either(tmp_path):
+    with files.locked(tmp_path / "m.pt"):
+        assert len(list(tmp_path.iterdir())) == 1
+        with pytest.raises(files.BadInput, match=f"in use by process {os.getpid()}"), files.locked(tmp_path / "m.pt"):
+            pass
+    assert not list(tmp_path.iterdir())
