@@ -4,6 +4,7 @@ import os
 import shutil
 import stat
 import tempfile
+import time
 from contextlib import contextmanager, suppress
 
 from errors import BadInput
@@ -16,6 +17,7 @@ except ImportError:  # Windows
         import msvcrt
 
 PARTIAL = ".partial"  # ends the name of a file that is being written
+PATIENCE, PAUSE = 30, 0.2  # seconds that Windows is asked again whether a file can be replaced, and between two tries
 
 
 @contextmanager
@@ -34,11 +36,27 @@ def replacing(path, mode="wb", **how):
             yield file
             file.flush()
             os.fsync(file.fileno())
-        os.replace(partial, path)
+        rename(partial, path)
     except BaseException:
         with suppress(OSError):
             os.unlink(partial)
         raise
+
+
+def rename(partial, path):
+    """Put the file `partial` at `path`, in place of what lies there.
+
+    On Windows that fails while another program has the old file open. OneDrive and virus scanners have it for a moment
+    whenever it was written, so there it is tried again.
+    """
+    end = time.monotonic() + PATIENCE
+    while True:
+        try:
+            return os.replace(partial, path)
+        except PermissionError:
+            if fcntl or time.monotonic() > end:
+                raise
+        time.sleep(PAUSE)
 
 
 def disk_error(error):

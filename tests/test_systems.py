@@ -206,3 +206,24 @@ def test_a_lock_leaves_no_file_on_windows_either(tmp_path):
         with pytest.raises(files.BadInput, match=f"in use by process {os.getpid()}"), files.locked(tmp_path / "m.pt"):
             pass
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.usefixtures("windows")
+def test_a_program_that_has_the_old_file_open_for_a_moment_is_waited_for_on_windows(tmp_path, monkeypatch):
+    (tmp_path / "m.pt").write_bytes(b"old")
+    scanner = open(tmp_path / "m.pt", "rb")  # noqa: SIM115  it lets go while we wait
+    monkeypatch.setattr(files.time, "sleep", lambda _: scanner.close())
+    with files.replacing(tmp_path / "m.pt") as file:
+        file.write(b"new")
+    assert scanner.closed
+    assert (tmp_path / "m.pt").read_bytes() == b"new"
+
+
+@pytest.mark.usefixtures("windows")
+def test_a_program_that_keeps_the_old_file_open_on_windows_is_an_error(tmp_path, monkeypatch):
+    (tmp_path / "m.pt").write_bytes(b"old")
+    monkeypatch.setattr(files, "PATIENCE", 0)
+    monkeypatch.setattr(files, "PAUSE", 0.001)
+    with open(tmp_path / "m.pt", "rb"), pytest.raises(PermissionError), files.replacing(tmp_path / "m.pt") as file:
+        file.write(b"new")
+    assert [path.read_bytes() for path in tmp_path.iterdir()] == [b"old"]
