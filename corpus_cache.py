@@ -10,6 +10,7 @@ It is written while the text is read, in memory that does not grow with the text
 changed or the file is not whole.
 """
 
+import errno
 import hashlib
 import json
 import mmap
@@ -164,13 +165,18 @@ def read_and_keep(paths, level, limit, path, key):
         store = IdStore(limit, open_file)
         lengths, words = read_texts(paths, level, store.append)
         ids = store.collected()
-        if store.file:
-            about = {"format": CACHE_FORMAT, "version": CACHE_VERSION, "key": key, "type": ids.dtype.name,
-                     "lengths": lengths, "words": words}
-            about = json.dumps(about).encode()
-            about += f"{len(about):{SIZE}}".encode()
-            store.file.write(about + check_ids(ids, about)[0])
-    return ids, lengths, words
+        if store.file is None:
+            return ids, lengths, words
+        about = {"format": CACHE_FORMAT, "version": CACHE_VERSION, "key": key, "type": ids.dtype.name,
+                 "lengths": lengths, "words": words}
+        about = json.dumps(about).encode()
+        about += f"{len(about):{SIZE}}".encode()
+        store.file.write(about + check_ids(ids, about)[0])
+        del ids  # Windows renames no file that is mapped
+    kept = load_cache(path, key)
+    if kept is None:
+        raise OSError(errno.EBUSY, "it was changed at once")
+    return kept
 
 
 def load_cache(path, key):

@@ -15,6 +15,7 @@ import pytest
 from helpers import TINY, read_metrics
 
 import checkpoint
+import data
 import device
 import files
 import generate
@@ -227,3 +228,14 @@ def test_a_program_that_keeps_the_old_file_open_on_windows_is_an_error(tmp_path,
     with open(tmp_path / "m.pt", "rb"), pytest.raises(PermissionError), files.replacing(tmp_path / "m.pt") as file:
         file.write(b"new")
     assert [path.read_bytes() for path in tmp_path.iterdir()] == [b"old"]
+
+
+@pytest.mark.usefixtures("windows")
+def test_a_long_text_has_a_cache_on_windows(tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "CACHE_TOKENS", 100)
+    monkeypatch.setattr(files, "PATIENCE", 0)
+    (tmp_path / "book.txt").write_text("the cat sat\n" * 100)
+    corpora = [data.Corpus(tmp_path / "book.txt") for _ in range(2)]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".book.txt.word.cache", "book.txt"]
+    assert [corpus.cache_error for corpus in corpora] == [None, None]
+    assert corpora[0].train.tolist() == corpora[1].train.tolist() == [0, 1, 2, 3] * 90
