@@ -15,7 +15,6 @@ if __name__ == "__main__":  # before torch, whose import takes seconds
 
 
 import math
-import os
 import sys
 from codecs import BOM_UTF8
 from itertools import chain
@@ -131,7 +130,7 @@ def sample_rows(weights):
 # --- prompts -----------------------------------------------------------------------------------------------------
 
 def read_prompt(args):
-    """Return the prompt that the flags give, a str in which bytes that are no text stay what they are."""
+    """Return the prompt that the flags give: a str, or the bytes of a file."""
     if args.prompt is not None and args.prompt_file is not None:
         raise BadInput("--prompt and --prompt-file: one of them")
     if args.prompt_file is None:
@@ -140,9 +139,9 @@ def read_prompt(args):
         if args.prompt_file == "-":
             if sys.stdin is None:
                 raise BadInput("--prompt-file -: there is no standard input")
-            return os.fsdecode(sys.stdin.buffer.read())
+            return sys.stdin.buffer.read()
         with open(args.prompt_file, "rb") as file:
-            return os.fsdecode(file.read().removeprefix(BOM_UTF8))
+            return file.read().removeprefix(BOM_UTF8)
     except OSError as error:
         raise BadInput(f"--prompt-file {args.prompt_file}: cannot be read: {error.strerror}") from error
 

@@ -34,22 +34,27 @@ SIGNATURES = (  # how a file begins, what it then is, and what to do
 # --- prompts and lines -----------------------------------------------------------------------------------------------
 
 def decode_prompt(text):
-    """Decode a prompt of the command line as UTF-8, whatever the locale is.
+    """Decode a prompt, of the command line or bytes, as UTF-8, whatever the locale is.
 
     Raises BadInput when it is not UTF-8.
     """
     try:
-        return os.fsencode(text).decode("utf-8")
+        return prompt_bytes(text).decode("utf-8")
     except UnicodeEncodeError:  # the locale has no such character, so the text did not come from its command line
         return text
     except UnicodeDecodeError as error:
         raise BadInput("the prompt is not UTF-8 text (a model at byte level takes any bytes)") from error
 
 
+def prompt_bytes(text):
+    """Return the bytes of a prompt, those that a str of the command line stands for."""
+    return text if isinstance(text, bytes) else os.fsencode(text)
+
+
 def tokenize(text, level):
-    """Split a prompt into tokens, at the level of the model; a new line is an <eos>."""
+    """Split a prompt, str or bytes, into tokens, at the level of the model; a new line is an <eos>."""
     if level == "byte":
-        return ["<eos>" if byte == ord("\n") else str(byte) for byte in os.fsencode(text)]
+        return ["<eos>" if byte == ord("\n") else str(byte) for byte in prompt_bytes(text)]
     tokens = []
     *ended, last = split_lines(decode_prompt(text))
     for line in ended:

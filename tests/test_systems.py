@@ -22,6 +22,7 @@ import generate
 import main
 import metrics
 from process import StopSignals, run_script
+from text import tokenize
 
 ROOT = Path(main.__file__).parent
 HIDE = """
@@ -239,3 +240,12 @@ def test_a_long_text_has_a_cache_on_windows(tmp_path, monkeypatch):
     assert sorted(path.name for path in tmp_path.iterdir()) == [".book.txt.word.cache", "book.txt"]
     assert [corpus.cache_error for corpus in corpora] == [None, None]
     assert corpora[0].train.tolist() == corpora[1].train.tolist() == [0, 1, 2, 3] * 90
+
+
+def test_a_prompt_file_in_another_encoding_on_windows(trained, tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "fsdecode", lambda content: content.decode("utf-8", "surrogatepass"))
+    monkeypatch.setattr(os, "fsencode", lambda text: text.encode("utf-8", "surrogatepass"))
+    (tmp_path / "prompt.txt").write_bytes("größe".encode("cp1252"))
+    with pytest.raises(generate.BadInput, match="the prompt is not UTF-8 text"):
+        generate.main(["--no-cuda", "--checkpoint", str(trained), "--prompt-file", str(tmp_path / "prompt.txt")])
+    assert tokenize("größe".encode("cp1252"), "byte") == ["103", "114", "246", "223", "101"]
