@@ -53,6 +53,7 @@ def run_script(main):
     Bad input is one line on stderr and exit status 2, and so is an output that cannot be written. A bug keeps its
     traceback.
     """
+    global began
     if signal.getsignal(signal.SIGINT) is leave:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     for stream in (sys.stdout, sys.stderr):  # a notebook's cannot be reconfigured; without a terminal there are none
@@ -69,6 +70,8 @@ def run_script(main):
         status = INTERRUPTED
     except BrokenPipeError:  # whoever read the output has gone
         status = BROKEN_PIPE
+    finally:
+        began = None  # what a notebook calls later did not begin then
     if status in (2, BROKEN_PIPE):
         abandon(sys.stdout)
         abandon(sys.stderr)

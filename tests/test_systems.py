@@ -21,6 +21,8 @@ import files
 import generate
 import main
 import metrics
+import process
+from budget import Budget
 from process import StopSignals, run_script
 from text import tokenize
 
@@ -249,3 +251,12 @@ def test_a_prompt_file_in_another_encoding_on_windows(trained, tmp_path, monkeyp
     with pytest.raises(generate.BadInput, match="the prompt is not UTF-8 text"):
         generate.main(["--no-cuda", "--checkpoint", str(trained), "--prompt-file", str(tmp_path / "prompt.txt")])
     assert tokenize("größe".encode("cp1252"), "byte") == ["103", "114", "246", "223", "101"]
+
+
+# --- notebooks -------------------------------------------------------------------------------------------------------
+
+def test_a_script_that_has_ended_gives_a_later_call_its_whole_time(monkeypatch):
+    monkeypatch.setattr(process, "began", process.time.monotonic() - 3600)
+    with pytest.raises(SystemExit):
+        run_script(lambda: 0)
+    assert Budget(minutes=1).spent() < 60
