@@ -1,5 +1,6 @@
 """Begin and end a script: streams, signals, exit status. Needs no torch, so that it can come first."""
 
+import builtins
 import os
 import signal
 import sys
@@ -24,6 +25,8 @@ def begin(alone=True):
     began = time.monotonic()
     if alone and int(os.environ.get("WORLD_SIZE", 1)) > 1 and "TORCHELASTIC_RUN_ID" in os.environ:
         refuse_torchrun()
+    if hasattr(builtins, "__IPYTHON__"):  # %run in a notebook, whose process is not to end
+        return
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, leave)
     for name in SAVE:

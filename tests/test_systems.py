@@ -4,6 +4,7 @@ What is hidden here stands for Windows, macOS, notebooks, processes without stre
 other system has run these tests yet (`.github/workflows/test.yml` would).
 """
 
+import builtins
 import os
 import signal
 import subprocess
@@ -260,3 +261,16 @@ def test_a_script_that_has_ended_gives_a_later_call_its_whole_time(monkeypatch):
     with pytest.raises(SystemExit):
         run_script(lambda: 0)
     assert Budget(minutes=1).spent() < 60
+
+
+def test_run_in_a_notebook_leaves_its_signals_alone(monkeypatch):
+    monkeypatch.setattr(builtins, "__IPYTHON__", True, raising=False)
+    monkeypatch.setattr(process, "began", None)
+    numbers = [signal.SIGINT, *(getattr(signal, name) for name in process.SAVE if hasattr(signal, name))]
+    before = [signal.getsignal(number) for number in numbers]
+    try:
+        process.begin()
+        assert [signal.getsignal(number) for number in numbers] == before
+    finally:
+        for number, handler in zip(numbers, before):
+            signal.signal(number, handler)
