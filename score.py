@@ -196,7 +196,7 @@ def format_line(line, scores, per_word, as_json):
     if as_json:
         logprob, ppl = (value if math.isfinite(value) else None for value in (totals.logprob, totals.ppl))
         values = {"logprob": logprob, "tokens": totals.tokens, "unknown": unknown, "ppl": ppl}
-        return json.dumps(values | ({"words": words} if per_word else {}), ensure_ascii=False)
+        return json.dumps(values | ({"words": words} if per_word else {}))  # ASCII: any stream can take it
     row = f"{totals.logprob:.6f}\t{totals.tokens}\t{unknown}\t{totals.ppl:.4f}"
     rows = [f"{word}\t{'nan' if score is None else f'{score:.6f}'}" for word, score in words]
     return "\n".join([row, *rows, ""] if per_word else [row])

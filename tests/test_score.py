@@ -255,3 +255,10 @@ def test_a_pipe_that_stays_open_is_answered_line_by_line(trained):
         assert run.stdout.readline().split("\t")[1] == "3"
     run.communicate()
     assert run.returncode == 0
+
+
+def test_json_is_ascii_so_that_a_console_of_windows_can_take_it():
+    line = stream.Line(1, ["größe", "\U0001f600"], [0, 1], [False, False])
+    formatted = score.format_line(line, [-1.0, -2.0], per_word=True, as_json=True)
+    assert formatted.isascii()
+    assert json.loads(formatted)["words"] == [["größe", -1.0], ["\U0001f600", -2.0]]
