@@ -24,6 +24,12 @@ PENN = {"train": " no it was n't <unk> \n the N cats \n", "valid": " a b \n", "t
 pytestmark = pytest.mark.skipif(not (shutil.which("curl") or shutil.which("wget")), reason="needs curl or wget")
 
 
+@pytest.mark.skipif(not (SCRIPT.parent / ".git").exists() or not shutil.which("git"), reason="no checkout")
+def test_bash_can_read_it_in_a_checkout_on_windows():
+    asked = ["git", "-C", SCRIPT.parent, "check-attr", "eol", "--", "getdata.sh"]
+    assert subprocess.run(asked, capture_output=True, text=True).stdout == "getdata.sh: eol: lf\n"
+
+
 class Quiet(SimpleHTTPRequestHandler):
     def log_message(self, *_):
         pass
