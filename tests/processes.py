@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import sys
 
+import pytest
 import torch
 from helpers import TINY
 from torch.distributed import TCPStore
@@ -13,6 +14,8 @@ import distributed
 import training
 from process import run_script
 
+if "forkserver" not in multiprocessing.get_all_start_methods():
+    pytest.skip("Windows starts no processes in this way", allow_module_level=True)
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(["test_reference", "distributed", "torch._dynamo"])  # what the optimizers import
 LIMIT = 900  # seconds, for processes that hang; beyond distributed.TIMEOUT, after which they say so themselves
