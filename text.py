@@ -23,9 +23,9 @@ BLOCK = 2**22             # bytes read at a time
 LONGEST_WORD = 2**20      # bytes; a longer one is not a word
 IDS = 2**20               # ids handed on at a time
 
+TO_UTF8 = "convert it (iconv -f UTF-16 -t UTF-8; on Windows save it as UTF-8 in Notepad)"
 SIGNATURES = (  # how a file begins, what it then is, and what to do
-    (b"\xff\xfe", "UTF-16", "convert it (iconv -f UTF-16 -t UTF-8)"),
-    (b"\xfe\xff", "UTF-16", "convert it (iconv -f UTF-16 -t UTF-8)"),
+    (b"\xff\xfe", "UTF-16", TO_UTF8), (b"\xfe\xff", "UTF-16", TO_UTF8),
     (b"\x1f\x8b", "a gzip archive", "unpack it (gunzip)"), (b"PK\x03\x04", "a zip archive", "unpack it (unzip)"),
     (b"BZh", "a bzip2 archive", "unpack it (bunzip2)"), (b"\xfd7zXZ", "an xz archive", "unpack it (unxz)"),
 )
