@@ -21,6 +21,7 @@ ROOT = Path(main.__file__).parent
 
 PARSERS = {f"{script.__name__}.py": script.parse_flags
            for script in (main, finetune, pointer, dynamic, score, generate, convert, plot)}
+WRITTEN = r"(?: > |open\(')([^\s']+\.txt)"
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md")),
              *sorted((ROOT / "benchmarks").glob("*.md"))]
 
@@ -53,8 +54,15 @@ def test_whoever_tries_a_page_after_the_readme_is_not_refused(page):
 
 
 def test_no_command_writes_over_the_text_of_a_reader():
-    written = {text for path in DOCUMENTS for line in code_lines(path) for text in re.findall(r" > (\S+\.txt)", line)}
+    written = {text for path in DOCUMENTS for line in code_lines(path) for text in re.findall(WRITTEN, line)}
+    assert "python.txt" in written
     assert not written & set(re.findall(r"--data (\S+\.txt)", (ROOT / "README.md").read_text(encoding="utf-8")))
+
+
+def test_texts_are_written_in_utf_8_on_windows_too():
+    """Its shells make UTF-16 or cp1252 of what is sent to a file."""
+    for path in DOCUMENTS:
+        assert not [line for line in code_lines(path) if re.search(r"^python .*> \S+\.txt", line)], path
 
 
 @pytest.mark.parametrize("name", recipes.RECIPES)
