@@ -81,10 +81,10 @@ class Group:
         start = self.rank * each + min(self.rank, more)
         return slice(start, start + each + (self.rank < more))
 
-    def reduce(self, tensor, how=dist.ReduceOp.SUM):
+    def reduce(self, tensor, how=None):
         """Sum `tensor` over the processes, or reduce it as `how` says, where it lies."""
         with self.exchanging():
-            dist.all_reduce(tensor, how)
+            dist.all_reduce(tensor, dist.ReduceOp.SUM if how is None else how)
         return tensor
 
     def of_first(self, number):
@@ -142,7 +142,7 @@ def in_group(main, train):
 
     Of what goes wrong one process prints the line, and all exit with its status.
     """
-    if not dist.is_torchelastic_launched():
+    if not (dist.is_available() and dist.is_torchelastic_launched()):  # some builds of PyTorch are for one process
         return main
 
     def run():

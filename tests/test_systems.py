@@ -5,6 +5,7 @@ other system has run these tests yet (`.github/workflows/test.yml` would).
 """
 
 import builtins
+import importlib
 import os
 import signal
 import subprocess
@@ -13,11 +14,13 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 from helpers import TINY, read_metrics
 
 import checkpoint
 import data
 import device
+import distributed
 import files
 import generate
 import main
@@ -73,6 +76,16 @@ def test_scripts_run_without_what_only_linux_has(corpus_dir, tmp_path):
         ended = call(script, *flags, before=HIDE)
         assert (ended.returncode, ended.stderr) == (0, ""), script
     assert "peak memory unknown on this system" in ended.stdout
+
+
+def test_a_build_of_pytorch_for_one_process_is_enough(monkeypatch):
+    alone = SimpleNamespace(is_available=lambda: False)
+    monkeypatch.setattr(torch, "distributed", alone)
+    monkeypatch.setitem(sys.modules, "torch.distributed", alone)
+    monkeypatch.delitem(sys.modules, "distributed")
+    fresh = importlib.import_module("distributed")
+    assert fresh.in_group(main.main, None) is main.main
+    monkeypatch.setitem(sys.modules, "distributed", distributed)
 
 
 def test_a_signal_that_the_system_lacks_is_left_out(monkeypatch):
