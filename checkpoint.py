@@ -24,6 +24,7 @@ import torch
 
 from errors import BadInput
 from files import disk_error, replacing
+from flags import command_line
 from model import ARCHITECTURE, DROPOUTS, RNNModel, parameter_shapes
 from optimizers import ASGD
 from run_files import STATES, best_path
@@ -205,20 +206,6 @@ def merge_flags(parse, argv, content, path, names, fixed=FIXED):
             raise BadInput(f"--{name} {changed[name][1]} contradicts {path}, which was trained with {name} "
                            f"{changed[name][0]}")
     return args, changed
-
-
-def command_line(name, value):
-    """Spell the flag `name` with `value` as a command line would.
-
-    Returns [] for a value that no command line can give.
-    """
-    flag = "--" + name.replace("_", "-")
-    if isinstance(value, bool):
-        return [flag if value else flag.replace("--", "--no-", 1)]
-    if isinstance(value, list):
-        numbers = [str(number) for number in value if isinstance(number, (int, float))]
-        return [flag, *numbers] if numbers else []
-    return [f"{flag}={value}"] if isinstance(value, (str, int, float)) else []
 
 
 def check_data(content, path, data):

@@ -32,6 +32,20 @@ def with_dashes(argument):
     return name.replace("_", "-") + equals + value if name.startswith("--") else argument
 
 
+def command_line(name, value):
+    """Spell the flag `name` with `value` as a command line would.
+
+    Returns [] for a value that no command line can give.
+    """
+    flag = "--" + name.replace("_", "-")
+    if isinstance(value, bool):
+        return [flag if value else flag.replace("--", "--no-", 1)]
+    if isinstance(value, list):
+        numbers = [str(number) for number in value if isinstance(number, (int, float))]
+        return [flag, *numbers] if numbers else []
+    return [f"{flag}={value}"] if isinstance(value, (str, int, float)) else []
+
+
 # --- types -----------------------------------------------------------------------------------------------------------
 
 def number(kind, low, below=math.inf, exclusive=False):

@@ -12,7 +12,7 @@ from argparse import Namespace
 
 import torch
 
-from checkpoint import command_line
+from flags import command_line
 from model import ARCHITECTURE, DROPOUTS, RNNModel, parameter_shapes
 from optimizers import make_optimizer
 from steps import choose_pass, train_step
