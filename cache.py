@@ -12,8 +12,6 @@ import math
 
 import torch
 
-from metrics import log
-
 QUERY_ROWS = 256  # predictions scored at once; QUERY_ROWS x (window + QUERY_ROWS) similarities are in memory
 
 
@@ -92,10 +90,3 @@ def mixture_losses(chunks, windows, thetas, lambdasms):
     for outputs, targets, logprob in chunks:
         total = total - cache.mix(outputs, targets, logprob).double().sum(-1).cpu()
     return total / cache.seen
-
-
-def log_idle(kind, windows, **splits):
-    """Log which of `splits`, each (N, 1), are too short for the longest of `windows` to be used."""
-    for name, source in splits.items():
-        if max(windows) >= len(source) - 2:
-            log(f"| {kind} | {name} has {len(source) - 1} words: with --window {max(windows)} the cache never joins")

@@ -29,7 +29,7 @@ from types import NoneType
 import torch
 
 import run_files
-from cache import log_idle, mixture_losses
+from cache import mixture_losses
 from corpus_cache import checksum_of_file
 from device import set_up_device
 from errors import BadInput
@@ -49,7 +49,7 @@ from gradients import gradient_statistics
 from metrics import log, progress_bar, read_metrics
 from model import DROPOUTS, LAYERS
 from process import run_script
-from scoring import load_scored, open_trained, record, report
+from scoring import load_scored, log_idle, open_trained, record, report
 from utils import get_batch, repackage_hidden
 
 FAST_WORDS = 30_000  # of validation, on which --fast searches

@@ -23,14 +23,14 @@ from itertools import product
 import torch
 
 import run_files
-from cache import log_idle, mixture_losses
+from cache import mixture_losses
 from device import set_up_device
 from files import locked
 from flags import CACHE_DEFAULTS, Parser, add_cache_flags, add_data_flags, add_device_flags, positive_int
 from metrics import log
 from model import LAYERS
 from process import run_script
-from scoring import load_scored, open_trained, record, report
+from scoring import load_scored, log_idle, open_trained, record, report
 from utils import get_batch
 
 

@@ -38,6 +38,13 @@ def load_scored(corpus, device):
     return splits
 
 
+def log_idle(kind, windows, **splits):
+    """Log which of `splits`, each (N, 1), are too short for the longest of `windows` to be used."""
+    for name, source in splits.items():
+        if max(windows) >= len(source) - 2:
+            log(f"| {kind} | {name} has {len(source) - 1} words: with --window {max(windows)} the cache never joins")
+
+
 def report(kind, split, setting, loss, seconds, **further):
     """Log the loss of a setting, which is a dict by the names of its flags.
 
