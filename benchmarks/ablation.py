@@ -23,15 +23,15 @@ from pathlib import Path
 from reproduce import ROOT, command, deadline_in, is_done
 from table import rows
 
-sys.path.insert(0, str(ROOT))
-import plot  # noqa: E402  the scripts of the project are no package
-from curves import read_stages  # noqa: E402
-from errors import BadInput  # noqa: E402
-from files import replacing  # noqa: E402
-from flags import Parser, positive_float, positive_int  # noqa: E402
-from metrics import read_metrics  # noqa: E402
-from process import StopSignals, run_script  # noqa: E402
-from run_files import metrics_path  # noqa: E402
+sys.path.insert(0, str(ROOT))  # the scripts of the project are no package
+import plot
+from curves import read_stages
+from errors import BadInput
+from files import replacing
+from flags import Parser, positive_float, positive_int
+from metrics import read_metrics
+from process import StopSignals, run_script
+from run_files import metrics_path
 
 WORDS = 100_000  # of the training text
 SEEDS = (1, 2)

@@ -17,11 +17,11 @@ from pathlib import Path
 
 import numpy
 
-ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))
-from flags import Parser, non_negative_float, positive_int  # noqa: E402  the scripts of the project are no package
-from process import run_script  # noqa: E402
+sys.path.insert(0, str(Path(__file__).parent.parent))  # the scripts of the project are no package
+from flags import Parser, non_negative_float, positive_int
+from process import run_script
 
+ROOT = Path(__file__).parent.parent
 LOADS = {"first": "", "cached": "", "--min-count 3": "Rules(min_count=3)"}
 LOAD = """
 import sys, time

@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 from statistics import median
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
+sys.path.insert(0, str(Path(__file__).parent.parent))  # the scripts of the project are no package
 
 from sample import SPLITS, write_sample
 from scripts import STOPPED, run

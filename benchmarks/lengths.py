@@ -15,12 +15,12 @@ from pathlib import Path
 
 from quality import is_done, records, run
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
-from flags import Parser, positive_float, seed  # noqa: E402  the scripts of the project are no package
-from metrics import loss_metrics  # noqa: E402
-from process import run_script  # noqa: E402
-from run_files import last_path, metrics_path  # noqa: E402
-from sizes import LADDER, embedding_size  # noqa: E402
+sys.path.insert(0, str(Path(__file__).parent.parent))  # the scripts of the project are no package
+from flags import Parser, positive_float, seed
+from metrics import loss_metrics
+from process import run_script
+from run_files import last_path, metrics_path
+from sizes import LADDER, embedding_size
 
 LEVELS = {"char": "", "word": "--min-count 2"}  # and further flags
 SHOWN = ("nlayers", "nhid", "dropout", "wdrop", "batch_size", "lr")  # what the table says of a choice

@@ -16,13 +16,13 @@ from pathlib import Path
 
 import numpy
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
-from data import Corpus  # noqa: E402  the scripts of the project are no package
-from errors import BadInput  # noqa: E402
-from flags import Parser, add_data_flags, add_vocabulary_flags, positive_int  # noqa: E402
-from metrics import format_loss  # noqa: E402
-from process import run_script  # noqa: E402
-from vocabulary import Rules  # noqa: E402
+sys.path.insert(0, str(Path(__file__).parent.parent))  # the scripts of the project are no package
+from data import Corpus
+from errors import BadInput
+from flags import Parser, add_data_flags, add_vocabulary_flags, positive_int
+from metrics import format_loss
+from process import run_script
+from vocabulary import Rules
 
 UNSEEN = -1
 

@@ -17,13 +17,13 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
-from data import Corpus, load_split  # noqa: E402  the scripts of the project are no package
-from errors import BadInput  # noqa: E402
-from files import check_writable  # noqa: E402
-from flags import Parser, positive_int, seed  # noqa: E402
-from metrics import Metrics, describe_run, format_loss, loss_metrics, parse_lines  # noqa: E402
-from process import run_script  # noqa: E402
+sys.path.insert(0, str(Path(__file__).parent.parent))  # the scripts of the project are no package
+from data import Corpus, load_split
+from errors import BadInput
+from files import check_writable
+from flags import Parser, positive_int, seed
+from metrics import Metrics, describe_run, format_loss, loss_metrics, parse_lines
+from process import run_script
 
 LAYERS, HEADS, WIDTH, CONTEXT, BATCH = 4, 4, 128, 64, 12
 LR, LAST_LR, WARM_UP, DECAY, BETAS, CLIP = 1e-3, 1e-4, 100, 0.1, (0.9, 0.99), 1.0

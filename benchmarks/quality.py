@@ -18,13 +18,13 @@ from pathlib import Path
 
 import scripts
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
-import plot  # noqa: E402  the scripts of the project are no package
-from errors import BadInput  # noqa: E402
-from flags import Parser, positive_float, seed  # noqa: E402
-from metrics import read_metrics  # noqa: E402
-from process import run_script  # noqa: E402
-from run_files import last_path, metrics_path  # noqa: E402
+sys.path.insert(0, str(Path(__file__).parent.parent))  # the scripts of the project are no package
+import plot
+from errors import BadInput
+from flags import Parser, positive_float, seed
+from metrics import read_metrics
+from process import run_script
+from run_files import last_path, metrics_path
 
 SIZES = ("model", "nlayers", "nhid", "emsize", "batch_size", "lr", "dropout", "wdrop")  # what the table says of a model
 # What is scored on top of a trained model: the kind of the record, the column of the table, and the grid.

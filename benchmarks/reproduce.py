@@ -22,11 +22,11 @@ from recipes import GRID, RECIPES
 from scripts import ROOT, run
 from table import rows
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
-from flags import Parser, positive_float  # noqa: E402  the scripts of the project are no package
-from metrics import read_metrics  # noqa: E402
-from process import run_script  # noqa: E402
-from run_files import last_path, metrics_path  # noqa: E402
+sys.path.insert(0, str(Path(__file__).parent.parent))  # the scripts of the project are no package
+from flags import Parser, positive_float
+from metrics import read_metrics
+from process import run_script
+from run_files import last_path, metrics_path
 
 # The stages after training, and their scripts.
 SCORES = {"cache": "pointer.py", "grid": "pointer.py", "dynamic": "dynamic.py", "both": "dynamic.py"}

@@ -21,7 +21,7 @@ import numpy
 import torch
 from torch.nn import functional
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
+sys.path.insert(0, str(Path(__file__).parent.parent))  # the scripts of the project are no package
 
 import baseline
 from recipes import RECIPES

@@ -14,12 +14,12 @@ from pathlib import Path
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
-from flags import Parser, positive_int  # noqa: E402  the scripts of the project are no package
-from model import DROPOUTS, RNNModel, layer_sizes  # noqa: E402
-from optimizers import make_optimizer  # noqa: E402
-from process import run_script  # noqa: E402
-from steps import choose_pass, train_step  # noqa: E402
+sys.path.insert(0, str(Path(__file__).parent.parent))  # the scripts of the project are no package
+from flags import Parser, positive_int
+from model import DROPOUTS, RNNModel, layer_sizes
+from optimizers import make_optimizer
+from process import run_script
+from steps import choose_pass, train_step
 
 NTOKEN, T, B = 65, 64, 16
 MODELS = (("LSTM", 64, 256, 2), ("LSTM", 256, 256, 1), ("LSTM", 384, 384, 1), ("LSTM", 512, 512, 1),

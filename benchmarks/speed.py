@@ -24,7 +24,7 @@ import torch
 from torch.nn import functional
 from torch.nn.utils import clip_grad_norm_
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
+sys.path.insert(0, str(Path(__file__).parent.parent))  # the scripts of the project are no package
 
 import baseline
 import recipes

@@ -8,9 +8,9 @@ import sys
 from contextlib import suppress
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
-from metrics import loss_metrics, read_metrics  # noqa: E402  the scripts of the project are no package
-from process import run_script  # noqa: E402
+sys.path.insert(0, str(Path(__file__).parent.parent))  # the scripts of the project are no package
+from metrics import loss_metrics, read_metrics
+from process import run_script
 
 
 def rows(lines):
