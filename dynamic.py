@@ -22,7 +22,6 @@ if __name__ == "__main__":  # before torch, whose import takes seconds
 import math
 import os
 import time
-from contextlib import contextmanager
 from itertools import product
 from types import NoneType
 
@@ -48,6 +47,7 @@ from flags import (
 from gradients import gradient_statistics
 from metrics import log, progress_bar, read_metrics
 from model import DROPOUTS, LAYERS
+from optimizers import restored_weights
 from process import run_script
 from scoring import load_scored, log_idle, open_trained, record, report
 from utils import get_batch, repackage_hidden
@@ -120,17 +120,6 @@ def without_dropout(model):
     return model.train()
 
 
-@contextmanager
-def trained_weights(model):
-    """Yield copies of the parameters, and put their values back in the end, also when the block raises."""
-    trained = [parameter.detach().clone() for parameter in model.parameters()]
-    try:
-        yield trained
-    finally:
-        for parameter, value in zip(model.parameters(), trained):
-            parameter.data.copy_(value)
-
-
 def make_update(model, trained, statistics, lr, lamb, epsilon=None):
     """Make the function that moves the parameters of `model` in place, given their gradients.
 
@@ -195,7 +184,7 @@ def score_split(model, source, split, bptt, statistics, setting, cache):
     `cache` has the windows, thetas and lambdasms of the cache, by these names, or nothing. All their combinations are
     scored in the same pass. Returns their losses, the last of these changing fastest. Raises Diverged.
     """
-    with trained_weights(model) as trained:
+    with restored_weights(model.parameters()) as trained:
         update = make_update(model, trained, statistics, **setting)
         chunks = dynamic_chunks(model, source, bptt, update, split, setting["lr"])
         return mixture_losses(chunks, *(cache or NO_CACHE).values()).flatten().tolist()

@@ -83,6 +83,18 @@ def is_averaging(optimizer):
 
 
 @contextmanager
+def restored_weights(parameters):
+    """Yield copies of the `parameters`, and put their values back in the end, also when the block raises."""
+    parameters = list(parameters)
+    copies = [parameter.detach().clone() for parameter in parameters]
+    try:
+        yield copies
+    finally:
+        for parameter, value in zip(parameters, copies):
+            parameter.data.copy_(value)
+
+
+@contextmanager
 def averaged_weights(optimizer):
     """Let the parameters hold their ASGD averages inside `with averaged_weights(optimizer)`.
 
@@ -91,14 +103,10 @@ def averaged_weights(optimizer):
     averages = {}
     if is_averaging(optimizer):
         averages = {parameter: state["ax"] for parameter, state in optimizer.state.items()}
-    current = {parameter: parameter.detach().clone() for parameter in averages}
-    try:
+    with restored_weights(averages):
         for parameter, average in averages.items():
             parameter.data.copy_(average)
         yield
-    finally:
-        for parameter, value in current.items():
-            parameter.data.copy_(value)
 
 
 def at_plateau(history, nonmono):

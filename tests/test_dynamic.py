@@ -16,6 +16,7 @@ import gradients
 from cache import mixture_losses
 from errors import BadInput
 from model import RNNModel
+from optimizers import restored_weights
 from steps import evaluate
 from utils import batchify, get_batch, repackage_hidden
 
@@ -120,7 +121,7 @@ def test_it_is_the_definition(model, texts, rule, setting):
     statistics = gradients.gradient_rms(model, train, BPTT) if rule == "rms" else None
     (found,) = dynamic.score_split(model, text, "text", BPTT, statistics, setting, {})
     assert found == pytest.approx(loss, abs=1e-12)
-    with dynamic.trained_weights(model) as trained:
+    with restored_weights(model.parameters()) as trained:
         update = dynamic.make_update(model, trained, statistics, **setting)
         for _ in dynamic.dynamic_chunks(model, text, BPTT, update, "text", setting["lr"]):
             pass
@@ -140,7 +141,7 @@ def test_the_cache_on_top_is_its_definition(model, texts):
     """A pass with a grid of caches gives each of them over the outputs of the model as it was then."""
     _, text = texts
     setting = {"lr": 0.1, "lamb": 0.1}
-    with dynamic.trained_weights(model) as trained:
+    with restored_weights(model.parameters()) as trained:
         update = dynamic.make_update(model, trained, None, **setting)
         chunks = list(dynamic.dynamic_chunks(model, text, BPTT, update, "text", 0.1))
     whole = [torch.cat(parts) for parts in zip(*chunks)]
