@@ -42,12 +42,12 @@ def train(run):
     begin(run)
     with StopSignals() as signals:
         unsaved = False
-        while not (is_asked(run, signals)[0] or is_finished(run)):
+        while not (poll_requests(run, signals)[0] or is_finished(run)):
             unsaved = train_epoch(run, signals)
             if unsaved:
                 end_epoch(run)           # validate, keep the best model
                 update_optimizer(run)    # NT-ASGD, --when
-            if unsaved and is_asked(run, signals, is_due(run))[1]:
+            if unsaved and poll_requests(run, signals, is_due(run))[1]:
                 save_state(run)
                 signals.save = unsaved = False
         if unsaved:
@@ -56,12 +56,12 @@ def train(run):
     return report_test(run, run.stop)
 
 
-def is_asked(run, signals, save=False):
+def poll_requests(run, signals, due=False):
     """Return whether to stop and whether to save, as any process of the run is asked to.
 
-    Sets `run.stop` to the signal.
+    `due` says that this process saves anyway. Sets `run.stop` to the signal that ends the run, 0 if there is none.
     """
-    run.stop, failed, save = distributed.agree(signals.stop or 0, bool(log.error), bool(save or signals.save))
+    run.stop, failed, save = distributed.agree(signals.stop or 0, bool(log.error), bool(due or signals.save))
     return bool(run.stop or failed), save
 
 
@@ -87,18 +87,23 @@ def is_due(run):
 
 
 def begin(run):
-    """Open the record of a run and describe the run in the log."""
-    args, progress, model = run.args, run.progress, run.model
+    """Make a run ready for its first batch: the record, the pass, and for fine-tuning a state to resume from."""
     owned = {id(p) for group in run.optimizer.param_groups for p in group["params"]}
-    assert owned == {id(p) for p in model.parameters() if p.requires_grad}, "the optimizer has to own what can learn"
-    resumed = progress.metrics_bytes > 0
+    assert owned == {id(p) for p in run.model.parameters() if p.requires_grad}, "the optimizer owns what can learn"
+    resumed = run.progress.metrics_bytes > 0
     if distributed.is_first():
         open_record(run, resumed)
-    run.forward_backward = distributed.summed(
-        choose_pass(run.model, args.precision, args.alpha, args.beta, args.cuda_graphs))
+    set_pass(run)
     run.saved_at = time.monotonic()
     if run.stage == "finetune" and not resumed:
         save_state(run)  # from the start there is one to resume from, as there is a model
+
+
+def set_pass(run):
+    """Choose how the run does forward and backward, over the columns of all its processes."""
+    args = run.args
+    run.forward_backward = distributed.summed(
+        choose_pass(run.model, args.precision, args.alpha, args.beta, args.cuda_graphs))
 
 
 def open_record(run, resumed):
@@ -120,9 +125,9 @@ def open_record(run, resumed):
 
 
 def train_epoch(run, signals):
-    """Train to the end of the epoch or of the time, or to a signal.
+    """Train to the end of the epoch or of the time, with log lines and states to resume from on the way.
 
-    Writes log lines and states to resume from on the way. Returns whether it was no signal.
+    Returns False where a signal ended it before, with the state saved.
     """
     progress, source = run.progress, run.batches.train
     with progress_bar(len(source), progress.row, "row", f"epoch {progress.epoch + 1}") as bar:
@@ -132,7 +137,7 @@ def train_epoch(run, signals):
             if plan := run.budget.plan(run.epochs()):
                 log(plan)
             due = run.args.save_interval and time.monotonic() > run.saved_at + 60 * run.args.save_interval
-            stop, save = is_asked(run, signals, due)
+            stop, save = poll_requests(run, signals, due)
             if save or stop:
                 save_state(run)
                 signals.save = False
@@ -328,8 +333,7 @@ def dry_run(run):
     Logs what they need and writes nothing. Returns the exit status.
     """
     args, batches = run.args, run.batches
-    run.forward_backward = distributed.summed(
-        choose_pass(run.model, args.precision, args.alpha, args.beta, args.cuda_graphs))
+    set_pass(run)
     for _ in range(3 if args.cuda_graphs else 1):  # the third batch of a length is the first pure replay
         seed_everything(args.seed)
         run.progress = Progress()
