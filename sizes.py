@@ -18,8 +18,9 @@ from optimizers import make_optimizer
 from steps import choose_pass, train_step
 
 LADDER = (64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536)  # units of a layer
-TOKENS_PER_WEIGHT = 2      # a model that sees fewer in the time has not come far; a larger one would have come less far
-OF_THE_TIME = 0.9          # the rest is for reading, validation and test
+TOKENS_PER_WEIGHT = 2      # of the layers; with fewer a smaller model gets further in the time
+OF_THE_TIME = 0.9          # is for training; the rest is for reading, validation and test
+PASSES = 3                 # forward, and backward with twice the products
 WORD_EMSIZE = 400          # the largest embedding of words
 ENOUGH_STEPS = 2000        # of Adam; rather than fewer, each has fewer tokens
 FEWEST_COLUMNS = 4         # of a process
@@ -32,7 +33,7 @@ PROBE_SIZE, PROBE_STEPS = 256, 4  # a model whose steps are timed, and how many 
 
 
 def choose_level(args, given):
-    """Set the level of a text that is one file to characters, of which there are few in every text, unless it is given.
+    """Set the level of a text that is one file to characters, unless it is given: every text has few different ones.
 
     A folder says its level itself.
     """
@@ -52,14 +53,13 @@ def choose_flags(args, given, corpus, device, processes=1):
     if args.optimizer == "adam":
         choose(clip=1.0)
     choose(epochs=MOST_EPOCHS, bptt=64, batch_size=batch_size(tokens))
-    speed = probe(args, min(ntoken, 10_000), device)
-    budget = OF_THE_TIME * 60 * args.minutes * speed  # in products of two numbers
+    budget = OF_THE_TIME * 60 * args.minutes * probe(args, min(ntoken, 10_000), device)  # in multiply-adds
 
     def choose_size():
-        fitting = [size for size in LADDER if is_large_enough(size, args, ntoken, tokens, budget)]
+        fitting = [size for size in LADDER if sees_enough(size, args, ntoken, tokens, budget)]
         choose(nhid=fitting[-1] if fitting else LADDER[0])
         choose(emsize=embedding_size(args.nhid, args.level))
-        return min(budget / weights(args, ntoken) / 3 / tokens, args.epochs)
+        return min(tokens_seen(args, ntoken, budget) / tokens, args.epochs)
 
     epochs = choose_size()
     many = epochs >= MANY_EPOCHS
@@ -74,11 +74,16 @@ def choose_flags(args, given, corpus, device, processes=1):
             choose(batch_size=fewer_columns(args.batch_size, rows, FEWEST_COLUMNS * processes))
 
 
-def is_large_enough(size, args, ntoken, tokens, budget):
+def sees_enough(size, args, ntoken, tokens, budget):
     """Return whether layers of `size` units see enough tokens in the time and in --epochs of a text of `tokens`."""
     sized = Namespace(**{**vars(args), "nhid": size, "emsize": embedding_size(size, args.level)})
-    seen = min(budget / weights(sized, ntoken) / 3, args.epochs * tokens)
+    seen = min(tokens_seen(sized, ntoken, budget), args.epochs * tokens)
     return seen >= TOKENS_PER_WEIGHT * weights(sized, ntoken, recurrent=True)
+
+
+def tokens_seen(args, ntoken, budget):
+    """Return the tokens that a model of these flags is trained on with `budget` multiply-adds."""
+    return budget / weights(args, ntoken) / PASSES
 
 
 def embedding_size(nhid, level):
@@ -111,7 +116,8 @@ def learning_rate(nhid):
 def dropouts(epochs, level):
     """Choose dropouts for a text that is read so many times.
 
-    There are none up to twice. From MANY_EPOCHS on there is weight drop too, and of words ever more is dropped.
+    A text that is read once or twice needs none. From MANY_EPOCHS on there is weight drop too, and of words ever more
+    is dropped.
     """
     if epochs < MANY_EPOCHS:
         p = round(max(0.0, 0.1 * math.log2(max(epochs, 1) / 2)), 2)
@@ -123,7 +129,7 @@ def dropouts(epochs, level):
 
 
 def probe(args, ntoken, device):
-    """Measure the products of two numbers that a training step does in a second, forward, on this machine."""
+    """Measure the multiply-adds that a training step does in a second, forward and backward, on this machine."""
     sizes = {"model": args.model, "emsize": PROBE_SIZE, "nhid": PROBE_SIZE, "nlayers": 1, "tied": True}
     with torch.random.fork_rng(devices=[]):
         model = RNNModel(ntoken, **sizes, **dict.fromkeys(DROPOUTS, 0)).to(device).train()
@@ -136,7 +142,7 @@ def probe(args, ntoken, device):
         hidden, _ = train_step(model, optimizer, forward_backward, tokens, tokens, hidden, 1, 0)
         seconds.append(time.perf_counter() - start)
     shape = Namespace(**sizes)
-    return 3 * tokens.numel() * weights(shape, ntoken) / min(seconds[1:])
+    return PASSES * tokens.numel() * weights(shape, ntoken) / min(seconds[1:])
 
 
 def describe(args, given):
