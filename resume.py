@@ -2,7 +2,6 @@
 
 import filecmp
 import math
-from dataclasses import fields
 from itertools import count
 from pathlib import Path
 
@@ -22,8 +21,8 @@ NOT_RESUMED = {"save", "resume", "cuda", "cuda_graphs", "tensorboard", "dry_run"
 def resume(parse, argv, stage, device):
     """Restore the run that the flag `--resume` names, and return it as a Run.
 
-    `parse` reads the flags from `argv`. They win over the run's own. Raises BadInput when there is no such state.
-    Raises it too when a flag or the corpus contradicts the state.
+    `parse` reads the flags from `argv`. They win over the run's own. Raises BadInput when there is no such state, or
+    a flag or the corpus contradicts it.
     """
     args = parse(argv)
     best = Path(run_files.follow(run_files.best_path(args.resume)))
@@ -100,7 +99,7 @@ def is_unfinished(best, stage):
 
 
 def check_corpus(state, path, corpus, given, saved):
-    """Raise BadInput unless the text is the one of the state; states of before do not say which it was."""
+    """Raise BadInput unless the text is the one of the state; older states do not say which it was."""
     checksum = state.get("corpus")
     if checksum and checksum != corpus.checksum:
         raise BadInput(f"{given} is not the text of {path}, which was {saved}: its checksum is {corpus.checksum[:12]}, "
@@ -146,15 +145,15 @@ def keep_tuned(best):
 def restore_progress(values, hidden):
     """Make Progress of its saved values.
 
-    Raises TypeError or ValueError unless they are what a Progress holds. Its hidden state must have the form of
+    Raises TypeError or ValueError unless they have the types of a fresh Progress, and the hidden state the form of
     `hidden`.
     """
     progress = Progress(**values)
     progress.epoch_rows = progress.epoch_rows or progress.row  # states of earlier versions lack these two
     progress.window_scale = values.get("window_scale", float(progress.window_batches))
-    for entry in fields(Progress):
-        value = getattr(progress, entry.name)
-        if not isinstance(value, entry.type) or (isinstance(value, int) and value < 0):
+    for name, default in vars(Progress()).items():
+        value = getattr(progress, name)
+        if name != "hidden" and (type(value) is not type(default) or (isinstance(value, int) and value < 0)):
             raise ValueError
     if progress.hidden is not None and form(progress.hidden) != form(hidden):
         raise ValueError
