@@ -149,19 +149,15 @@ def read_prompt(args):
 def encode(tokens, dictionary):
     """Look up the ids of a prompt's tokens.
 
-    Unknown tokens become <unk>. An empty prompt becomes <eos>, the start of a line. Raises BadInput for an unknown
-    token when the model knows no <unk>.
+    Unknown tokens become <unk>, with a line on stderr. An empty prompt becomes <eos>, the start of a line. Raises
+    BadInput for an unknown token when the model knows no <unk>.
     """
-    known = dictionary.word2idx
     if not tokens:
-        return [known.get(END, 0)]
-    unknown = [token for token in tokens if token not in known]
-    if unknown and UNKNOWN not in known:
-        raise BadInput(f"--prompt: the model's vocabulary of {len(dictionary)} does not include {unknown[0]!r}, the "
-                       f"first of {len(unknown)} unknown tokens, and has no {UNKNOWN} for them")
-    if unknown:
-        print(f"the prompt has {len(unknown)} unknown of {len(tokens)} tokens, taken as {UNKNOWN}", file=sys.stderr)
-    return [known.get(token, known.get(UNKNOWN)) for token in tokens]
+        return [dictionary.word2idx.get(END, 0)]
+    ids, unknown = dictionary.encode(tokens, "--prompt")
+    if any(unknown):
+        print(f"the prompt has {sum(unknown)} unknown of {len(tokens)} tokens, taken as {UNKNOWN}", file=sys.stderr)
+    return ids
 
 
 # --- the script ------------------------------------------------------------------------------------------------------

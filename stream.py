@@ -8,7 +8,7 @@ from collections import deque, namedtuple
 
 from errors import BadInput
 from text import split_line
-from vocabulary import END, UNKNOWN
+from vocabulary import END
 
 WAIT = 0.05  # seconds that a line waits for others, where they come slowly
 BLOCK = 2**16  # bytes read at a time
@@ -43,7 +43,6 @@ def read_lines(file, dictionary, level, no_eos):
 
     Raises BadInput for one that the model cannot read.
     """
-    known, unknown_id = dictionary.word2idx, dictionary.word2idx.get(UNKNOWN)
     for number, (line, is_ended) in enumerate(split_stream(file, level), 1):
         if number == 1 and level != "byte":
             line = line.removeprefix(BOM_UTF8)
@@ -53,12 +52,7 @@ def read_lines(file, dictionary, level, no_eos):
             raise BadInput(f"line {number} is not UTF-8 text") from error
         if not no_eos and (is_ended or level == "word"):  # else the text just ends
             tokens.append(END)
-        unknown = [token not in known for token in tokens]
-        if unknown_id is None and any(unknown):
-            raise BadInput(f"line {number}: the model's vocabulary of {len(dictionary)} does not include "
-                           f"{tokens[unknown.index(True)]!r}, the first of {sum(unknown)} unknown tokens, and has no "
-                           f"{UNKNOWN} for them")
-        yield Line(number, tokens, [known.get(token, unknown_id) for token in tokens], unknown)
+        yield Line(number, tokens, *dictionary.encode(tokens, f"line {number}"))
 
 
 def weight(item):

@@ -24,6 +24,19 @@ class Dictionary:
     def __len__(self):
         return len(self.idx2word)
 
+    def encode(self, tokens, where):
+        """Return the ids of `tokens`, and for each whether it is unknown and so taken as <unk>.
+
+        Raises BadInput, which begins with `where`, for an unknown token when there is no <unk>.
+        """
+        unknown = [token not in self.word2idx for token in tokens]
+        if any(unknown) and UNKNOWN not in self.word2idx:
+            raise BadInput(f"{where}: the model's vocabulary of {len(self)} does not include "
+                           f"{tokens[unknown.index(True)]!r}, the first of {sum(unknown)} unknown tokens, and has no "
+                           f"{UNKNOWN} for them")
+        unknown_id = self.word2idx.get(UNKNOWN)
+        return [self.word2idx.get(token, unknown_id) for token in tokens], unknown
+
 
 @dataclass(frozen=True)
 class Rules:
