@@ -88,13 +88,13 @@ class PaddedWeights(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, *grads):
         (mask,), (gates, masked, weights) = ctx.saved_tensors, ctx.layout
-        found = []
+        grad_weights = []
         for index, (grad, (shape, dtype)) in enumerate(zip(grads, weights)):
             part = inner(grad, shape, gates)
             if index == masked and mask is not None:
                 part = part * mask.view_as(part)
-            found.append(part.to(dtype).reshape(shape))
-        return None, None, None, None, *found
+            grad_weights.append(part.to(dtype).reshape(shape))
+        return None, None, None, None, *grad_weights
 
 
 def inner(padded, shape, gates):

@@ -145,10 +145,10 @@ if triton is not None:
             grad = tl.load(grad_output + here, inside)
             before = tl.load(states + here, inside)
             total = carried + grad * o  # d loss / d c_t
-            kind = grad_map.dtype.element_ty
-            tl.store(grad_map + there, (total * factor * (1 - z * z)).to(kind), inside)
-            tl.store(grad_map + there + hidden_size, (total * (z - before) * factor * (1 - f)).to(kind), inside)
-            tl.store(grad_map + there + 2 * hidden_size, (grad * c * o * (1 - o)).to(kind), inside)
+            dtype = grad_map.dtype.element_ty
+            tl.store(grad_map + there, (total * factor * (1 - z * z)).to(dtype), inside)
+            tl.store(grad_map + there + hidden_size, (total * (z - before) * factor * (1 - f)).to(dtype), inside)
+            tl.store(grad_map + there + 2 * hidden_size, (grad * c * o * (1 - o)).to(dtype), inside)
             carried = total * (1 - factor)
             c = before
         tl.store(grad_start + column, carried, inside)
