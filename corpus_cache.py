@@ -149,6 +149,14 @@ def count_ids(ids, lengths, types):
     return counts
 
 
+def first_id(ids, wanted, start, stop):
+    """Return the first of `ids` (tokens,) from `start` to `stop` that is `wanted`, a table (V,) of bools."""
+    for block in id_blocks(ids, start, stop):
+        if wanted[block].any():
+            return block[wanted[block].argmax()]
+    raise LookupError("none of these ids is wanted")
+
+
 # --- the cache -------------------------------------------------------------------------------------------------------
 
 def read_and_keep(paths, level, limit, path, key):
@@ -198,8 +206,10 @@ def load_cache(path, key):
             if dtype not in ID_TYPES or sum(lengths) * numpy.dtype(dtype).itemsize != start or min(lengths) < 0:
                 return None
             ids = map_file(file, dtype, sum(lengths))
-        found, low, high = check_ids(ids, about)
-        return (ids, lengths, words) if found == checksum and 0 <= low <= high < len(words) == len(set(words)) else None
+        computed, low, high = check_ids(ids, about)
+        if computed != checksum or low < 0 or high >= len(words) or len(set(words)) < len(words):
+            return None
+        return ids, lengths, words
     except (OSError, ValueError, LookupError, TypeError, RecursionError):
         return None  # it will be made anew
 

@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy
 import torch
 
-from corpus_cache import checksum_of_files, count_ids, id_blocks, load_cache, look_up, read_and_keep
+from corpus_cache import checksum_of_files, count_ids, first_id, load_cache, look_up, read_and_keep
 from errors import BadInput
 from text import LEVELS
 from utils import batchify
@@ -52,7 +52,7 @@ class Corpus:
             raise BadInput(f"{path}: no such file or folder; './getdata.sh NAME' fetches one of the corpora that "
                            "'./getdata.sh --list' names into data/NAME")
         self.has_test = is_folder or len(shares) == len(SPLITS)
-        self.level = level or default_level(path)
+        self.level = level or folder_level(path) or "word"
         rules = rules or Rules()
         if words is None:
             rules.check(self.level)
@@ -103,9 +103,7 @@ class Corpus:
         for split, length, row in zip(SPLITS, lengths, counts):
             self.unknown[split] = int(row[unknown].sum())
             if self.unknown[split] and UNKNOWN not in known:
-                blocks = id_blocks(ids, start, start + length)
-                self.first_unknown[split] = next(tokens[block[unknown[block].argmax()]] for block in blocks
-                                                 if unknown[block].any())
+                self.first_unknown[split] = tokens[first_id(ids, unknown, start, start + length)]
             start += length
 
     def describe(self):
@@ -131,11 +129,6 @@ def load_split(corpus, split, batch_size, device, rows=2):
     except BadInput as error:
         spaces = "; text without spaces between its words needs --level char" if corpus.level == "word" else ""
         raise BadInput(f"{corpus.path}, {split}: {error}{spaces}") from error
-
-
-def default_level(path):
-    """Return the level that the folder `path` says it is made for, else "word"."""
-    return folder_level(path) or "word"
 
 
 def folder_level(path):
