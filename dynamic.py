@@ -269,9 +269,10 @@ def score(argv, device):
     best = settings[0] | {name: values[0] for name, values in cache.items()}
     if len(settings) > 1 or any(len(values) > 1 for values in cache.values()):
         part = splits["valid"][:FAST_WORDS + 1] if args.fast else splits["valid"]
-        found = [scored for setting in settings
-                 for scored in scores.score("dynamic-grid", "valid", part, setting, cache, may_diverge=True)]
-        loss, best = min(found, key=lambda scored: scored[0])
+        scored = []
+        for setting in settings:
+            scored += scores.score("dynamic-grid", "valid", part, setting, cache, may_diverge=True)
+        loss, best = min(scored, key=lambda pair: pair[0])
         if loss == math.inf:
             raise BadInput("no setting of the grid has a finite loss; a smaller --lr may do")
     setting, cache = {name: best[name] for name in names}, {name: [best[name]] for name in cache}

@@ -185,12 +185,13 @@ def write_texts(file, prompt, steps, batch_size, dictionary, level):
 
     A single text is written as it comes.
     """
-    texts = zip(*steps) if batch_size > 1 else [(tokens[0] for tokens in steps)]
+    only = (tokens[0] for tokens in steps)  # each token is sampled when it is written
+    texts = [only] if batch_size == 1 else zip(*steps)
     for place, text in enumerate(texts):
         if place:
             file.write("\n" if level == "word" else "\n\n")  # only words already end in a new line
-        file.writelines(detokenize(chain(prompt, (dictionary.idx2word[token] for token in text if token is not None)),
-                                   level))
+        words = (dictionary.idx2word[token] for token in text if token is not None)
+        file.writelines(detokenize(chain(prompt, words), level))
 
 
 def check_output(path, model):

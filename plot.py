@@ -218,12 +218,15 @@ def stage_events(stage, x, metric):
     places = stage.positions(x)
     if stage.name == "finetune":
         first = min(places)
-        place, loss = (places[first], stage.epochs[first].valid) if stage.loaded is None else (
-            stage.start[x], stage.loaded)
-        yield "finetune", *[(place, value_of(loss, metric))] * 2
+        if stage.loaded is None:
+            point = places[first], value_of(stage.epochs[first].valid, metric)
+        else:
+            point = stage.start[x], value_of(stage.loaded, metric)
+        yield "finetune", point, point
     for number, kinds in sorted(stage.events.items()):
-        for kind in sorted(kinds) if number in places else ():
-            yield kind, *[(places[number], value_of(stage.epochs[number].valid, metric))] * 2
+        if number in places:
+            point = places[number], value_of(stage.epochs[number].valid, metric)
+            yield from ((kind, point, point) for kind in sorted(kinds))
 
 
 def stage_scores(stage, x, metric):

@@ -86,7 +86,7 @@ def logprobs(model, columns, hidden, pad, cache=None):
     lengths = [len(ids) - 1 for ids in columns]
     widest = max(len(model.decoder.bias), *(4 * rnn.hidden_size for rnn in model.rnns))
     steps = max(1, LOGITS // (len(columns) * widest))
-    device, found = model.decoder.bias.device, [[] for _ in columns]
+    device, logprobs_of = model.decoder.bias.device, [[] for _ in columns]
     for start in range(0, max(lengths), steps):
         stop = min(start + steps, max(lengths)) + 1
         piece = [ids[start:stop] + [pad] * (stop - start - len(ids[start:stop])) for ids in columns]
@@ -97,8 +97,8 @@ def logprobs(model, columns, hidden, pad, cache=None):
             scores = cache.mix(raw.squeeze(1), piece[1:, 0], scores.squeeze(1)).view(-1, 1)
         scores = scores.double().t().tolist()
         for column, length in enumerate(lengths):
-            found[column] += scores[column][:max(0, length - start)]
-    return found, hidden
+            logprobs_of[column] += scores[column][:max(0, length - start)]
+    return logprobs_of, hidden
 
 
 class Scorer:
@@ -116,13 +116,13 @@ class Scorer:
         """Return the log-probabilities of the tokens of each line; that of a text's first token is None."""
         if self.carry:
             return self.go_on(lines)
-        found = [[] for _ in lines]
+        logprobs_of = [[] for _ in lines]
         for group in groups([len(line.ids) for line in lines], self.batch_size):
             columns = [[self.start, *lines[i].ids] for i in group]
             scores, _ = logprobs(self.model, columns, self.model.init_hidden(len(group)), self.start)
             for i, score in zip(group, scores):
-                found[i] = score
-        return found
+                logprobs_of[i] = score
+        return logprobs_of
 
     def go_on(self, lines):
         """Score the next lines of the text."""
@@ -142,8 +142,8 @@ def groups(lengths, size):
 
     Lines without a token are left out.
     """
-    group = []
-    for i in sorted(filter(lengths.__getitem__, range(len(lengths))), key=lengths.__getitem__):
+    group, written = [], [i for i, length in enumerate(lengths) if length]
+    for i in sorted(written, key=lambda i: lengths[i]):
         if len(group) == size or (group and lengths[i] > 2 * lengths[group[0]] + 8):
             yield group
             group = []
