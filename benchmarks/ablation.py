@@ -20,6 +20,7 @@ from collections import namedtuple
 from contextlib import suppress
 from pathlib import Path
 
+from records import is_end, records
 from reproduce import ROOT, command, deadline_in, is_done
 from table import rows
 
@@ -29,7 +30,7 @@ from curves import read_stages
 from errors import BadInput
 from files import replacing
 from flags import Parser, positive_float, positive_int
-from metrics import read_metrics
+from metrics import loss_metrics
 from process import StopSignals, run_script
 from run_files import metrics_path
 
@@ -205,9 +206,8 @@ def read_scores(folder):
     for name in ABLATION:
         run, stage = source(name)
         for seed in SEEDS:
-            path = record_path(folder, run, seed)
-            lines = read_metrics(path) if path.exists() else []
-            lines = [line for line in lines if line["kind"] != "test" or line["finished"]]
+            lines = records(record_path(folder, run, seed))
+            lines = [line for line in lines if line["kind"] != "test" or is_end(line)]
             stages = {stage: (valid, test) for stage, _, valid, test, _ in rows(lines)}
             if stage in stages:
                 scores.setdefault(name, {})[seed] = stages[stage]
@@ -280,7 +280,7 @@ def draw(folder, out):
     bars.set_axisbelow(True)
     bars.legend(fontsize="small")
     best = min(loss.valid for stages in runs.values() for stage in stages for loss in stage.epochs.values())
-    low = plot.loss_metrics(best)["ppl"]
+    low = loss_metrics(best)["ppl"]
     curves.set_title(f"Validation and training, seed {seed}")
     plot.draw_runs(curves, runs, "epochs", "ppl", log_axis=False, y_range=(0.9 * low, 1.6 * low))
     with replacing(out) as file:

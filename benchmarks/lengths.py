@@ -13,7 +13,8 @@ import sys
 from itertools import product
 from pathlib import Path
 
-from quality import is_done, records, run
+from records import is_done, records
+from scripts import run_whole
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # the scripts of the project are no package
 from flags import Parser, positive_float, seed
@@ -55,7 +56,7 @@ def train(data, level, minutes, number, folder, which=""):
     if is_done(metrics_path(save)):
         return metrics_path(save)
     if last_path(save).exists():
-        run("main.py", "--resume", save)
+        run_whole("main.py", "--resume", save)
         return metrics_path(save)
     flags = ["--level", level, *LEVELS[level].split()]
     if which:
@@ -63,7 +64,7 @@ def train(data, level, minutes, number, folder, which=""):
         if size is None:
             return None
         flags += ["--nhid", size, "--emsize", embedding_size(size, level)]
-    run("main.py", "--data", data, *flags, "--minutes", f"{minutes:g}", "--seed", number, "--save", save)
+    run_whole("main.py", "--data", data, *flags, "--minutes", f"{minutes:g}", "--seed", number, "--save", save)
     return metrics_path(save)
 
 

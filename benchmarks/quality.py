@@ -16,13 +16,12 @@ import sys
 from itertools import chain
 from pathlib import Path
 
-import scripts
+from records import is_done, records
+from scripts import run_whole
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # the scripts of the project are no package
 import plot
-from errors import BadInput
 from flags import Parser, positive_float, seed
-from metrics import read_metrics
 from process import run_script
 from run_files import last_path, metrics_path
 
@@ -45,30 +44,11 @@ def parse_flags():
     return parser.parse_args()
 
 
-def run(*arguments):
-    """Run a script of the project; raises BadInput when it fails, and ends as it does when it is told to stop."""
-    status = scripts.run(arguments)
-    if status in scripts.STOPPED:
-        sys.exit(status)
-    if status:
-        raise BadInput(f"{arguments[0]}: failed with status {status}, see above")
-
-
-def records(path, kind):
-    """Return the records of a kind in the metrics file at `path`; none where there is no file."""
-    return [line for line in read_metrics(path) if line["kind"] == kind] if path.exists() else []
-
-
-def is_done(path):
-    """Return whether the record at `path` is that of a run that came to its end."""
-    return any(line["finished"] for line in records(path, "test"))
-
-
 def train_peer(data, folder):
     """Train the peer unless it is there. Returns its seconds and the path of its record."""
     path = folder / "peer.metrics.jsonl"
     if not is_done(path):
-        run("benchmarks/peer.py", "--data", data, "--save", path)
+        run_whole("benchmarks/peer.py", "--data", data, "--save", path)
     return sum(line["seconds"] for line in records(path, "epoch")), path
 
 
@@ -78,11 +58,11 @@ def train(data, folder, budget, seconds, number, flags):
     if is_done(metrics_path(save)):
         return save
     if last_path(save).exists():
-        run("main.py", "--resume", save)
+        run_whole("main.py", "--resume", save)
     else:
         minutes = f"{budget * seconds / 60:.3f}"
-        run("main.py", "--data", data, "--shares", 90, 10, "--minutes", minutes, "--seed", number, "--save", save,
-            *flags)
+        run_whole("main.py", "--data", data, "--shares", 90, 10, "--minutes", minutes, "--seed", number,
+                  "--save", save, *flags)
     return save
 
 
@@ -90,7 +70,7 @@ def score_on_top(save):
     """Score the model at `save` in the ways of ON_TOP that its record does not have."""
     for kind, (_, grid) in ON_TOP.items():
         if scored(metrics_path(save), kind) is None:
-            run(f"{kind}.py", "--save", save, *grid.split())
+            run_whole(f"{kind}.py", "--save", save, *grid.split())
 
 
 def scored(path, kind):

@@ -19,12 +19,12 @@ from itertools import zip_longest
 from pathlib import Path
 
 from recipes import GRID, RECIPES
+from records import is_end, records
 from scripts import ROOT, run
 from table import rows
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # the scripts of the project are no package
 from flags import Parser, positive_float
-from metrics import read_metrics
 from process import run_script
 from run_files import last_path, metrics_path
 
@@ -33,17 +33,16 @@ SCORES = {"cache": "pointer.py", "grid": "pointer.py", "dynamic": "dynamic.py", 
 MARGIN = 20  # seconds, at most a quarter of the time, that scripts get to finish a batch and write their state
 
 
-def records(save):
+def records_of(save):
     """Read the record of the run whose best model is at `save`; empty before there is one."""
-    path = ROOT / metrics_path(save)
-    return read_metrics(path) if path.exists() else []
+    return records(ROOT / metrics_path(save))
 
 
 def is_done(stage, folder):
     """Return whether a stage has come to its end."""
-    lines = records(folder / f"{stage if stage in ('train', 'finetune') else 'finetune'}.pt")
+    lines = records_of(folder / f"{stage if stage in ('train', 'finetune') else 'finetune'}.pt")
     if stage in ("train", "finetune"):
-        return any(line["kind"] == "test" and line["finished"] for line in lines)
+        return any(map(is_end, lines))
     if stage == "grid":
         return any(line["kind"] == "grid" for line in lines)
     return bool(scored(lines, stage))
@@ -84,17 +83,16 @@ def finish(arguments, deadline):
 def row(name, folder):
     """Format the row for a table of results: figures of each stage beside the published ones."""
     recipe, cells = RECIPES[name], []
-    lines, tuned = records(folder / "train.pt"), records(folder / "finetune.pt")
-    for stage in (lines, tuned):
-        for line in stage:
-            if line["kind"] == "test" and line["finished"]:
-                bpc, ppl = (line.get(name, math.nan) for name in ("bpc", "ppl"))  # NaN without a test split
-                words = f"{math.exp(line['valid_loss']):.2f} / {ppl:.2f}"
-                cells.append(f"{bpc:.3f} bpc" if "bpc" in "".join(recipe["published"]) else words)
+    lines, tuned = records_of(folder / "train.pt"), records_of(folder / "finetune.pt")
+    ends = list(filter(is_end, [*lines, *tuned]))
+    for line in ends:
+        bpc, ppl = (line.get(name, math.nan) for name in ("bpc", "ppl"))  # NaN without a test split
+        words = f"{math.exp(line['valid_loss']):.2f} / {ppl:.2f}"
+        cells.append(f"{bpc:.3f} bpc" if "bpc" in "".join(recipe["published"]) else words)
     for stage in ("cache", "dynamic", "both"):
         cells += [f"{valid:.2f} / {test:.2f}" for valid, test in scored(tuned, stage)]
     begun = next(line for line in lines if line["kind"] == "run")
-    minutes = sum(line["seconds"] for line in [*lines, *tuned] if line["kind"] == "test" and line["finished"]) / 60
+    minutes = sum(line["seconds"] for line in ends) / 60
     published = [*recipe["published"][:3], "", *recipe["published"][3:]]  # none for the grid
     pairs = [f"{cell} ({there})" if there else cell for cell, there in zip_longest(cells, published[:len(cells)])]
     return " | ".join(["", name, *pairs, f"seed {begun['seed']}", f"commit {(begun['commit'] or 'unknown')[:7]}",

@@ -7,6 +7,9 @@ import sys
 import time
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).parent.parent))  # the scripts of the project are no package
+from errors import BadInput
+
 ROOT = Path(__file__).parent.parent
 GRACE = 60  # seconds that a script gets to end by itself after Ctrl-C, which tests the best model
 STOPPED = [128 + number for number in (signal.SIGINT, signal.SIGTERM)]  # exit statuses of a script that was told to end
@@ -38,3 +41,12 @@ def run(arguments, deadline=None, folder=None):
     finally:
         signal.signal(signal.SIGTERM, previous)
     return status if status >= 0 else 128 - status
+
+
+def run_whole(*arguments):
+    """Run a script to its end; raises BadInput when it fails, and ends as it does when it is told to stop."""
+    status = run(arguments)
+    if status in STOPPED:
+        sys.exit(status)
+    if status:
+        raise BadInput(f"{arguments[0]}: failed with status {status}, see above")

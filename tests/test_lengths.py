@@ -40,7 +40,7 @@ class Runs:
 def make(tmp_path, monkeypatch, capsys):
     """Run the script; returns the commands that it ran and the lines that it printed."""
     runs = Runs()
-    monkeypatch.setattr(lengths, "run", runs)
+    monkeypatch.setattr(lengths, "run_whole", runs)
 
     def call(*flags, data=("book.txt",)):
         monkeypatch.setattr(sys, "argv", ["lengths.py", "--data", *data, "--folder", str(tmp_path / "l"), *flags])

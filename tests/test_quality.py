@@ -4,6 +4,7 @@ import sys
 
 import pytest
 import quality
+import scripts
 
 import dynamic
 import plot
@@ -63,7 +64,7 @@ class Runs:
 @pytest.fixture
 def runs(monkeypatch):
     runs = Runs()
-    monkeypatch.setattr(quality, "run", runs)
+    monkeypatch.setattr(quality, "run_whole", runs)
     return runs
 
 
@@ -225,12 +226,12 @@ def test_bad_flags_end_in_a_line_and_status_2(monkeypatch, capsys, flags):
 
 @pytest.mark.parametrize("status", [2, 137], ids=["bad input", "no memory"])
 def test_a_script_that_fails_is_named(monkeypatch, status):
-    monkeypatch.setattr(quality.scripts, "run", lambda _: status)
+    monkeypatch.setattr(scripts, "run", lambda _: status)
     with pytest.raises(BadInput, match=rf"main\.py: failed with status {status}"):
-        quality.run("main.py", "--data", "book.txt")
+        scripts.run_whole("main.py", "--data", "book.txt")
 
 
 def test_a_script_that_is_stopped_is_none_that_fails(monkeypatch):
-    monkeypatch.setattr(quality.scripts, "run", lambda _: 143)
+    monkeypatch.setattr(scripts, "run", lambda _: 143)
     with pytest.raises(SystemExit, match="143"):
-        quality.run("main.py", "--data", "book.txt")
+        scripts.run_whole("main.py", "--data", "book.txt")
