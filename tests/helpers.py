@@ -60,6 +60,11 @@ def leaves(nested):
     return found
 
 
+def files(folder):
+    """What every file below a folder holds, by path."""
+    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
 def weights(path):
     return checkpoint.load(path)["model"]
 

@@ -1,6 +1,5 @@
 """Bad input ends with one clear line on stderr and exit status 2, and changes no file."""
 
-import hashlib
 import os
 import shutil
 import subprocess
@@ -9,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import files
 
 import dynamic
 import finetune
@@ -41,10 +41,6 @@ def run(monkeypatch, capsys):
         printed = capsys.readouterr()
         return end.value.code or 0, printed.out, printed.err
     return call
-
-
-def files(folder):
-    return {path: hashlib.md5(path.read_bytes()).hexdigest() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
 def refused(run, folder, script, *arguments):

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import files
 from torch import nn
 
 import checkpoint
@@ -26,10 +27,6 @@ TOLERANCE = 1e-5
 @pytest.fixture
 def run(run_converter):
     return run_converter
-
-
-def files(folder):
-    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def refused(run, *arguments, memory=None):

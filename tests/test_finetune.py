@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers import read_metrics
+from helpers import read_metrics, tune
 
 import checkpoint
 import finetune
@@ -13,10 +13,6 @@ import run_files
 def trained(train, tmp_path):
     train(tmp_path / "m.pt", "--epochs", "2", "--dropouth", "0.11", "--wdrop", "0.22", "--lr", "20")
     return tmp_path / "m.pt"
-
-
-def tune(corpus_dir, *flags):
-    return finetune.main(["--no-cuda", "--data", str(corpus_dir), *map(str, flags)])
 
 
 def test_in_place_with_every_flag_inherited(trained, corpus_dir):

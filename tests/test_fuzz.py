@@ -13,6 +13,7 @@ import sys
 
 import pytest
 import torch
+from helpers import files
 
 import dynamic
 import finetune
@@ -71,10 +72,6 @@ def restore(folder):
     for path in folder.iterdir():
         shutil.rmtree(path) if path.is_dir() else path.unlink()
     shutil.copytree(folder.parent / "good", folder, dirs_exist_ok=True)
-
-
-def files(folder):
-    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def damaged(chance, content):

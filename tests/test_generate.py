@@ -21,12 +21,6 @@ def model():
     return model
 
 
-@pytest.fixture
-def trained(train, tmp_path):
-    train(tmp_path / "m.pt", "--epochs", "1")
-    return tmp_path / "m.pt"
-
-
 def distribution(model, context):
     model.eval()
     with torch.no_grad():

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_convert import CORPUS, FOREIGN, ITOS, ORIGINAL, files, refused
+from helpers import files
+from test_convert import CORPUS, FOREIGN, ITOS, ORIGINAL, refused
 from test_fuzz import Payload, damaged
 
 import checkpoint
