@@ -30,7 +30,8 @@ from gpu_parts import (
     run_tests,
     variants,
 )
-from speed import PARTS, machine
+from speed import PARTS
+from timing import machine
 
 from errors import BadInput
 from files import check_writable

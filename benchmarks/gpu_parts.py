@@ -16,13 +16,12 @@ from speed import (
     NO_REGULARISATION,
     RECIPES,
     flags_of,
-    medians,
     our_model,
     our_step,
     plain_step,
-    seconds,
     step_in_parts,
 )
+from timing import medians, seconds
 from torch.profiler import ProfilerActivity, profile
 
 from device import allow_tf32, tf32

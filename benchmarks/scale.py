@@ -21,6 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 sys.path.insert(0, str(Path(__file__).parent.parent))  # the scripts of the project are no package
 
 import speed
+from timing import machine
 
 import distributed
 import locked_dropout
@@ -141,10 +142,10 @@ def worker(rank, port, args):
         distributed.group.reduce = reduce
         results[recipe] = measure(recipe, args.repetitions)
     if rank == 0:
-        print(", ".join(f"{name} {value}" for name, value in speed.machine().items() if name != "threads"))
+        print(", ".join(f"{name} {value}" for name, value in machine().items() if name != "threads"))
         print("\n".join(table(results, args.processes)))
         if args.json:
-            content = {**speed.machine(), "processes": args.processes, "results": results}
+            content = {**machine(), "processes": args.processes, "results": results}
             Path(args.json).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 

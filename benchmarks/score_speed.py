@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))  # the scripts of the proj
 
 import baseline
 from recipes import RECIPES
-from speed import as_pytorch, as_shipped, machine, medians, peaks, seconds
+from timing import as_pytorch, as_shipped, machine, medians, multiply_adds, peaks, seconds
 
 import main
 import score
@@ -104,9 +104,8 @@ def measure(recipe, lines, few, repetitions, peak):
         assert numpy.allclose(written, candidates[name](), rtol=1e-5, atol=1e-4)
     times = medians(candidates, repetitions, seconds)
     rates = {name: (len(lines) if name == "score.py" else few) / time for name, time in times.items()}
-    weights = sum(p.numel() for p in model.parameters() if p.dim() == 2)
     tokens = sum(len(line.split()) + 1 for line in lines)
-    return rates | {"floor": len(lines) * peak / (2 * weights * tokens)}
+    return rates | {"floor": len(lines) * peak / (2 * multiply_adds(model) * tokens)}
 
 
 def run():

@@ -9,10 +9,10 @@ turns; the medians count. A step can be below the floor, since PyTorch's LSTM pa
 
 import statistics
 import sys
-import time
 from pathlib import Path
 
 import torch
+from timing import seconds
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # the scripts of the project are no package
 from flags import Parser, positive_int
@@ -53,12 +53,6 @@ def make_floor(model, emsize, nhid, nlayers):
                 x_t @ weight.t(), grad_t @ weight
             grad.flatten(0, 1).t() @ x.flatten(0, 1)
     return products
-
-
-def seconds(function):
-    start = time.perf_counter()
-    function()
-    return time.perf_counter() - start
 
 
 def main():

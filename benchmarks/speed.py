@@ -11,12 +11,9 @@ time. Text is random: its words do not matter.
 """
 
 import json
-import platform
 import statistics
-import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 import numpy
@@ -28,89 +25,27 @@ sys.path.insert(0, str(Path(__file__).parent.parent))  # the scripts of the proj
 
 import baseline
 import recipes
+from timing import as_pytorch, as_shipped, clock, machine, medians, multiply_adds, peaks
 
 import cache
 import generate
 import main
 import steps
 from data import Corpus
-from device import LARGEST_KEPT, cpuinfo, has_bf16, keep_memory, use_onednn
+from device import has_bf16
 from files import check_writable
 from flags import Parser, positive_int
 from model import ARCHITECTURE, DROPOUTS, RNNModel
 from optimizers import make_optimizer
 from process import run_script
-from products import aligned, packs_bf16
+from products import packs_bf16
 from steps import choose_pass
 
 VOCABULARY = {"ptb-lstm": 10_000, "ptb-qrnn": 10_000, "wt2-lstm": 33_278, "ptbc": 50, "wt103-qrnn": 267_735}
 RECIPES = {name: (ntoken, recipes.RECIPES[name]["train"]) for name, ntoken in VOCABULARY.items()}  # and flags
 ON_A_CPU = ("ptb-lstm", "ptb-qrnn", "wt2-lstm", "ptbc")
-GLIBC_KEEPS = 2 * LARGEST_KEPT  # bytes freed: the most that glibc comes to by itself
 PARTS = ("embedding", "recurrence", "softmax", "optimizer")
 NO_REGULARISATION = dict.fromkeys((*DROPOUTS, "alpha", "beta", "wdecay", "clip"), 0)
-
-
-def clock():
-    """Return the seconds of a clock, read when all that was given to a GPU is done."""
-    if torch.cuda.is_initialized():
-        torch.cuda.synchronize()
-    return time.perf_counter()
-
-
-def seconds(function):
-    start = clock()
-    function()
-    return clock() - start
-
-
-def warm_seconds(function):
-    """Time the second of two calls, in seconds: the first finds the memory as another candidate left it."""
-    function()
-    return seconds(function)
-
-
-def medians(candidates, repetitions, timed=warm_seconds):
-    """Time each of `candidates` (name: function): median seconds over turns, after one to warm up."""
-    for function in candidates.values():
-        function()
-    turns = [{name: timed(function) for name, function in candidates.items()} for _ in range(repetitions)]
-    return {name: statistics.median(turn[name] for turn in turns) for name in candidates}
-
-
-def as_shipped(function):
-    """Return the function with products and memory as the toolkit sets them up."""
-    def call():
-        use_onednn()
-        keep_memory()
-        return function()
-    return call
-
-
-def as_pytorch(function):
-    """Return the function with PyTorch as it comes."""
-    def call():
-        torch.set_float32_matmul_precision("highest")
-        keep_memory(GLIBC_KEEPS)
-        return function()
-    return call
-
-
-def peaks(repetitions):
-    """Measure FLOP/s of the LSTM's product, 1400 words through 4 x 1150 gates, 20 times, in fp32 and in bf16."""
-    candidates = {}
-    for precision in (torch.float32, torch.bfloat16):
-        plain = torch.randn(1400, 1150).to(precision), torch.randn(4600, 1150).to(precision)
-        layouts = {"plain": plain}
-        if precision == torch.bfloat16:
-            layouts["aligned"] = [aligned(part, precision) for part in plain]
-        for layout, (words, weight) in layouts.items():
-            for setting in (as_shipped, as_pytorch):
-                candidates[precision, layout, setting] = setting(
-                    lambda words=words, weight=weight: [words @ weight.t() for _ in range(20)])
-    found = medians(candidates, repetitions)
-    return {name: 20 * 2 * 1400 * 1150 * 4600 / min(time for (dtype, *_), time in found.items() if dtype == precision)
-            for name, precision in (("fp32", torch.float32), ("bf16", torch.bfloat16))}
 
 
 def flags_of(recipe, **changes):
@@ -198,8 +133,7 @@ def measure_recipe(recipe, peak, repetitions):
         candidates["bf16"] = as_shipped(our_step(recipe, words, targets, precision="bf16"))
     times = medians(candidates, repetitions)
     model = our_model(recipe, args)
-    weights = sum(p.numel() for p in model.parameters() if p.dim() == 2)
-    times |= {f"floor {precision}": 6 * weights * tokens / peak[precision] for precision in precisions}
+    times |= {f"floor {precision}": 6 * multiply_adds(model) * tokens / peak[precision] for precision in precisions}
     shares = {precision: as_shipped(lambda p=precision: step_in_parts(recipe, words, targets, p, repetitions))()
               for precision in precisions}
     return {"unit": "tokens/s", "rate": {name: tokens / time for name, time in times.items()}, "shares": shares}
@@ -212,8 +146,7 @@ def measure_evaluation(peak, repetitions):
     plain, ours = baseline.PlainModel(ntoken, args), our_model("ptb-lstm", args)
     times = medians({"baseline": as_pytorch(lambda: steps.evaluate(plain, source, args.bptt)),
                      "fp32": as_shipped(lambda: steps.evaluate(ours, source, args.bptt))}, repetitions)
-    weights = sum(p.numel() for p in ours.parameters() if p.dim() == 2)
-    times["floor fp32"] = 2 * weights * tokens / peak["fp32"]
+    times["floor fp32"] = 2 * multiply_adds(ours) * tokens / peak["fp32"]
     return {"unit": "tokens/s", "rate": {name: tokens / time for name, time in times.items()}}
 
 
@@ -280,17 +213,6 @@ def measure_generation(repetitions):
             words[name + suffix] = length * batch_size
     times = medians(candidates, repetitions)
     return {"unit": "words/s", "rate": {name: words[name] / time for name, time in times.items()}}
-
-
-def machine():
-    model = next((line.split(":")[1].strip() for line in cpuinfo().splitlines() if line.startswith("model name")),
-                 platform.processor())
-    try:
-        commit = subprocess.run(["git", "describe", "--always", "--dirty", "--exclude=*"], cwd=Path(__file__).parent,
-                                capture_output=True, text=True, check=False).stdout.strip()
-    except OSError:
-        commit = None  # no git
-    return {"cpu": model, "threads": torch.get_num_threads(), "torch": torch.__version__, "commit": commit}
 
 
 COLUMNS = ("baseline", "baseline, set up", "no regularisation", "fp32", "bf16", "fp32, --batch 100",
