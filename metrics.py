@@ -166,10 +166,10 @@ def open_board(folder, stage, step):
 # --- the file --------------------------------------------------------------------------------------------------------
 
 class Metrics:
-    """Add lines to the metrics file at `path`, each on a line of its own whatever an editor or a crash left there.
+    """Add lines to the metrics file at `path`. A last line without its end, left by a crash or an editor, gets one.
 
-    Given `keep`, what a run that is resumed at `stage` wrote beyond so many bytes is dropped first, if nothing else
-    stands there and the cut is at the end of a line.
+    Given `keep`, the file is cut to so many bytes first: a run that is resumed at `stage` writes again what came after
+    them. Nothing is cut where lines of another run or of a score would be lost, or a line would be cut in two.
     """
 
     OF_A_RUN = ("batch", "epoch", "switch", "decay", "test")  # kinds that are written again when a run goes on
@@ -251,16 +251,20 @@ def read_metrics(path):
     return records
 
 
+def git_commit(digits=40):
+    """Return the commit that runs, with "-dirty" where files differ; None outside of a checkout, or without git."""
+    try:
+        return subprocess.run(["git", "describe", "--always", "--dirty", f"--abbrev={digits}", "--exclude=*"],
+                              cwd=Path(__file__).parent, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
 def describe_run(flags, parameters, device):
     """Collect what is needed to repeat a run: flags, versions, device, commit."""
-    try:
-        commit = subprocess.run(["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
-                                cwd=Path(__file__).parent, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        commit = None  # not a git checkout, or no git
     return {
         "flags": flags, "seed": flags["seed"], "parameters": parameters,
         "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": numpy.__version__},
         "device": torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads",
-        "commit": commit,
+        "commit": git_commit(),
     }

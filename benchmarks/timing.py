@@ -2,7 +2,6 @@
 
 import platform
 import statistics
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -11,6 +10,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # the scripts of the project are no package
 from device import LARGEST_KEPT, cpuinfo, keep_memory, use_onednn
+from metrics import git_commit
 from products import aligned
 
 GLIBC_KEEPS = 2 * LARGEST_KEPT  # bytes freed: the most that glibc comes to by itself
@@ -87,9 +87,4 @@ def machine():
     """Describe the machine and the commit, as plain values by name."""
     model = next((line.split(":")[1].strip() for line in cpuinfo().splitlines() if line.startswith("model name")),
                  platform.processor())
-    try:
-        commit = subprocess.run(["git", "describe", "--always", "--dirty", "--exclude=*"], cwd=Path(__file__).parent,
-                                capture_output=True, text=True, check=False).stdout.strip()
-    except OSError:
-        commit = None  # no git
-    return {"cpu": model, "threads": torch.get_num_threads(), "torch": torch.__version__, "commit": commit}
+    return {"cpu": model, "threads": torch.get_num_threads(), "torch": torch.__version__, "commit": git_commit(7)}
