@@ -16,6 +16,7 @@ if __name__ == "__main__":  # before torch, whose import takes seconds
 
 import math
 import sys
+from argparse import ArgumentTypeError
 from codecs import BOM_UTF8
 from itertools import chain
 
@@ -25,7 +26,16 @@ import checkpoint
 from device import set_up_device
 from errors import BadInput
 from files import check_writable, replacing, same_file
-from flags import Parser, add_device_flags, non_negative_float, non_negative_int, number, positive_int, seed
+from flags import (
+    Parser,
+    add_device_flags,
+    non_negative_float,
+    non_negative_int,
+    number,
+    positive_float,
+    positive_int,
+    seed,
+)
 from metrics import log
 from model import LAYERS
 from process import run_script
@@ -37,7 +47,10 @@ from vocabulary import END, UNKNOWN, Dictionary
 
 def share(text):
     """Read a value of --top-p: a number above 0, at most 1."""
-    return 1.0 if text in ("1", "1.0") else number(float, 0, 1, exclusive=True)(text)
+    value = positive_float(text)
+    if value > 1:
+        raise ArgumentTypeError(f"must be a number above 0, at most 1, not {text!r}")
+    return value
 
 
 def parse_flags(argv):

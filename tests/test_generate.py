@@ -198,3 +198,14 @@ def test_a_prompt_that_is_not_text():
     assert tokenize("\udcff", "byte") == ["255"]
     with pytest.raises(BadInput, match="not UTF-8"):
         tokenize("\udcff", "word")
+
+
+@pytest.mark.parametrize("text", ["1", "1.00", "1e0", "0.9"])
+def test_top_p_is_a_share_however_it_is_written(text):
+    assert generate.parse_flags(["--top-p", text]).top_p == float(text)
+
+
+@pytest.mark.parametrize("text", ["0", "-1", "1.01", "nan", "all"])
+def test_no_other_top_p_is_taken(text):
+    with pytest.raises(BadInput, match=f"--top-p: must be a number above 0.*, not '{text}'"):
+        generate.parse_flags(["--top-p", text])
