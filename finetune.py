@@ -49,7 +49,7 @@ class ModelsOwn:
         return "as the model was trained"
 
 
-def parse_flags(argv):
+def make_parser():
     parser = Parser(description="Fine-tune a trained AWD-LSTM language model with averaged SGD.")
     add_training_flags(parser, max_bptt="bptt + 10", plateau="training ends", save="that of --load")
     parser.add_argument("--vocab", choices=["model", "corpus"], default="model",
@@ -57,7 +57,11 @@ def parse_flags(argv):
                              "the corpus, new ones beginning with the mean of the old (default: %(default)s)")
     parser.add_argument("--load", metavar="FILE", help="the model to fine-tune (default: that of --save)")
     parser.set_defaults(minutes=None, **dict.fromkeys(INHERITED, ModelsOwn()))
-    return parser.parse_args(argv)
+    return parser
+
+
+def parse_flags(argv):
+    return make_parser().parse_args(argv)
 
 
 def main(argv=None):
@@ -104,7 +108,7 @@ def start(argv, load, save, device):
     if not args.dry_run:
         check_place(load, save, args.vocab, args.overwrite)
     checkpoint.check_data(content, load, args.data)
-    if isinstance(parse_flags(argv).level, ModelsOwn) and args.data != content["flags"].get("data"):
+    if "level" not in make_parser().given(argv) and args.data != content["flags"].get("data"):
         check_level(args.data, args.level, load)
     if "shares" in changed:
         check_shares(args.data)
