@@ -8,7 +8,7 @@ cannot run code. Its keys:
     vocabulary         the V words, in the order of their ids
     model              the state dict; where averaging runs, of the averaged weights in the best model's file
     loss, epoch        validation loss (nats per token) of these weights and the epoch that ended with it
-    stage              "train" or "finetune"; models of before have none
+    stage              "train" or "finetune"; older models have none
     state              only in the file for resuming: optimizer, progress and random generators (`training.py`)
 
 `run_files.py` names the files of a run.

@@ -137,7 +137,7 @@ def default_flags():
 
 
 def convert(args):
-    """Make a model of this toolkit, after its output has been checked."""
+    """Convert the model at `args.file` to one of this toolkit, at `args.save`, which the caller has checked."""
     contents = containers.read(args.file)
     name = os.fsencode(os.path.basename(args.file)).decode("utf-8", errors="replace")
     text = {"data": args.data or f"the text of {name}", "level": "word", "shares": args.shares}

@@ -19,7 +19,7 @@ def set_up_device(cuda, cuda_graphs=False):
     - On a CPU, products are computed as `use_onednn` says, and memory is kept.
     - On a GPU, fp32 is fp32 and nothing less.
 
-    Raises BadInput when there is no such device. Raises it too when the device cannot run `--cuda-graphs`.
+    Raises BadInput when there is no such device, or it cannot run `--cuda-graphs`.
     """
     if cuda and not torch.cuda.is_available():
         raise BadInput("--cuda: PyTorch finds no CUDA device on this machine")

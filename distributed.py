@@ -103,7 +103,7 @@ class Group:
             raise SystemExit(self.tell_once(GONE, line)) from error
 
     def tell_once(self, status, line):
-        """Print an error's line, if no other process has; returns the exit status, that of the process that has."""
+        """Print an error's line, if no other process has; returns the exit status of the one that has printed."""
         line = f"{sys.argv[0]}: error: {line}"
         try:
             if self.store.add("tellers", 1) == 1:
@@ -140,7 +140,7 @@ class Group:
 def in_group(main, train):
     """Return `main` as each process of torchrun runs it: rank 0 calls it, the others `train` the run it hands over.
 
-    Of what goes wrong one process prints the line, and all exit with its status.
+    One process prints the line of what goes wrong, and all exit with its status.
     """
     if not (dist.is_available() and dist.is_torchelastic_launched()):  # some builds of PyTorch are for one process
         return main
@@ -185,7 +185,7 @@ def after_restart(argv, save, stage):
 
 
 def hand_over(run):
-    """Give the run that rank 0 has made to the others, all but the text, which they read; returns the run."""
+    """Give the run that rank 0 has made to the others, without the text, which they read themselves. Returns it."""
     if group is None:
         return run
     check_columns(run.args.batch_size)

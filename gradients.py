@@ -75,7 +75,7 @@ def gradient_statistics(model, corpus, checksum, args, device):
 def load_statistics(path, key, model, device):
     """Load the statistics that were kept under `key`.
 
-    Returns None when there are none, or of another key, or damaged. They are computed anew then.
+    Returns None when there are none, when they are damaged or of another key: then they have to be computed.
     """
     try:
         with zipfile.ZipFile(path) as archive:

@@ -24,7 +24,7 @@ def dropout_mask(like, shape, p):
 def column_mask(like, shape, p):
     """Draw a mask as `dropout_mask` does, one for each batch column: `shape` is (1 or T, B, H).
 
-    Of a batch that processes share, the mask of all columns is drawn. This process takes its part.
+    Where processes share a batch, each draws the mask of all columns and takes its own part.
     """
     if columns is None:
         return dropout_mask(like, shape, p)

@@ -83,7 +83,7 @@ def import_matplotlib():
 def draw(paths, out, x="epochs", metric="ppl", log_axis=None, log_x=False):
     """Draw the records at `paths` into the file `out`; returns the matplotlib Figure.
 
-    The flags of the script say what the rest is. Raises BadInput when a record has no epoch, when `out` has another
+    The other arguments are flags of the script. Raises BadInput when a record has no epoch, when `out` has another
     ending or cannot be written, and when matplotlib is missing.
     """
     ending = Path(out).suffix[1:].lower()

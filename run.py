@@ -115,7 +115,7 @@ def open_batches(corpus, args, device):
     """Lay a corpus out as Batches.
 
     The columns are --batch_size for training, 10 for validation, 1 for the test. With --minutes, long texts are scored
-    in more columns. Raises BadInput when a split is too short.
+    in more columns. Raises BadInput when a split is too short, and for --cuda-graphs with a split softmax.
     """
     def columns(split, least):
         return max(least, min(len(split) // MIN_ROWS, MOST_COLUMNS)) if args.minutes else least

@@ -29,7 +29,7 @@ def open_trained(parse_flags, argv, device):
 
 
 def load_scored(corpus, device):
-    """Lay out what of `corpus` is scored, as a dict: "valid" (N, 1), and "test" (N, 1) where there is a test split."""
+    """Lay out the splits to score, as a dict: "valid" (N, 1), and "test" (N, 1) where `corpus` has a test split."""
     splits = {"valid": load_split(corpus, "valid", 1, device)}
     if corpus.has_test:
         splits["test"] = load_split(corpus, "test", 1, device)

@@ -26,8 +26,9 @@ ENOUGH_STEPS = 2000        # of Adam; rather than fewer, each has fewer tokens
 FEWEST_COLUMNS = 4         # of a process
 MANY_EPOCHS = 8            # from which on a model learns the text by heart unless much is dropped
 MOST_EPOCHS = 50           # more would only learn the text by heart
-MUCH = {"dropout": 0.4, "dropouth": 0.3, "dropouti": 0.1, "dropoute": 0.0, "wdrop": 0.3}  # from MANY_EPOCHS on
-MOST = {"dropout": 0.5, "dropouth": 0.3, "dropouti": 0.5, "dropoute": 0.1, "wdrop": 0.5}  # from MOST_EPOCHS on, words
+# Of words, from MANY_EPOCHS on these approach those of MOST_EPOCHS.
+DROPOUTS_OF_MANY = {"dropout": 0.4, "dropouth": 0.3, "dropouti": 0.1, "dropoute": 0.0, "wdrop": 0.3}
+DROPOUTS_OF_MOST = {"dropout": 0.5, "dropouth": 0.3, "dropouti": 0.5, "dropoute": 0.1, "wdrop": 0.5}
 
 PROBE_SIZE, PROBE_STEPS = 256, 4  # a model whose steps are timed, and how many of them
 
@@ -123,9 +124,9 @@ def dropouts(epochs, level):
         p = round(max(0.0, 0.1 * math.log2(max(epochs, 1) / 2)), 2)
         return {"dropout": p, "dropouth": p, "dropouti": 0.0, "dropoute": 0.0, "wdrop": 0.0}
     if level != "word":
-        return dict(MUCH)
+        return dict(DROPOUTS_OF_MANY)
     share = min(1.0, math.log(epochs / MANY_EPOCHS) / math.log(MOST_EPOCHS / MANY_EPOCHS))
-    return {name: round(p + share * (MOST[name] - p), 2) for name, p in MUCH.items()}
+    return {name: round(p + share * (DROPOUTS_OF_MOST[name] - p), 2) for name, p in DROPOUTS_OF_MANY.items()}
 
 
 def probe(args, ntoken, device):

@@ -82,8 +82,8 @@ class Ahead(queue.Queue):
 def batches(lines, size):
     """Yield lists of up to `size` lines as they come; a line does not wait for others for more than WAIT seconds.
 
-    A list ends too with the line that brings it to AHEAD tokens. A thread reads ahead. What it raises is raised here,
-    after the lines before it.
+    A list also ends with the line that brings it to AHEAD tokens. A thread reads ahead. Its errors are raised here,
+    after the lines before them.
     """
     arrived, end = Ahead(AHEAD), object()
 

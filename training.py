@@ -1,6 +1,6 @@
 """Run the loop that `main.py` and `finetune.py` share.
 
-It has epochs, validation, the best model, states to resume from, and the test.
+That is: epochs, validation, the best model, states to resume from, and the test.
 
 Papers:
 

@@ -64,7 +64,7 @@ class Rules:
 def choose_vocabulary(tokens, counts, rules):
     """Choose a vocabulary among `tokens`, numbered by appearance, of which the training text has `counts`.
 
-    Tokens that are as frequent stay in the order of their appearance.
+    Equally frequent tokens stay in the order of their appearance.
     """
     counts = [int(count) for count in counts]
     kept = list(range(len(tokens)))

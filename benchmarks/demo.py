@@ -80,11 +80,11 @@ def estimate(args):
 
     `args` are the flags of main.py.
     """
-    place = set_up_device(args.cuda)
+    device = set_up_device(args.cuda)
     corpus = Corpus(args.data, args.level, args.shares)
-    source = load_split(corpus, "train", args.batch_size, place, rows=3)
-    shape_and_dropouts = {name: getattr(args, name) for name in ARCHITECTURE + DROPOUTS}
-    model = RNNModel(len(corpus.dictionary), **shape_and_dropouts).to(place)
+    source = load_split(corpus, "train", args.batch_size, device, rows=3)
+    flags = {name: getattr(args, name) for name in ARCHITECTURE + DROPOUTS}
+    model = RNNModel(len(corpus.dictionary), **flags).to(device)
     optimizer = make_optimizer("sgd", model, 1.0, args.wdecay)
     forward_backward = choose_pass(model, args.precision, args.alpha, args.beta)
     hidden = model.init_hidden(args.batch_size)
