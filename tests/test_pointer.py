@@ -9,6 +9,7 @@ from helpers import read_metrics
 
 import cache
 import pointer
+import scoring
 
 
 def naive_loss(outputs, targets, logprob, window, theta, lambdasm):
@@ -98,5 +99,5 @@ def test_a_text_is_too_short_if_the_cache_changes_no_prediction(capsys, window):
     """A text of 5 words has 4 predictions; before the last of them 3 lie behind."""
     outputs, targets, logprob = torch.randn(4, 4), torch.zeros(4, dtype=torch.long), torch.full((4,), -1.0)
     (loss,) = cache.mixture_losses([(outputs, targets, logprob)], [window], [1.0], [0.5]).flatten()
-    cache.log_idle("pointer", [1, window], valid=torch.zeros(5, 1))
+    scoring.log_idle("pointer", [1, window], valid=torch.zeros(5, 1))
     assert ("the cache never joins" in capsys.readouterr().out) == (loss.item() == 1)
