@@ -16,8 +16,10 @@ import steps
 from device import allow_tf32
 from process import run_script
 
-# A shell that starts the tests in the background has SIGINT ignored, which scripts respect.
+# A shell that starts the tests in the background has SIGINT ignored, and nohup SIGHUP, which scripts respect.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+if hasattr(signal, "SIGHUP"):
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 @pytest.fixture(autouse=True)
