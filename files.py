@@ -6,6 +6,7 @@ import stat
 import tempfile
 import time
 from contextlib import contextmanager, suppress
+from itertools import count
 
 from errors import BadInput
 
@@ -95,8 +96,14 @@ def copy_file(source, target):
 
 
 def same_file(path, other):
-    """Return whether two paths lead to one place, whether a file is there or not."""
-    return os.path.realpath(path) == os.path.realpath(other)
+    """Return whether two paths lead to one place, whether a file is there or not.
+
+    Names that differ in case are one place where the disk finds the same file by both.
+    """
+    path, other = os.path.realpath(path), os.path.realpath(other)
+    if path.casefold() != other.casefold():
+        return False
+    return path == other or (os.path.exists(path) and os.path.exists(other) and os.path.samefile(path, other))
 
 
 def check_writable(*paths):
@@ -115,6 +122,7 @@ def check_writable(*paths):
 # --- locks -----------------------------------------------------------------------------------------------------------
 
 FAR = 2**30  # a byte beyond what a lock file holds, so that others can read who has it
+TRIES = 100  # then the disk cannot tell which file lies at a name
 
 
 @contextmanager
@@ -126,7 +134,7 @@ def locked(path, required=True):
     """
     real = os.path.realpath(path)
     name = os.path.join(os.path.dirname(real), f".{os.path.basename(real)}.lock")
-    while True:
+    for tries in count(1):
         try:
             file = open(name, "a+", encoding="utf-8")  # noqa: SIM115  kept open for as long as the lock holds
         except OSError as error:
@@ -139,7 +147,7 @@ def locked(path, required=True):
             owner = file.read().strip()
             file.close()
             raise BadInput(f"{path}: in use by process {owner or 'unknown'}")
-        if is_at(file, name):  # else the process that had it has just removed it
+        if is_at(file, name) or tries == TRIES:  # else the process that had it has just removed it
             break
         file.close()
     try:

@@ -267,6 +267,27 @@ def test_a_prompt_file_in_another_encoding_on_windows(trained, tmp_path, monkeyp
     assert tokenize("größe".encode("cp1252"), "byte") == ["103", "114", "246", "223", "101"]
 
 
+# --- other disks -----------------------------------------------------------------------------------------------------
+
+def test_names_that_differ_in_case_are_one_file_where_the_disk_says_so(tmp_path):
+    """A hard link stands for the second name, by which a disk of macOS or Windows finds the first."""
+    first, second, other = (tmp_path / name for name in ("PTB.pt", "ptb.pt", "copy.pt"))
+    assert not files.same_file(first, second)
+    first.write_bytes(b"model")
+    if not second.exists():
+        assert not files.same_file(first, second)
+        os.link(first, second)
+    os.link(first, other)
+    assert files.same_file(first, second)
+    assert not files.same_file(first, other)
+
+
+def test_a_disk_that_numbers_its_files_anew_each_time_has_locks(tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "is_at", lambda *_: False)
+    with files.locked(tmp_path / "m.pt"):
+        pass
+
+
 # --- notebooks -------------------------------------------------------------------------------------------------------
 
 def test_a_script_that_has_ended_gives_a_later_call_its_whole_time(monkeypatch):
