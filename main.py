@@ -45,13 +45,14 @@ def make_parser():
     parser = Parser(description="Train an AWD-LSTM language model.")
     add_training_flags(parser, max_bptt="no limit", plateau="SGD turns into ASGD", save="a name made from the time",
                        lr="30; 0.001 for Adam")
-    group = parser.add_argument_group("schedule")
+    group, most = parser.add_argument_group("schedule"), sizes.MOST_EPOCHS
     group.add_argument("--optimizer", choices=list(DEFAULT_LR), default="sgd",
                        help="sgd, which turns into ASGD at a plateau, or adam (default: %(default)s)")
     group.add_argument("--minutes", type=positive_float, metavar="N",
                        help="time for the whole run, test included: the learning rate falls to nothing by then, and "
                             "level, sizes, dropouts, batch and optimizer are chosen where no flag says them, and "
-                            f"the text is read {sizes.MOST_EPOCHS} times at most (default: no limit, and no choice)")
+                            f"words are read {most['word']} times at most, characters {most['char']} "
+                            "(default: no limit, and no choice)")
     group.add_argument("--when", type=epoch_or_never, nargs="+", default=[], metavar="E",
                        help="epochs after which a copy of the model is kept as SAVE.eE and the rate is divided "
                             "by 10 (default and -1: none; no longer once ASGD runs)")

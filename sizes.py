@@ -25,7 +25,7 @@ WORD_EMSIZE = 400          # the largest embedding of words
 ENOUGH_STEPS = 2000        # of Adam; rather than fewer, each has fewer tokens
 FEWEST_COLUMNS = 4         # of a process
 MANY_EPOCHS = 8            # from which on a model learns the text by heart unless much is dropped
-MOST_EPOCHS = 50           # more would only learn the text by heart
+MOST_EPOCHS = {"word": 50, "char": 30, "byte": 30}  # with more, only the text itself would be learned better
 # Of words, from MANY_EPOCHS on these approach those of MOST_EPOCHS.
 DROPOUTS_OF_MANY = {"dropout": 0.4, "dropouth": 0.3, "dropouti": 0.1, "dropoute": 0.0, "wdrop": 0.3}
 DROPOUTS_OF_MOST = {"dropout": 0.5, "dropouth": 0.3, "dropouti": 0.5, "dropoute": 0.1, "wdrop": 0.5}
@@ -53,7 +53,7 @@ def choose_flags(args, given, corpus, device, processes=1):
     choose(optimizer="adam", alpha=0.0, beta=0.0, nlayers=1)
     if args.optimizer == "adam":
         choose(clip=1.0)
-    choose(epochs=MOST_EPOCHS, bptt=64, batch_size=batch_size(tokens))
+    choose(epochs=MOST_EPOCHS[args.level], bptt=64, batch_size=batch_size(tokens))
     budget = OF_THE_TIME * 60 * args.minutes * probe(args, min(ntoken, 10_000), device)  # in multiply-adds
 
     def choose_size():
@@ -125,7 +125,7 @@ def dropouts(epochs, level):
         return {"dropout": p, "dropouth": p, "dropouti": 0.0, "dropoute": 0.0, "wdrop": 0.0}
     if level != "word":
         return dict(DROPOUTS_OF_MANY)
-    share = min(1.0, math.log(epochs / MANY_EPOCHS) / math.log(MOST_EPOCHS / MANY_EPOCHS))
+    share = min(1.0, math.log(epochs / MANY_EPOCHS) / math.log(MOST_EPOCHS["word"] / MANY_EPOCHS))
     return {name: round(p + share * (DROPOUTS_OF_MOST[name] - p), 2) for name, p in DROPOUTS_OF_MANY.items()}
 
 
