@@ -26,16 +26,7 @@ import checkpoint
 from device import set_up_device
 from errors import BadInput
 from files import check_writable, replacing, same_file
-from flags import (
-    Parser,
-    add_device_flags,
-    non_negative_float,
-    non_negative_int,
-    number,
-    positive_float,
-    positive_int,
-    seed,
-)
+from flags import Parser, add_device_flags, non_negative_float, non_negative_int, number, positive_int, seed
 from metrics import log
 from model import LAYERS
 from process import run_script
@@ -47,8 +38,11 @@ from vocabulary import END, UNKNOWN, Dictionary
 
 def share(text):
     """Read a value of --top-p: a number above 0, at most 1."""
-    value = positive_float(text)
-    if value > 1:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value <= 1:
         raise ArgumentTypeError(f"must be a number above 0, at most 1, not {text!r}")
     return value
 

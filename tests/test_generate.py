@@ -205,7 +205,7 @@ def test_top_p_is_a_share_however_it_is_written(text):
     assert generate.parse_flags(["--top-p", text]).top_p == float(text)
 
 
-@pytest.mark.parametrize("text", ["0", "-1", "1.01", "nan", "all"])
+@pytest.mark.parametrize("text", ["0", "-1", "1.01", "1e31", "inf", "nan", "all"])
 def test_no_other_top_p_is_taken(text):
-    with pytest.raises(BadInput, match=f"--top-p: must be a number above 0.*, not '{text}'"):
+    with pytest.raises(BadInput, match=f"--top-p: must be a number above 0, at most 1, not '{text}'"):
         generate.parse_flags(["--top-p", text])
