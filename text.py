@@ -113,6 +113,7 @@ def read_texts(paths, level, append):
         if not length:
             raise BadInput(f"{path}: is empty")
         lengths.append(length)
+    numbering.default_factory = None  # it refers back to the mapping, which would stay in memory
     return lengths, list(numbering)
 
 

@@ -1,9 +1,11 @@
 """Text becomes token ids, and ids become batches, without losing or inventing a token."""
 
+import gc
 import hashlib
 import json
 import os
 import sys
+from collections import defaultdict
 from pathlib import Path
 
 import numpy
@@ -15,6 +17,7 @@ from corpus_cache import IdStore
 from data import Corpus
 from errors import BadInput
 from files import take
+from text import read_texts
 from utils import batchify, get_batch, repackage_hidden
 
 
@@ -55,6 +58,19 @@ def test_lines_and_words(tmp_path, text, tokens):
 def test_bad_splits_are_named(tmp_path, bad, message):
     with pytest.raises(BadInput, match=message):
         Corpus(write(tmp_path, **bad))
+
+
+def test_the_numbers_of_the_words_go_once_the_text_is_read(tmp_path):
+    """A mapping that refers to itself would stay until Python looks for such cycles, beside all else."""
+    (tmp_path / "book.txt").write_text("these words\nare few\n")
+    gc.disable()
+    try:
+        _, words = read_texts([tmp_path / "book.txt"], "word", list)
+        kept = [found for found in gc.get_objects() if type(found) is defaultdict and list(found) == words]
+    finally:
+        gc.enable()
+    assert words == ["these", "words", "<eos>", "are", "few"]
+    assert not kept
 
 
 def test_missing_split_and_folder_are_named(tmp_path):
