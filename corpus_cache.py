@@ -180,7 +180,7 @@ def read_and_keep(paths, level, limit, path, key):
         about = json.dumps(about).encode()
         about += f"{len(about):{SIZE}}".encode()
         store.file.write(about + check_ids(ids, about)[0])
-        del ids  # Windows renames no file that is mapped
+        del ids, words, about  # Windows renames no file that is mapped, and the vocabulary is loaded again
     kept = load_cache(path, key)
     if kept is None:
         raise OSError(errno.EBUSY, "it was changed at once")

@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import sys
+import weakref
 from collections import defaultdict
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import numpy
 import pytest
 import torch
 
+import corpus_cache
 import data
 from corpus_cache import IdStore
 from data import Corpus
@@ -176,6 +178,29 @@ def test_the_cache_takes_the_place_of_reading(cached, monkeypatch):
     folder, _, level, expected = cached
     forbid_reading(monkeypatch)
     assert content(Corpus(folder, level)) == expected
+
+
+def test_the_words_that_were_read_go_before_those_of_the_cache_come(tmp_path, monkeypatch):
+    """A large vocabulary is in memory once."""
+    class Words(list):
+        """A list to which a reference can be weak."""
+
+    seen, load_cache = [], corpus_cache.load_cache
+
+    def read_and_note(*given):
+        lengths, words = read_texts(*given)
+        words = Words(words)
+        seen.append(weakref.ref(words))
+        return lengths, words
+
+    def load(*given):
+        assert all(reference() is None for reference in seen)
+        return load_cache(*given)
+    monkeypatch.setattr(data, "CACHE_TOKENS", 3)
+    monkeypatch.setattr(corpus_cache, "read_texts", read_and_note)
+    monkeypatch.setattr(corpus_cache, "load_cache", load)
+    assert Corpus(write(tmp_path)).cache_error is None
+    assert len(seen) == 1
 
 
 @pytest.mark.parametrize("split", ["train", "valid", "test"])
