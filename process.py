@@ -22,11 +22,11 @@ def begin(alone=True):
     A script that runs `alone` ends here when torchrun has started it in several processes.
     """
     global began
+    if hasattr(builtins, "__IPYTHON__"):  # %run in a notebook, whose process began before and is not to end
+        return
     began = time.monotonic()
     if alone and int(os.environ.get("WORLD_SIZE", 1)) > 1 and "TORCHELASTIC_RUN_ID" in os.environ:
         refuse_torchrun()
-    if hasattr(builtins, "__IPYTHON__"):  # %run in a notebook, whose process is not to end
-        return
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, leave)
     for name in SAVE:

@@ -253,7 +253,8 @@ def test_a_long_text_has_a_cache_and_is_mapped_from_it(tmp_path):
     for _ in range(2):
         corpus = Corpus(tmp_path / "book.txt", "byte")
         assert (tmp_path / ".book.txt.byte.cache").stat().st_size > 2**22
-    assert str(tmp_path / ".book.txt.byte.cache") in Path("/proc/self/maps").read_text()
+    if sys.platform.startswith("linux"):
+        assert str(tmp_path / ".book.txt.byte.cache") in Path("/proc/self/maps").read_text()
     assert corpus.train[:256].tolist() == list(range(256))
 
 

@@ -27,7 +27,10 @@ pytestmark = pytest.mark.skipif(not (shutil.which("curl") or shutil.which("wget"
 @pytest.mark.skipif(not (SCRIPT.parent / ".git").exists() or not shutil.which("git"), reason="no checkout")
 def test_bash_can_read_it_in_a_checkout_on_windows():
     asked = ["git", "-C", SCRIPT.parent, "check-attr", "eol", "--", "getdata.sh"]
-    assert subprocess.run(asked, capture_output=True, text=True).stdout == "getdata.sh: eol: lf\n"
+    answer = subprocess.run(asked, capture_output=True, text=True)
+    if answer.returncode:
+        pytest.skip("git refuses this checkout")
+    assert answer.stdout == "getdata.sh: eol: lf\n"
 
 
 class Quiet(SimpleHTTPRequestHandler):

@@ -305,6 +305,7 @@ def test_run_in_a_notebook_leaves_its_signals_alone(monkeypatch):
     try:
         process.begin()
         assert [signal.getsignal(number) for number in numbers] == before
+        assert process.began is None, "an import that is interrupted is no part of the next run"
     finally:
         for number, handler in zip(numbers, before):
             signal.signal(number, handler)
