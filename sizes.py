@@ -24,7 +24,7 @@ PASSES = 3                 # forward, and backward with twice the products
 WORD_EMSIZE = 400          # the largest embedding of words
 ENOUGH_STEPS = 2000        # of Adam; rather than fewer, each has fewer tokens
 FEWEST_COLUMNS = 4         # of a process
-MANY_EPOCHS = 8            # from which on a model learns the text by heart unless much is dropped
+MANY_EPOCHS = {"word": 6, "char": 8, "byte": 8}  # from which on a model learns the text by heart unless much is dropped
 MOST_EPOCHS = {"word": 50, "char": 30, "byte": 30}  # with more, only the text itself would be learned better
 # Of words, from MANY_EPOCHS on these approach those of MOST_EPOCHS.
 DROPOUTS_OF_MANY = {"dropout": 0.4, "dropouth": 0.3, "dropouti": 0.1, "dropoute": 0.0, "wdrop": 0.3}
@@ -62,12 +62,12 @@ def choose_flags(args, given, corpus, device, processes=1):
         choose(emsize=embedding_size(args.nhid, args.level))
         return min(tokens_seen(args, ntoken, budget) / tokens, args.epochs)
 
-    epochs = choose_size()
-    many = epochs >= MANY_EPOCHS
+    epochs, least = choose_size(), MANY_EPOCHS[args.level]
+    many = epochs >= least
     if many or args.nhid != args.emsize:  # one tied layer is as wide as the embedding
         choose(nlayers=2)
         epochs = choose_size()
-    choose(**dropouts(max(epochs, MANY_EPOCHS) if many else epochs, args.level))
+    choose(**dropouts(max(epochs, least) if many else epochs, args.level))
     if args.optimizer == "adam":
         choose(lr=learning_rate(args.nhid))
         if device.type == "cpu":  # where few columns take little more time
@@ -120,12 +120,13 @@ def dropouts(epochs, level):
     A text that is read once or twice needs none. From MANY_EPOCHS on there is weight drop too, and of words ever more
     is dropped.
     """
-    if epochs < MANY_EPOCHS:
+    many, most = MANY_EPOCHS[level], MOST_EPOCHS[level]
+    if epochs < many:
         p = round(max(0.0, 0.1 * math.log2(max(epochs, 1) / 2)), 2)
         return {"dropout": p, "dropouth": p, "dropouti": 0.0, "dropoute": 0.0, "wdrop": 0.0}
     if level != "word":
         return dict(DROPOUTS_OF_MANY)
-    share = min(1.0, math.log(epochs / MANY_EPOCHS) / math.log(MOST_EPOCHS["word"] / MANY_EPOCHS))
+    share = min(1.0, math.log(epochs / many) / math.log(most / many))
     return {name: round(p + share * (DROPOUTS_OF_MOST[name] - p), 2) for name, p in DROPOUTS_OF_MANY.items()}
 
 

@@ -51,9 +51,9 @@ def test_the_more_often_a_text_is_read_the_more_is_dropped(monkeypatch, epochs, 
 
 
 @pytest.mark.parametrize("epochs, dropouti, dropoute, wdrop", [
-    (7.9, 0, 0, 0), (8, 0.1, 0, 0.3), (20, 0.3, 0.05, 0.4), (50, 0.5, 0.1, 0.5), (500, 0.5, 0.1, 0.5)])
+    (5.9, 0, 0, 0), (6, 0.1, 0, 0.3), (17.3, 0.3, 0.05, 0.4), (50, 0.5, 0.1, 0.5), (500, 0.5, 0.1, 0.5)])
 def test_of_words_ever_more_is_dropped(epochs, dropouti, dropoute, wdrop):
-    """20 is half way from 8 to 50 as their ratios go."""
+    """17.3 is half way from 6 to 50 as their ratios go."""
     chosen = sizes.dropouts(epochs, "word")
     assert (chosen["dropouti"], chosen["dropoute"], chosen["wdrop"]) == (dropouti, dropoute, wdrop)
     assert sizes.dropouts(max(epochs, 8), "char") == sizes.dropouts(8, "char")
