@@ -120,13 +120,13 @@ def dropouts(epochs, level):
     A text that is read once or twice needs none. From MANY_EPOCHS on there is weight drop too, and of words ever more
     is dropped.
     """
-    many, most = MANY_EPOCHS[level], MOST_EPOCHS[level]
-    if epochs < many:
+    least, most = MANY_EPOCHS[level], MOST_EPOCHS[level]
+    if epochs < least:
         p = round(max(0.0, 0.1 * math.log2(max(epochs, 1) / 2)), 2)
         return {"dropout": p, "dropouth": p, "dropouti": 0.0, "dropoute": 0.0, "wdrop": 0.0}
     if level != "word":
         return dict(DROPOUTS_OF_MANY)
-    share = min(1.0, math.log(epochs / many) / math.log(most / many))
+    share = min(1.0, math.log(epochs / least) / math.log(most / least))
     return {name: round(p + share * (DROPOUTS_OF_MOST[name] - p), 2) for name, p in DROPOUTS_OF_MANY.items()}
 
 
