@@ -14,6 +14,7 @@ from steps import evaluate
 
 WARM_UP = 0.02     # the share of a run in which the learning rate rises
 PLAN_AFTER = 0.02  # the share of a run after which its speed is known
+SPARE = 1.05       # epochs that may fit into the time, for each that fits at the speed so far
 MOST_SCORING = 0.75  # the share of the time that validation and test may need
 PIECES = 4         # of --bptt rows: what an evaluation is timed on
 
@@ -32,7 +33,8 @@ class Budget:
         self.began = (process.began or time.monotonic()) - spent
         self.rises_from = 0.0 if spent else None  # the fraction at the first batch
         self.valid_seconds = self.test_seconds = 0.0
-        self.trained_from = self.planned = None  # (seconds, epochs), and epochs
+        self.trained_from = None  # (fraction, seconds, epochs) when the first batch had been done
+        self.planned = None       # epochs
 
     def spent(self):
         """Return the seconds that went by, those of earlier parts included."""
@@ -48,6 +50,9 @@ class Budget:
     def training_seconds(self):
         """Return the seconds that there are to train."""
         return max(self.limit - self.valid_seconds - self.test_seconds, 1e-9)
+
+    def seconds_left(self):
+        return max(0.0, self.training_seconds() - self.spent())
 
     def fraction(self, epochs):
         """Return how much of the training is done, from 0 to 1, after `epochs` epochs and the time that went by.
@@ -97,16 +102,32 @@ class Budget:
         """
         if self.limit == math.inf or self.planned is not None:
             return None
-        now = self.spent()
+        done = self.fraction(epochs)
         if self.trained_from is None:
-            self.trained_from = now, epochs
-        seconds, before = self.trained_from
-        if now < seconds + PLAN_AFTER * self.limit or epochs == before:
+            self.trained_from = done, self.spent(), epochs
+        if done < self.trained_from[0] + PLAN_AFTER or epochs == self.trained_from[2]:
             return None
-        speed = (epochs - before) / (now - seconds)  # epochs a second
-        self.planned = min(self.epochs, epochs + speed * max(0.0, self.training_seconds() - now))
-        return (f"| plan | {self.planned:.2f} epochs, one in {format_seconds(1 / speed)}, and "
+        self.planned = min(self.epochs, epochs + self.speed(epochs) * self.seconds_left())
+        return (f"| plan | {self.planned:.2f} epochs, one in {format_seconds(1 / self.speed(epochs))}, and "
                 f"{self.valid_seconds + self.test_seconds:.0f} s for the last validation and the test")
+
+    def speed(self, epochs):
+        """Return the epochs a second since the first batch, validation aside."""
+        _, seconds, before = self.trained_from
+        return (epochs - before) / (self.spent() - seconds)
+
+    def epochs_left(self, epochs):
+        """Return the epochs that may fit into the time left; infinitely many before the plan."""
+        if self.planned is None:
+            return math.inf
+        return SPARE * self.speed(epochs) * self.seconds_left()
+
+    def note_validation(self, seconds):
+        """Take note of what validation took. As to the speed of training it is as if no time had gone by."""
+        self.valid_seconds = seconds
+        if self.trained_from is not None:
+            done, began, epochs = self.trained_from
+            self.trained_from = done, began + seconds, epochs
 
     def describe_end(self, epochs):
         """Say how many epochs there were, beside the plan; None for a run without a limit."""

@@ -37,6 +37,7 @@ class Progress:
     """
     epoch: int = 0                                  # epochs completed
     row: int = 0                                    # where in the text the next batch of the epoch starts
+    skipped: int = 0                                # rows that were left out, in all epochs
     batch: int = 0                                  # batches done in the epoch
     hidden: list | None = None                      # the state that they ended with
     epoch_rows: int = 0                             # rows that they predicted
@@ -53,6 +54,33 @@ class Progress:
     seconds: float = 0.0                            # spent in completed epochs, validation included
     spent: float = 0.0                              # seconds since the run began, all of its parts together
     metrics_bytes: int = 0                          # length of the metrics file that belongs to this progress
+
+    def count_batch(self, rows, loss, seconds, scale):
+        """Count a batch of `rows`, which took `seconds` and whose learning rate had the factor `scale`."""
+        self.epoch_rows += rows
+        self.epoch_loss += rows * loss
+        self.epoch_seconds += seconds
+        self.window_batches += 1
+        self.window_rows += rows
+        self.window_loss += loss
+        self.window_seconds += seconds
+        self.window_scale += scale
+
+    def clear_window(self):
+        self.window_batches = self.window_rows = 0
+        self.window_loss = self.window_seconds = self.window_scale = 0.0
+
+    def skip(self, rows):
+        """Leave out the next `rows`. What follows them begins without a hidden state."""
+        self.row += rows
+        self.skipped += rows
+        self.hidden = None
+
+    def turn_epoch(self):
+        """Go to the beginning of the next epoch."""
+        self.epoch, self.row, self.batch, self.hidden = self.epoch + 1, 0, 0, None
+        self.epoch_rows, self.epoch_loss = 0, 0.0
+        self.clear_window()
 
 
 @dataclass
@@ -75,7 +103,8 @@ class Run:
     def epochs(self):
         """Return the epochs trained, with the part that is done of one that has begun."""
         progress = self.progress
-        return progress.epoch + progress.row / (len(self.batches.train) - 1) if progress.row else progress.epoch
+        part = (progress.row - progress.skipped) / (len(self.batches.train) - 1)
+        return progress.epoch + part if part else progress.epoch
 
     def set_budget(self):
         """Begin, or go on, to count the time of --minutes; raises BadInput when they leave none to train."""
@@ -84,8 +113,8 @@ class Run:
 
     def total_tokens(self):
         """Count the tokens trained since the run began: those of its completed epochs, and of the batches since."""
-        rows, columns = self.batches.train.shape
-        return (self.progress.epoch * (rows - 1) + min(self.progress.row, rows - 1)) * columns
+        progress, (rows, columns) = self.progress, self.batches.train.shape
+        return (progress.epoch * (rows - 1) + min(progress.row, rows - 1) - progress.skipped) * columns
 
 
 def remarks(args):

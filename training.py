@@ -130,12 +130,14 @@ def train_epoch(run, signals):
     Returns False where a signal ended it before, with the state saved.
     """
     progress, source = run.progress, run.batches.train
+    skip_what_does_not_fit(run)
     with progress_bar(len(source), progress.row, "row", f"epoch {progress.epoch + 1}") as bar:
         for rows, loss, seconds, scale in train_batches(run):
             log_batch(run, rows, loss, seconds, scale)
-            advance(bar, rows, progress.epoch_loss / progress.epoch_rows, run.budget.minutes_left())
             if plan := run.budget.plan(run.epochs()):
                 log(plan)
+                rows += skip_what_does_not_fit(run)
+            advance(bar, rows, progress.epoch_loss / progress.epoch_rows, run.budget.minutes_left())
             due = run.args.save_interval and time.monotonic() > run.saved_at + 60 * run.args.save_interval
             stop, save = poll_requests(run, signals, due)
             if save or stop:
@@ -144,6 +146,17 @@ def train_epoch(run, signals):
             if stop:
                 return False
     return True
+
+
+def skip_what_does_not_fit(run):
+    """Leave out the next rows if the time is too short for all of the epoch; returns their number."""
+    progress, rows = run.progress, len(run.batches.train) - 1
+    fitting = max(math.ceil(rows * min(1, run.budget.epochs_left(run.epochs()))), run.args.bptt)
+    _, skipped = distributed.agree(0, max(0, rows - progress.row - fitting))
+    if skipped:
+        progress.skip(skipped)  # the last rows are nearest to the text of validation
+        log(f"| epoch {progress.epoch + 1} | no time for all of it: {skipped / rows:.0%} of its rows are left out")
+    return skipped
 
 
 def train_batches(run):
@@ -156,12 +169,12 @@ def train_batches(run):
     args, progress, source = run.args, run.progress, distributed.my_columns(run.batches.train)
     max_bptt = args.bptt + 10 if run.stage == "finetune" and args.max_bptt is None else args.max_bptt
     run.model.train()
-    progress.hidden = progress.hidden or run.model.init_hidden(source.size(1))
     while progress.row < len(source) - 2 and not run.budget.is_over(run.epochs()):
         start = time.perf_counter()
         seq_len = sample_seq_len(args.bptt, max_bptt)
         words, targets = get_batch(source, progress.row, seq_len)
         scale = seq_len / args.bptt * run.budget.lr_scale(run.epochs())
+        progress.hidden = progress.hidden or run.model.init_hidden(source.size(1))
         with explained(run, words):
             progress.hidden, loss = train_step(run.model, run.optimizer, run.forward_backward, words, targets,
                                                progress.hidden, lr_scale=scale, clip=args.clip)
@@ -196,14 +209,7 @@ def log_batch(run, rows, loss, seconds, scale):
     The log line shows the mean of the learning rates that were used, the metrics line also the one that was set.
     """
     args, progress, source = run.args, run.progress, run.batches.train
-    progress.epoch_loss += rows * loss
-    progress.epoch_rows += rows
-    progress.epoch_seconds += seconds
-    progress.window_batches += 1
-    progress.window_rows += rows
-    progress.window_loss += loss
-    progress.window_seconds += seconds
-    progress.window_scale += scale
+    progress.count_batch(rows, loss, seconds, scale)
     if progress.window_batches < args.log_interval:
         return
     mean, lr = progress.window_loss / progress.window_batches, run.optimizer.param_groups[0]["lr"]
@@ -216,12 +222,7 @@ def log_batch(run, rows, loss, seconds, scale):
         f"lr {used:8.5f} | ms/batch {ms:8.2f} | {format_loss('', mean)}"
         f"{distributed.format_speed(progress.window_rows * source.size(1), progress.window_seconds)}"
         f"{run.budget.format_left()}")
-    clear_window(progress)
-
-
-def clear_window(progress):
-    progress.window_batches = progress.window_rows = 0
-    progress.window_loss = progress.window_seconds = progress.window_scale = 0.0
+    progress.clear_window()
 
 
 def end_epoch(run):
@@ -234,9 +235,7 @@ def end_epoch(run):
     train_loss, seconds = progress.epoch_loss / max(1, progress.epoch_rows), progress.epoch_seconds
     progress.epoch_seconds = 0.0
     if progress.row >= len(run.batches.train) - 2:
-        progress.epoch, progress.row, progress.batch, progress.hidden = progress.epoch + 1, 0, 0, None
-        progress.epoch_rows, progress.epoch_loss = 0, 0.0
-        clear_window(progress)
+        progress.turn_epoch()
     epoch = math.ceil(run.epochs())
     with averaged_weights(run.optimizer):
         loss = distributed.evaluate(run.model, run.batches.valid, run.args.bptt)
@@ -245,7 +244,7 @@ def end_epoch(run):
         if loss < progress.best_loss:
             save_model(run, run.args.save, loss)
             progress.best_loss, progress.best_epoch = loss, epoch
-    run.budget.valid_seconds = time.perf_counter() - start
+    run.budget.note_validation(time.perf_counter() - start)
     run.metrics.write("epoch", epoch=round(run.epochs(), 3), optimizer=type(run.optimizer).__name__,
                       seconds=seconds, best_epoch=progress.best_epoch, train_loss=train_loss,
                       total_tokens=run.total_tokens(), **loss_metrics(loss))

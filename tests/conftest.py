@@ -7,12 +7,14 @@ import pytest
 import torch
 from helpers import TINY, read_metrics
 
+import budget
 import convert
 import distributed
 import locked_dropout
 import main
 import qrnn
 import steps
+import training
 from device import allow_tf32
 from process import run_script
 
@@ -67,6 +69,31 @@ def corpus_dir(tmp_path):
         text = "".join(" ".join(words[(i * k + k) % 12] for k in range(1, 4 + i % 5)) + "\n" for i in range(lines))
         (folder / f"{split}.txt").write_text(text, encoding="utf-8")
     return folder
+
+
+class Clock:
+    """Stand in for the module `time`."""
+
+    now = 1000.0
+
+    def monotonic(self):
+        return self.now
+
+    def perf_counter(self):
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """The clock of --minutes: batches take a second each, all else takes none."""
+    clock, step = Clock(), training.train_step
+
+    def slow_step(*args, **kwargs):
+        clock.now += 1
+        return step(*args, **kwargs)
+    monkeypatch.setattr(budget, "time", clock)
+    monkeypatch.setattr(training, "train_step", slow_step)
+    return clock
 
 
 @pytest.fixture

@@ -20,30 +20,6 @@ from errors import BadInput
 from run import open_batches
 
 
-class Clock:
-    """Stand in for `time` in budget.py: batches take a second each, all else takes none."""
-
-    now = 1000.0
-
-    def monotonic(self):
-        return self.now
-
-    def perf_counter(self):
-        return self.now
-
-
-@pytest.fixture
-def clock(monkeypatch):
-    clock, step = Clock(), training.train_step
-
-    def slow_step(*args, **kwargs):
-        clock.now += 1
-        return step(*args, **kwargs)
-    monkeypatch.setattr(budget, "time", clock)
-    monkeypatch.setattr(training, "train_step", slow_step)
-    return clock
-
-
 @pytest.fixture
 def slow_start(monkeypatch, clock):
     """What comes before the first batch takes 30 seconds."""

@@ -1,0 +1,113 @@
+"""The last epoch of a run of some minutes, which there is no time to finish, reads the end of the text."""
+
+import math
+import signal
+from types import SimpleNamespace
+
+import pytest
+
+import budget
+import training
+
+
+@pytest.fixture
+def trained(monkeypatch):
+    """The batches, each as its first row, its steps and whether it began without a hidden state; and the rows."""
+    seen = SimpleNamespace(batches=[], rows=0)
+    get_batch, step = training.get_batch, training.train_step
+
+    def noting(source, row, seq_len):
+        words, targets = get_batch(source, row, seq_len)
+        seen.rows = len(source) - 1  # that have a target
+        seen.batches.append((row, len(words)))
+        return words, targets
+
+    def stepping(model, optimizer, pass_, words, targets, hidden, **kwargs):
+        fresh = all(not part.any() for layer in hidden for part in layer)
+        seen.batches[-1] += (fresh,)
+        return step(model, optimizer, pass_, words, targets, hidden, **kwargs)
+    monkeypatch.setattr(training, "get_batch", noting)
+    monkeypatch.setattr(training, "train_step", stepping)
+    monkeypatch.setattr(training, "sample_seq_len", lambda *_: 3)
+    return seen
+
+
+def parts(batches):
+    """The stretches of text that were read without a break, each as first row and the row after its last."""
+    found = []
+    for row, steps, fresh in batches:
+        if found and found[-1][1] == row:
+            found[-1][1] = row + steps
+        else:
+            assert fresh, "after a break the hidden state is that of other text"
+            found.append([row, row + steps])
+    return found
+
+
+@pytest.mark.usefixtures("clock")
+@pytest.mark.parametrize("epochs", [2.6, 3.3])
+def test_the_last_epoch_reads_the_end_of_the_text(train, tmp_path, trained, epochs):
+    train(tmp_path / "m.pt", "--epochs", "1")
+    batches = len(trained.batches)
+    trained.batches.clear()
+    train(tmp_path / "n.pt", "--minutes", str(epochs * batches / 60))
+    *whole, (start, end) = parts(trained.batches)
+    assert whole == [[0, trained.rows]] * math.floor(epochs)
+    done = epochs % 1 * trained.rows
+    assert end - start == pytest.approx(done, abs=6)
+    assert trained.rows - 0.06 * done - 6 <= end <= trained.rows
+
+
+@pytest.mark.usefixtures("clock")
+def test_a_text_too_long_for_the_time_is_read_from_its_beginning_only_until_the_speed_is_known(train, tmp_path,
+                                                                                               trained):
+    train(tmp_path / "m.pt", "--minutes", "0.5")
+    (first, until), (start, end) = parts(trained.batches)
+    assert first == 0
+    assert until <= 6
+    assert end - start == pytest.approx(30 * 3 - until, abs=6)
+    assert trained.rows - 12 <= end <= trained.rows
+
+
+@pytest.mark.usefixtures("clock")
+def test_what_is_left_out_is_not_counted(train, tmp_path, trained):
+    _, metrics = train(tmp_path / "m.pt", "--minutes", "2", "--log-interval", "1")
+    rows = sum(steps for _, steps, _ in trained.batches)
+    assert len(parts(trained.batches)) > 1
+    (test,), last = metrics["test"], metrics["epoch"][-1]
+    assert last["total_tokens"] == 4 * rows == sum(line["tokens"] for line in metrics["batch"])
+    assert test["epochs"] == last["epoch"] == round(rows / trained.rows, 3)
+
+
+@pytest.mark.usefixtures("clock")
+@pytest.mark.parametrize("stop_after", [1, 20, 75])
+def test_a_run_that_was_stopped_reads_the_same(train, tmp_path, trained, stop_after, monkeypatch):
+    """After one batch the speed is not known, after 75 rows have been left out."""
+    train(tmp_path / "whole.pt", "--minutes", "1.3")
+    whole, step = parts(trained.batches), training.train_step
+    trained.batches.clear()
+
+    def interrupted(*args, **kwargs):
+        if len(trained.batches) == stop_after:
+            signal.raise_signal(signal.SIGTERM)
+        return step(*args, **kwargs)
+    with monkeypatch.context() as stop:
+        stop.setattr(training, "train_step", interrupted)
+        train(tmp_path / "m.pt", "--minutes", "1.3")
+    train(tmp_path / "m.pt", "--resume", str(tmp_path / "m.pt"))
+    assert sum(parts(trained.batches), []) == pytest.approx(sum(whole, []), abs=2)
+
+
+def test_the_epochs_that_fit_are_those_of_the_speed_without_validation(clock):
+    """An epoch in 10 seconds and 5 of validation after it: in the 40 seconds left there is time for 3.5 epochs."""
+    held = budget.Budget(1)
+    held.note_validation(5)
+    assert held.plan(0) is None
+    assert held.epochs_left(0) == math.inf
+    clock.now += 10
+    held.plan(1)
+    assert held.epochs_left(1) == pytest.approx(budget.SPARE * 4.5)
+    clock.now += 5
+    held.note_validation(5)
+    assert held.epochs_left(1) == pytest.approx(budget.SPARE * 4)
+    assert budget.Budget().epochs_left(1) == math.inf
