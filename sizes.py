@@ -7,6 +7,8 @@ The rules come from the measurements in `docs/minutes.md`. What a flag says is n
 import math
 import os
 import shlex
+import subprocess
+import sys
 import time
 from argparse import Namespace
 
@@ -153,4 +155,5 @@ def describe(args, given):
              "batch_size", "bptt", "epochs"]
     names += sorted(given - {*names, "overwrite", "resume", "dry_run"})
     flags = [word for name in names for word in command_line(name, getattr(args, name))]
-    return shlex.join(["python", "main.py", *flags])
+    join = subprocess.list2cmdline if sys.platform == "win32" else shlex.join
+    return join(["python", "main.py", *flags])

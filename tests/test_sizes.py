@@ -119,6 +119,14 @@ def test_a_size_given_is_never_without_effect(monkeypatch, flags, level):
     assert args.nlayers == 2 or args.nhid == args.emsize
 
 
+def test_the_command_is_quoted_as_the_system_reads_it(monkeypatch):
+    args, given = choose(monkeypatch, 1e10, "--data", "my book.txt")
+    monkeypatch.setattr(sizes.sys, "platform", "win32")
+    assert ' "--data=my book.txt" ' in sizes.describe(args, given)
+    monkeypatch.setattr(sizes.sys, "platform", "linux")
+    assert " '--data=my book.txt' " in sizes.describe(args, given)
+
+
 def test_the_command_that_is_printed_amounts_to_the_same_flags(monkeypatch):
     args, given = choose(monkeypatch, 1e10, "--seed", "5", "--data", "it's my book.txt", "--shares", "90", "10")
     words = shlex.split(sizes.describe(args, given))
