@@ -52,7 +52,7 @@ def choose_flags(args, given, corpus, device, processes=1):
                 setattr(args, name, value)
 
     ntoken, tokens = len(corpus.dictionary), len(corpus.train)
-    choose(optimizer="adam", alpha=0.0, beta=0.0, nlayers=1)
+    choose(optimizer="adam", alpha=0.0, beta=0.0, nlayers=2 if args.model == "QRNN" else 1)
     if args.optimizer == "adam":
         choose(clip=1.0)
     choose(epochs=MOST_EPOCHS[args.level], bptt=64, batch_size=batch_size(tokens))

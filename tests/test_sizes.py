@@ -50,6 +50,13 @@ def test_the_more_often_a_text_is_read_the_more_is_dropped(monkeypatch, epochs, 
     assert (args.nlayers, round(args.dropout, 1), args.wdrop) == (nlayers, dropout, wdrop)
 
 
+@pytest.mark.parametrize("tokens, layers", [(10**7, 1), (40_000, 2)])
+def test_a_qrnn_has_two_layers_however_often_the_text_is_read(monkeypatch, tokens, layers):
+    """With 10^10 products a second the shorter text is read often."""
+    for model, expected in (("LSTM", layers), ("GRU", layers), ("QRNN", 2)):
+        assert choose(monkeypatch, 1e10, "--model", model, tokens=tokens)[0].nlayers == expected
+
+
 @pytest.mark.parametrize("epochs, dropouti, dropoute, wdrop", [
     (5.9, 0, 0, 0), (6, 0.1, 0, 0.3), (17.3, 0.3, 0.05, 0.4), (50, 0.5, 0.1, 0.5), (500, 0.5, 0.1, 0.5)])
 def test_of_words_ever_more_is_dropped(epochs, dropouti, dropoute, wdrop):
