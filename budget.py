@@ -13,6 +13,7 @@ from flags import NO_LIMIT
 from steps import evaluate
 
 WARM_UP = 0.02     # the share of a run in which the learning rate rises
+SLOW_START = 0.02  # the share of a run in which its speed is not measured
 PLAN_AFTER = 0.02  # the share of a run after which its speed is known
 SPARE = 1.05       # epochs that may fit into the time, for each that fits at the speed so far
 MOST_SCORING = 0.75  # the share of the time that validation and test may need
@@ -33,7 +34,8 @@ class Budget:
         self.began = (process.began or time.monotonic()) - spent
         self.rises_from = 0.0 if spent else None  # the fraction at the first batch
         self.valid_seconds = self.test_seconds = 0.0
-        self.trained_from = None  # (fraction, seconds, epochs) when the first batch had been done
+        self.first = None         # the fraction after the first batch
+        self.trained_from = None  # (fraction, seconds, epochs) from which on the speed is measured
         self.planned = None       # epochs
 
     def spent(self):
@@ -103,18 +105,24 @@ class Budget:
         if self.limit == math.inf or self.planned is not None:
             return None
         done = self.fraction(epochs)
+        if self.first is None:
+            self.first = done
+        if done < self.first + SLOW_START:
+            return None
         if self.trained_from is None:
             self.trained_from = done, self.spent(), epochs
         if done < self.trained_from[0] + PLAN_AFTER or epochs == self.trained_from[2]:
             return None
-        self.planned = min(self.epochs, epochs + self.speed(epochs) * self.seconds_left())
-        return (f"| plan | {self.planned:.2f} epochs, one in {format_seconds(1 / self.speed(epochs))}, and "
+        epoch = 1 / self.speed(epochs)  # seconds
+        whole, rest = divmod(self.seconds_left(), epoch + self.valid_seconds)
+        self.planned = min(self.epochs, epochs + whole + min(1, rest / epoch))
+        return (f"| plan | {self.planned:.2f} epochs, one in {format_seconds(epoch)}, and "
                 f"{self.valid_seconds + self.test_seconds:.0f} s for the last validation and the test")
 
     def speed(self, epochs):
-        """Return the epochs a second since the first batch, validation aside."""
+        """Return the epochs a second so far, validation aside."""
         _, seconds, before = self.trained_from
-        return (epochs - before) / (self.spent() - seconds)
+        return (epochs - before) / max(self.spent() - seconds, 1e-9)  # some clocks tick rarely
 
     def epochs_left(self, epochs):
         """Return the epochs that may fit into the time left; infinitely many before the plan."""

@@ -66,9 +66,10 @@ class Group:
         total, progress = run.args.batch_size, run.progress
         self.columns, self.save = self.part(total), run.args.save
         locked_dropout.columns = total, self.columns
-        if run.budget.limit < math.inf:
-            fraction = run.budget.fraction
-            run.budget.fraction = lambda epochs: self.of_first(fraction(epochs))  # one clock for all
+        if run.budget.limit < math.inf:  # one clock for all
+            fraction, epochs_left = run.budget.fraction, run.budget.epochs_left
+            run.budget.fraction = lambda epochs: self.of_first(fraction(epochs))
+            run.budget.epochs_left = lambda epochs: self.of_first(epochs_left(epochs))
         if progress.hidden is not None:
             progress.hidden = map_hidden(lambda part: part[:, self.columns].clone(), progress.hidden)
 

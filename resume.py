@@ -48,6 +48,7 @@ def resume(parse, argv, stage, device):
         raise BadInput(f"{path}: damaged checkpoint: its state cannot be restored") from error
     if progress.row and "batch_size" in changed:
         raise BadInput(f"--batch_size cannot change in the middle of an epoch, which is where {path} stopped")
+    progress.skipped = progress.skipped * columns // args.batch_size  # rows of now
     for group in optimizer.param_groups:
         group["weight_decay"] = args.wdecay
         if "lr" in changed:
@@ -149,7 +150,7 @@ def restore_progress(values, hidden):
     `hidden`.
     """
     progress = Progress(**values)
-    progress.epoch_rows = progress.epoch_rows or progress.row  # states of earlier versions lack these two
+    progress.epoch_rows = values.get("epoch_rows", progress.row)  # states of earlier versions lack these two
     progress.window_scale = values.get("window_scale", float(progress.window_batches))
     for name, default in vars(Progress()).items():
         value = getattr(progress, name)

@@ -39,7 +39,7 @@ class Progress:
     row: int = 0                                    # where in the text the next batch of the epoch starts
     skipped: int = 0                                # rows that were left out, in all epochs
     batch: int = 0                                  # batches done in the epoch
-    hidden: list | None = None                      # the state that they ended with
+    hidden: list | None = None                      # the state that they ended with; None at a break in the text
     epoch_rows: int = 0                             # rows that they predicted
     epoch_loss: float = 0.0                         # sum of their losses over rows
     epoch_seconds: float = 0.0                      # time they took
@@ -101,9 +101,10 @@ class Run:
     budget: Budget = field(default_factory=Budget)  # of time
 
     def epochs(self):
-        """Return the epochs trained, with the part that is done of one that has begun."""
+        """Return the epochs trained, with the part that is done of one that has begun, less what was left out."""
         progress = self.progress
-        part = (progress.row - progress.skipped) / (len(self.batches.train) - 1)
+        rows = len(self.batches.train) - 1
+        part = (min(progress.row, rows) - progress.skipped) / rows
         return progress.epoch + part if part else progress.epoch
 
     def set_budget(self):

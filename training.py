@@ -26,7 +26,7 @@ from metrics import Metrics, advance, describe_run, format_end, format_loss, log
 from optimizers import at_plateau, averaged_weights, is_averaging, make_optimizer
 from process import StopSignals
 from run import Progress, remarks
-from steps import choose_pass, evaluate, sample_seq_len, seed_everything, train_step
+from steps import MIN_SEQ_LEN, choose_pass, evaluate, sample_seq_len, seed_everything, train_step
 from utils import get_batch
 
 GPU_SAVE_SECONDS = 60  # between states that are saved after epochs on a GPU
@@ -113,8 +113,8 @@ def open_record(run, resumed):
     run.metrics = Metrics(run_files.metrics_path(args.save), progress.metrics_bytes if resumed else None, run.stage)
     run.metrics.board = open_board(args.tensorboard, run.stage, run.total_tokens())
     description = describe_run(vars(args), model.parameter_count(), run.batches.train.device) | distributed.describe()
-    run.metrics.write("resume" if resumed else "run", stage=run.stage, epoch=progress.epoch + 1, batch=progress.batch,
-                      corpus=run.checksum, **description)
+    run.metrics.write("resume" if resumed else "run", stage=run.stage, epoch=int(run.epochs()) + 1,
+                      batch=progress.batch, corpus=run.checksum, **description)
     if run.stage == "finetune" and not resumed:
         run.metrics.write("loaded", **loss_metrics(progress.best_loss))
     log(f"{run.stage}: {' '.join(f'{name}={value}' for name, value in vars(args).items())}")
@@ -149,14 +149,15 @@ def train_epoch(run, signals):
 
 
 def skip_what_does_not_fit(run):
-    """Leave out the next rows if the time is too short for all of the epoch; returns their number."""
+    """Leave out the next rows, so as to come to the end of the columns in time; returns their number."""
     progress, rows = run.progress, len(run.batches.train) - 1
-    fitting = max(math.ceil(rows * min(1, run.budget.epochs_left(run.epochs()))), run.args.bptt)
-    _, skipped = distributed.agree(0, max(0, rows - progress.row - fitting))
-    if skipped:
-        progress.skip(skipped)  # the last rows are nearest to the text of validation
-        log(f"| epoch {progress.epoch + 1} | no time for all of it: {skipped / rows:.0%} of its rows are left out")
-    return skipped
+    fitting = math.ceil(rows * min(1, run.budget.epochs_left(run.epochs())))
+    skipped = rows - progress.row - max(fitting, run.args.bptt, MIN_SEQ_LEN)
+    if skipped >= run.args.bptt:  # fewer are not worth a break in the text
+        progress.skip(skipped)
+        log(f"| epoch {progress.epoch + 1} | no time for all of it: {skipped:,} of {rows:,} rows are left out")
+        return skipped
+    return 0
 
 
 def train_batches(run):

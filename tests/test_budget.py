@@ -259,13 +259,35 @@ def test_a_run_that_goes_on_has_no_second_rise(clock):
 
 
 def test_the_plan_leaves_the_time_of_validation_and_test(clock):
-    """An epoch in 10 seconds makes four in the 40 that 60 seconds leave, 20 being for validation and test."""
+    """An epoch in 10 seconds, and one of 15 for validation after each: of the 28 that are left, 10 + 15 + 3."""
     held = budget.Budget(1)
     held.valid_seconds, held.test_seconds = 15, 5
     assert held.plan(0) is None
+    clock.now += 2
+    assert held.plan(0.7) is None
     clock.now += 10
-    assert held.plan(1) == "| plan | 4.00 epochs, one in 10 s, and 20 s for the last validation and the test"
-    assert held.plan(2) is None
+    assert held.plan(1.7) == "| plan | 3.00 epochs, one in 10 s, and 20 s for the last validation and the test"
+    assert held.plan(2.7) is None
+
+
+def test_a_slow_start_does_not_count(clock):
+    """A batch in 10 seconds, then one in each."""
+    held = budget.Budget(10)
+    clock.now += 10
+    assert held.plan(0.01) is None
+    plans = []
+    for done in range(2, 30):
+        clock.now += 1
+        plans.append(held.plan(done / 100))
+    (plan,) = filter(None, plans)
+    assert plan.startswith("| plan | 5.91 epochs, one in 100 s")
+
+
+def test_a_clock_that_has_not_moved_is_no_division_by_zero(clock):
+    held = budget.Budget(1, epochs=1)
+    clock.now += 1
+    assert [held.plan(part) for part in (0.01, 0.04)] == [None, None]
+    assert "| plan | 1.00 epochs" in held.plan(0.08)
 
 
 @pytest.mark.parametrize(("seconds", "text"), [(119, "119 s"), (120, "2.0 minutes"), (3600, "60.0 minutes")])

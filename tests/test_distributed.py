@@ -5,6 +5,7 @@ The tests start the processes themselves, as torchrun would. `test_distributed_f
 """
 
 import importlib
+import math
 import signal
 import subprocess
 import sys
@@ -121,7 +122,7 @@ def test_all_processes_hold_the_same_weights_and_averages(corpus_dir, tmp_path):
 
 
 def other_clock(rank, folder):
-    """Let each batch take a second by the clock of rank 0, half as much more by that of rank 1. Keep the weights."""
+    """Let each batch take a second by the clock of rank 0. That of rank 1 is long ahead, and faster."""
     keep_weights(rank, folder)
     steps, step = [], training.train_step
 
@@ -129,7 +130,8 @@ def other_clock(rank, folder):
         steps.append(1 + rank / 2)
         return step(*given, **how)
     training.train_step = counted
-    budget.time = training.time = SimpleNamespace(monotonic=lambda: sum(steps), perf_counter=lambda: 0.0)
+    ahead = 10_000 * rank
+    budget.time = training.time = SimpleNamespace(monotonic=lambda: ahead + sum(steps), perf_counter=lambda: 0.0)
 
 
 def test_minutes_are_those_of_one_clock(corpus_dir, tmp_path):
@@ -137,7 +139,10 @@ def test_minutes_are_those_of_one_clock(corpus_dir, tmp_path):
     statuses, printed, errors = together(2, tmp_path, "main", flags, other_clock, tmp_path)
     assert statuses == [0, 0], errors
     assert printed.count("| end of time |") == 1
-    assert len(read_metrics(tmp_path / "m.pt")["batch"]) == 60
+    record = read_metrics(tmp_path / "m.pt")
+    assert len(record["batch"]) == 60
+    assert len(record["epoch"]) == math.ceil(record["test"][0]["epochs"])  # only of the last one rows are left out
+    assert printed.count("rows are left out") == 1
     (weights, _), (other_weights, _) = (torch.load(tmp_path / f"{rank}.weights") for rank in range(2))
     assert all(torch.equal(weights[name], other_weights[name]) for name in weights)
 

@@ -1,18 +1,23 @@
-"""The last epoch of a run of some minutes, which there is no time to finish, reads the end of the text."""
+"""The last epoch of a run of some minutes, which there is no time to finish, reads the ends of the columns."""
 
 import math
 import signal
 from types import SimpleNamespace
 
 import pytest
+import torch
+from helpers import read_metrics
 
 import budget
+import checkpoint
+import main
+import run_files
 import training
 
 
 @pytest.fixture
 def trained(monkeypatch):
-    """The batches, each as its first row, its steps and whether it began without a hidden state; and the rows."""
+    """The batches: of each its first row, its steps and whether it began without a hidden state. And all rows."""
     seen = SimpleNamespace(batches=[], rows=0)
     get_batch, step = training.get_batch, training.train_step
 
@@ -46,7 +51,7 @@ def parts(batches):
 
 @pytest.mark.usefixtures("clock")
 @pytest.mark.parametrize("epochs", [2.6, 3.3])
-def test_the_last_epoch_reads_the_end_of_the_text(train, tmp_path, trained, epochs):
+def test_the_last_epoch_reads_the_ends_of_the_columns(train, tmp_path, trained, epochs):
     train(tmp_path / "m.pt", "--epochs", "1")
     batches = len(trained.batches)
     trained.batches.clear()
@@ -64,7 +69,7 @@ def test_a_text_too_long_for_the_time_is_read_from_its_beginning_only_until_the_
     train(tmp_path / "m.pt", "--minutes", "0.5")
     (first, until), (start, end) = parts(trained.batches)
     assert first == 0
-    assert until <= 6
+    assert until <= 9
     assert end - start == pytest.approx(30 * 3 - until, abs=6)
     assert trained.rows - 12 <= end <= trained.rows
 
@@ -98,16 +103,30 @@ def test_a_run_that_was_stopped_reads_the_same(train, tmp_path, trained, stop_af
     assert sum(parts(trained.batches), []) == pytest.approx(sum(whole, []), abs=2)
 
 
+@pytest.mark.parametrize("columns", [2, 8])
+def test_what_was_left_out_is_as_much_with_another_batch_size(train, tmp_path, columns):
+    """Half of the text, after two turns through it in four columns."""
+    _, before = train(tmp_path / "m.pt", "--epochs", "2")
+    path = run_files.last_path(tmp_path / "m.pt")
+    content = checkpoint.load(path)
+    content["state"]["progress"]["skipped"] = before["epoch"][-1]["total_tokens"] // 4 // 4
+    torch.save(content, path)
+    main.main(["--no-cuda", "--resume", str(tmp_path / "m.pt"), "--epochs", "3", "--batch_size", str(columns)])
+    last = read_metrics(tmp_path / "m.pt")["epoch"][-1]
+    assert last["epoch"] == pytest.approx(2.5, abs=0.03)
+    assert last["total_tokens"] == pytest.approx(1.25 * before["epoch"][-1]["total_tokens"], rel=0.03)
+
+
 def test_the_epochs_that_fit_are_those_of_the_speed_without_validation(clock):
-    """An epoch in 10 seconds and 5 of validation after it: in the 40 seconds left there is time for 3.5 epochs."""
+    """An epoch in 10 seconds, and 5 of validation: of 60 seconds, 41 are left after 14, then 36."""
     held = budget.Budget(1)
     held.note_validation(5)
-    assert held.plan(0) is None
-    assert held.epochs_left(0) == math.inf
-    clock.now += 10
-    held.plan(1)
-    assert held.epochs_left(1) == pytest.approx(budget.SPARE * 4.5)
+    for seconds, epochs in ((2, 0.2), (2, 0.4), (10, 1.4)):
+        assert held.epochs_left(epochs) == math.inf
+        clock.now += seconds
+        held.plan(epochs)
+    assert held.epochs_left(1.4) == pytest.approx(budget.SPARE * 4.1)
     clock.now += 5
     held.note_validation(5)
-    assert held.epochs_left(1) == pytest.approx(budget.SPARE * 4)
+    assert held.epochs_left(1.4) == pytest.approx(budget.SPARE * 3.6)
     assert budget.Budget().epochs_left(1) == math.inf
