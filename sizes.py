@@ -24,9 +24,11 @@ TOKENS_PER_WEIGHT = 2      # of the layers; with fewer a smaller model gets furt
 OF_THE_TIME = 0.9          # is for training; the rest is for reading, validation and test
 PASSES = 3                 # forward, and backward with twice the products
 WORD_EMSIZE = 400          # the largest embedding of words
-ENOUGH_STEPS = 2000        # of Adam; rather than fewer, each has fewer tokens
+ENOUGH_STEPS = 2000        # of training; rather than fewer, each has fewer tokens
 FEWEST_COLUMNS = 4         # of a process
 MANY_EPOCHS = {"word": 6, "char": 8, "byte": 8}  # from which on a model learns the text by heart unless much is dropped
+SGD_EPOCHS = {"word": 6, "char": 10, "byte": 10}  # from which on SGD, with AR and TAR, gets further than Adam
+SGD_LR = 20.0
 MOST_EPOCHS = {"word": 50, "char": 30, "byte": 30}  # with more, only the text itself would be learned better
 # Of words, from MANY_EPOCHS on these approach those of MOST_EPOCHS.
 DROPOUTS_OF_MANY = {"dropout": 0.4, "dropouth": 0.3, "dropouti": 0.1, "dropoute": 0.0, "wdrop": 0.3}
@@ -52,9 +54,7 @@ def choose_flags(args, given, corpus, device, processes=1):
                 setattr(args, name, value)
 
     ntoken, tokens = len(corpus.dictionary), len(corpus.train)
-    choose(optimizer="adam", alpha=0.0, beta=0.0, nlayers=2 if args.model == "QRNN" else 1)
-    if args.optimizer == "adam":
-        choose(clip=1.0)
+    choose(nlayers=2 if args.model == "QRNN" else 1)
     choose(epochs=MOST_EPOCHS[args.level], bptt=64, batch_size=batch_size(tokens))
     budget = OF_THE_TIME * 60 * args.minutes * probe(args, min(ntoken, 10_000), device)  # in multiply-adds
 
@@ -70,11 +70,14 @@ def choose_flags(args, given, corpus, device, processes=1):
         choose(nlayers=2)
         epochs = choose_size()
     choose(**dropouts(max(epochs, least) if many else epochs, args.level))
-    if args.optimizer == "adam":
-        choose(lr=learning_rate(args.nhid))
-        if device.type == "cpu":  # where few columns take little more time
-            rows = epochs * tokens / args.bptt  # of all batches
-            choose(batch_size=fewer_columns(args.batch_size, rows, FEWEST_COLUMNS * processes))
+    choose(optimizer="sgd" if epochs >= SGD_EPOCHS[args.level] else "adam")
+    if args.optimizer == "sgd":
+        choose(lr=SGD_LR)  # clip, alpha and beta are those of the papers
+    else:
+        choose(lr=learning_rate(args.nhid), clip=1.0, alpha=0.0, beta=0.0)
+    if device.type == "cpu":  # where few columns take little more time
+        rows = epochs * tokens / args.bptt  # of all batches
+        choose(batch_size=fewer_columns(args.batch_size, rows, FEWEST_COLUMNS * processes))
 
 
 def sees_enough(size, args, ntoken, tokens, budget):

@@ -75,16 +75,28 @@ def test_a_text_is_read_no_more_often_than_pays(monkeypatch, level, epochs):
     assert choose(monkeypatch, 1e12, "--level", level, "--epochs", "90", tokens=50_000)[0].epochs == 90
 
 
+@pytest.mark.parametrize("level, epochs, expected", [
+    ("word", 5.9, ("adam", 1, 0, 0)), ("word", 6, ("sgd", 0.25, 2, 1)),
+    ("char", 9.9, ("adam", 1, 0, 0)), ("char", 10, ("sgd", 0.25, 2, 1))])
+def test_a_text_that_is_read_often_is_learned_by_sgd_as_in_the_papers(monkeypatch, level, epochs, expected):
+    monkeypatch.setattr(sizes, "tokens_seen", lambda *_: epochs * 10**6)
+    args, _ = choose(monkeypatch, 1e10, "--level", level)
+    assert (args.optimizer, args.clip, args.alpha, args.beta) == expected
+    assert args.lr == (sizes.SGD_LR if expected[0] == "sgd" else sizes.learning_rate(args.nhid))
+    args, _ = choose(monkeypatch, 1e10, "--level", level, "--optimizer", "adam", "--alpha", "3")
+    assert (args.optimizer, args.alpha, args.lr) == ("adam", 3, sizes.learning_rate(args.nhid))
+
+
 @pytest.mark.parametrize("rows, columns", [(32_000, 16), (31_999, 8), (15_999, 4), (1, 4)])
 def test_a_batch_is_no_larger_than_leaves_two_thousand_steps(rows, columns):
     assert sizes.fewer_columns(16, rows, 4) == columns
 
 
-def test_fewer_columns_are_for_adam_on_a_cpu_and_some_for_each_process(monkeypatch):
+def test_fewer_columns_are_for_a_cpu_and_some_for_each_process(monkeypatch):
     def columns(*flags, **how):
         return choose(monkeypatch, 1e9, *flags, **how)[0].batch_size
-    assert columns() == 4
-    assert columns("--optimizer", "sgd") == columns(device="cuda") == columns("--batch_size", "16") == 16
+    assert columns() == columns("--optimizer", "sgd") == 4
+    assert columns(device="cuda") == columns("--batch_size", "16") == 16
     assert columns(processes=2) == 8
     assert columns(processes=8) == 16
 
