@@ -24,10 +24,10 @@ TOKENS_PER_WEIGHT = 2      # of the layers; with fewer a smaller model gets furt
 OF_THE_TIME = 0.9          # is for training; the rest is for reading, validation and test
 PASSES = 3                 # forward, and backward with twice the products
 WORD_EMSIZE = 400          # the largest embedding of words
-ENOUGH_STEPS = 2000        # of training; rather than fewer, each has fewer tokens
+ENOUGH_STEPS = {"adam": 2000, "sgd": 3000}  # of training; rather than fewer, each has fewer tokens
 FEWEST_COLUMNS = 4         # of a process
 MANY_EPOCHS = {"word": 6, "char": 8, "byte": 8}  # from which on a model learns the text by heart unless much is dropped
-SGD_EPOCHS = {"word": 6, "char": 10, "byte": 10}  # from which on SGD, with AR and TAR, gets further than Adam
+SGD_EPOCHS = {"word": 3, "char": 10, "byte": 10}  # from which on SGD, with AR and TAR, gets further than Adam
 SGD_LR = 20.0
 MOST_EPOCHS = {"word": 50, "char": 30, "byte": 30}  # with more, only the text itself would be learned better
 # Of words, from MANY_EPOCHS on these approach those of MOST_EPOCHS.
@@ -77,7 +77,8 @@ def choose_flags(args, given, corpus, device, processes=1):
         choose(lr=learning_rate(args.nhid), clip=1.0, alpha=0.0, beta=0.0)
     if device.type == "cpu":  # where few columns take little more time
         rows = epochs * tokens / args.bptt  # of all batches
-        choose(batch_size=fewer_columns(args.batch_size, rows, FEWEST_COLUMNS * processes))
+        steps = ENOUGH_STEPS[args.optimizer]
+        choose(batch_size=fewer_columns(args.batch_size, rows, steps, FEWEST_COLUMNS * processes))
 
 
 def sees_enough(size, args, ntoken, tokens, budget):
@@ -108,9 +109,9 @@ def batch_size(tokens):
     return 16 if tokens < 2**22 else 32
 
 
-def fewer_columns(columns, rows, fewest):
-    """Halve the columns of a batch while `rows` of --bptt tokens make too few batches of them, not below `fewest`."""
-    while columns // 2 >= fewest and rows / columns < ENOUGH_STEPS:
+def fewer_columns(columns, rows, steps, fewest):
+    """Halve the columns of a batch, not below `fewest`, until `rows` of --bptt tokens make `steps` batches."""
+    while columns // 2 >= fewest and rows / columns < steps:
         columns //= 2
     return columns
 

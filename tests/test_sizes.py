@@ -76,7 +76,7 @@ def test_a_text_is_read_no_more_often_than_pays(monkeypatch, level, epochs):
 
 
 @pytest.mark.parametrize("level, epochs, expected", [
-    ("word", 5.9, ("adam", 1, 0, 0)), ("word", 6, ("sgd", 0.25, 2, 1)),
+    ("word", 2.9, ("adam", 1, 0, 0)), ("word", 3, ("sgd", 0.25, 2, 1)),
     ("char", 9.9, ("adam", 1, 0, 0)), ("char", 10, ("sgd", 0.25, 2, 1))])
 def test_a_text_that_is_read_often_is_learned_by_sgd_as_in_the_papers(monkeypatch, level, epochs, expected):
     monkeypatch.setattr(sizes, "tokens_seen", lambda *_: epochs * 10**6)
@@ -88,8 +88,15 @@ def test_a_text_that_is_read_often_is_learned_by_sgd_as_in_the_papers(monkeypatc
 
 
 @pytest.mark.parametrize("rows, columns", [(32_000, 16), (31_999, 8), (15_999, 4), (1, 4)])
-def test_a_batch_is_no_larger_than_leaves_two_thousand_steps(rows, columns):
-    assert sizes.fewer_columns(16, rows, 4) == columns
+def test_a_batch_is_no_larger_than_leaves_enough_steps(rows, columns):
+    assert sizes.fewer_columns(16, rows, 2000, 4) == columns
+
+
+@pytest.mark.parametrize("optimizer, columns", [("adam", 16), ("sgd", 8)])
+def test_sgd_takes_more_steps_than_adam(monkeypatch, optimizer, columns):
+    """2,500 batches of 16 columns."""
+    monkeypatch.setattr(sizes, "tokens_seen", lambda *_: 2500 * 16 * 64)
+    assert choose(monkeypatch, 1e10, "--optimizer", optimizer)[0].batch_size == columns
 
 
 def test_fewer_columns_are_for_a_cpu_and_some_for_each_process(monkeypatch):
