@@ -28,7 +28,7 @@ ENOUGH_STEPS = {"adam": 2000, "sgd": 3000}  # of training; rather than fewer, ea
 FEWEST_COLUMNS = 4         # of a process
 MANY_EPOCHS = {"word": 6, "char": 8, "byte": 8}  # from which on a model learns the text by heart unless much is dropped
 SGD_EPOCHS = {"word": 3, "char": 10, "byte": 10}  # from which on SGD, with AR and TAR, gets further than Adam
-SGD_LR = 20.0
+SGD_LR, LEAST_SGD_LR = 20.0, 0.5  # a smaller one that is given is meant for Adam
 MOST_EPOCHS = {"word": 50, "char": 30, "byte": 30}  # with more, only the text itself would be learned better
 # Of words, from MANY_EPOCHS on these approach those of MOST_EPOCHS.
 DROPOUTS_OF_MANY = {"dropout": 0.4, "dropouth": 0.3, "dropouti": 0.1, "dropoute": 0.0, "wdrop": 0.3}
@@ -54,7 +54,7 @@ def choose_flags(args, given, corpus, device, processes=1):
                 setattr(args, name, value)
 
     ntoken, tokens = len(corpus.dictionary), len(corpus.train)
-    choose(nlayers=2 if args.model == "QRNN" else 1)
+    choose(nlayers=2 if args.model == "QRNN" and args.level != "word" else 1)
     choose(epochs=MOST_EPOCHS[args.level], bptt=64, batch_size=batch_size(tokens))
     budget = OF_THE_TIME * 60 * args.minutes * probe(args, min(ntoken, 10_000), device)  # in multiply-adds
 
@@ -70,7 +70,8 @@ def choose_flags(args, given, corpus, device, processes=1):
         choose(nlayers=2)
         epochs = choose_size()
     choose(**dropouts(max(epochs, least) if many else epochs, args.level))
-    choose(optimizer="sgd" if epochs >= SGD_EPOCHS[args.level] else "adam")
+    sgd = args.lr >= LEAST_SGD_LR if "lr" in given else epochs >= SGD_EPOCHS[args.level]
+    choose(optimizer="sgd" if sgd else "adam")
     if args.optimizer == "sgd":
         choose(lr=SGD_LR)  # clip, alpha and beta are those of the papers
     else:

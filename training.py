@@ -73,7 +73,8 @@ def is_finished(run):
     progress = run.progress
     plateau = run.stage == "finetune" and at_plateau(progress.history, run.args.nonmono)
     over = run.budget.is_over(run.epochs()) and not progress.epoch_seconds  # 0 after each validation
-    return plateau or progress.epoch >= run.args.epochs or over
+    done = run.budget.limit == math.inf and progress.epoch >= run.args.epochs  # else the budget counts them
+    return plateau or done or over
 
 
 def is_due(run):

@@ -24,7 +24,7 @@ from run_files import last_path, metrics_path
 from sizes import LADDER, embedding_size
 
 LEVELS = {"char": "", "word": "--min-count 2"}  # and further flags
-SHOWN = ("nlayers", "nhid", "dropout", "wdrop", "batch_size", "lr")  # what the table says of a choice
+SHOWN = ("nlayers", "nhid", "dropout", "wdrop", "batch_size", "optimizer", "lr")  # what the table says of a choice
 NEIGHBOURS = {"smaller": -1, "larger": 1}  # layers on the ladder of the rules, from the chosen ones
 RECORD = re.compile(r"(?P<text>.+)\.(?P<level>char|word)\.(?P<minutes>[\d.]+)min(?P<size>smaller|larger|)"
                     r"\.seed\d+\.metrics\.jsonl")

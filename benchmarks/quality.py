@@ -25,7 +25,8 @@ from flags import Parser, positive_float, seed
 from process import run_script
 from run_files import last_path, metrics_path
 
-SIZES = ("model", "nlayers", "nhid", "emsize", "batch_size", "lr", "dropout", "wdrop")  # what the table says of a model
+# What the table says of a model.
+SIZES = ("model", "nlayers", "nhid", "emsize", "batch_size", "optimizer", "lr", "dropout", "wdrop")
 # What is scored on top of a trained model: the kind of the record, the column of the table, and the grid.
 ON_TOP = {"pointer": ("cache", "--window 500 2000 --theta 0.3 0.6 1 --lambdasm 0.02 0.05 0.1"),
           "dynamic": ("dynamic", "--resume --fast --bptt 20 --lr 3e-5 1e-4 3e-4 --lamb 0.01 0.1")}

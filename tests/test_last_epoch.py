@@ -117,6 +117,19 @@ def test_what_was_left_out_is_as_much_with_another_batch_size(train, tmp_path, c
     assert last["total_tokens"] == pytest.approx(1.25 * before["epoch"][-1]["total_tokens"], rel=0.03)
 
 
+def test_a_part_that_was_left_out_is_no_epoch(train, tmp_path):
+    """The one epoch of --epochs has half of the text so far."""
+    train(tmp_path / "m.pt", "--epochs", "1")
+    path = run_files.last_path(tmp_path / "m.pt")
+    content = checkpoint.load(path)
+    content["state"]["progress"]["skipped"] = 60
+    torch.save(content, path)
+    main.main(["--no-cuda", "--resume", str(tmp_path / "m.pt"), "--minutes", "5"])
+    first, last = read_metrics(tmp_path / "m.pt")["epoch"]
+    assert first["epoch"] == 1
+    assert 1 <= last["epoch"] < 1.2
+
+
 def test_the_epochs_that_fit_are_those_of_the_speed_without_validation(clock):
     """An epoch in 10 seconds, and 5 of validation: of 60 seconds, 41 are left after 14, then 36."""
     held = budget.Budget(1)

@@ -11,8 +11,8 @@ from metrics import Metrics, read_metrics
 from process import run_script
 from run_files import last_path, metrics_path
 
-CHOSEN = {"nlayers": 1, "nhid": 256, "dropout": 0.1, "wdrop": 0.0, "batch_size": 16, "lr": 0.004}
-SIZE = "`--nlayers 1 --nhid 256 --dropout 0.1 --wdrop 0.0 --batch_size 16 --lr 0.004`"
+CHOSEN = {"nlayers": 1, "nhid": 256, "dropout": 0.1, "wdrop": 0.0, "batch_size": 16, "optimizer": "adam", "lr": 0.004}
+SIZE = "`--nlayers 1 --nhid 256 --dropout 0.1 --wdrop 0.0 --batch_size 16 --optimizer adam --lr 0.004`"
 
 
 class Runs:

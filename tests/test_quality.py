@@ -14,9 +14,10 @@ from metrics import Metrics, read_metrics
 from process import run_script
 from run_files import last_path, metrics_path
 
-FLAGS = {"model": "LSTM", "nlayers": 1, "nhid": 256, "emsize": 128, "batch_size": 16, "lr": 0.004, "dropout": 0.0,
-         "wdrop": 0.0}
-CHOSEN = "`--model LSTM --nlayers 1 --nhid 256 --emsize 128 --batch_size 16 --lr 0.004 --dropout 0.0 --wdrop 0.0`"
+FLAGS = {"model": "LSTM", "nlayers": 1, "nhid": 256, "emsize": 128, "batch_size": 16, "optimizer": "adam", "lr": 0.004,
+         "dropout": 0.0, "wdrop": 0.0}
+CHOSEN = ("`--model LSTM --nlayers 1 --nhid 256 --emsize 128 --batch_size 16 --optimizer adam --lr 0.004 --dropout 0.0 "
+          "--wdrop 0.0`")
 LOSSES = {"0.25T.seed1": 1.7, "0.25T.seed2": 1.71, "4T.seed1": 1.5, "4T.seed2": 1.512}
 BETTER = {"pointer": 0.1, "dynamic": 0.2}  # than the model
 

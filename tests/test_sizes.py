@@ -51,10 +51,10 @@ def test_the_more_often_a_text_is_read_the_more_is_dropped(monkeypatch, epochs, 
 
 
 @pytest.mark.parametrize("tokens, layers", [(10**7, 1), (40_000, 2)])
-def test_a_qrnn_has_two_layers_however_often_the_text_is_read(monkeypatch, tokens, layers):
+def test_a_qrnn_of_characters_has_two_layers_however_often_the_text_is_read(monkeypatch, tokens, layers):
     """With 10^10 products a second the shorter text is read often."""
-    for model, expected in (("LSTM", layers), ("GRU", layers), ("QRNN", 2)):
-        assert choose(monkeypatch, 1e10, "--model", model, tokens=tokens)[0].nlayers == expected
+    for flags, expected in (("LSTM", layers), ("GRU", layers), ("QRNN", 2), ("QRNN --level word", layers)):
+        assert choose(monkeypatch, 1e10, "--model", *flags.split(), tokens=tokens)[0].nlayers == expected
 
 
 @pytest.mark.parametrize("epochs, dropouti, dropoute, wdrop", [
@@ -85,6 +85,14 @@ def test_a_text_that_is_read_often_is_learned_by_sgd_as_in_the_papers(monkeypatc
     assert args.lr == (sizes.SGD_LR if expected[0] == "sgd" else sizes.learning_rate(args.nhid))
     args, _ = choose(monkeypatch, 1e10, "--level", level, "--optimizer", "adam", "--alpha", "3")
     assert (args.optimizer, args.alpha, args.lr) == ("adam", 3, sizes.learning_rate(args.nhid))
+
+
+@pytest.mark.parametrize("epochs", [1, 20])
+@pytest.mark.parametrize("lr, optimizer", [(0.002, "adam"), (20, "sgd")])
+def test_a_rate_given_says_which_optimizer_it_is_for(monkeypatch, epochs, lr, optimizer):
+    monkeypatch.setattr(sizes, "tokens_seen", lambda *_: epochs * 10**6)
+    args, _ = choose(monkeypatch, 1e10, "--level", "word", "--lr", str(lr))
+    assert (args.lr, args.optimizer) == (lr, optimizer)
 
 
 @pytest.mark.parametrize("rows, columns", [(32_000, 16), (31_999, 8), (15_999, 4), (1, 4)])
@@ -168,7 +176,7 @@ def test_the_command_of_a_dry_run_is_that_of_a_run_in_one_order(monkeypatch):
 def test_a_book_is_read_by_characters_and_the_run_says_what_was_chosen(train, book, tmp_path, capsys):
     _, metrics = train(tmp_path / "m.pt", "--data", str(book), "--minutes", "1000", "--epochs", "1")
     flags = metrics["run"][0]["flags"]
-    assert (flags["level"], flags["optimizer"], flags["nhid"]) == ("char", "adam", 6)  # 6 was given
+    assert (flags["level"], flags["optimizer"], flags["nhid"]) == ("char", "sgd", 6)  # 6 was given, and a rate for SGD
     assert "the same by flags: python main.py" in capsys.readouterr().out
 
 
