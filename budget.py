@@ -23,8 +23,8 @@ PIECES = 4         # of --bptt rows: what an evaluation is timed on
 class Budget:
     """Hold the time of a run: `minutes` in all (None: no limit), of which `spent` seconds went in earlier parts.
 
-    The clock of this part began when the process did. `epochs` ends the run too, if it is below NO_LIMIT. The learning
-    rate falls to the end that comes first. What the last validation and the test take (`valid_seconds`,
+    The clock of this part began when the process did. The run ends after `epochs` too, at once if they are 0. The
+    learning rate falls to the end that comes first. What the last validation and the test take (`valid_seconds`,
     `test_seconds`) is no time to train.
     """
 
@@ -63,7 +63,7 @@ class Budget:
         """
         if self.limit == math.inf:
             return 0.0
-        by_epochs = epochs / self.epochs if 0 < self.epochs < NO_LIMIT else 0.0
+        by_epochs = epochs / self.epochs if self.epochs else 1.0
         return min(1.0, max(self.spent() / self.training_seconds(), by_epochs))
 
     def is_over(self, epochs):

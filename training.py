@@ -114,8 +114,8 @@ def open_record(run, resumed):
     run.metrics = Metrics(run_files.metrics_path(args.save), progress.metrics_bytes if resumed else None, run.stage)
     run.metrics.board = open_board(args.tensorboard, run.stage, run.total_tokens())
     description = describe_run(vars(args), model.parameter_count(), run.batches.train.device) | distributed.describe()
-    run.metrics.write("resume" if resumed else "run", stage=run.stage, epoch=int(run.epochs()) + 1,
-                      batch=progress.batch, corpus=run.checksum, **description)
+    run.metrics.write("resume" if resumed else "run", stage=run.stage, epoch=progress.epoch + 1, batch=progress.batch,
+                      corpus=run.checksum, **description)
     if run.stage == "finetune" and not resumed:
         run.metrics.write("loaded", **loss_metrics(progress.best_loss))
     log(f"{run.stage}: {' '.join(f'{name}={value}' for name, value in vars(args).items())}")

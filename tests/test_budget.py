@@ -138,6 +138,12 @@ def test_epochs_win_and_the_rate_falls_to_their_end(train, tmp_path):
 
 
 @pytest.mark.usefixtures("clock")
+def test_no_epochs_are_none_however_many_minutes_there_are(train, tmp_path):
+    _, metrics = train(tmp_path / "m.pt", "--minutes", "1", "--epochs", "0")
+    assert "epoch" not in metrics
+
+
+@pytest.mark.usefixtures("clock")
 def test_a_schedule_of_epochs_is_not_followed_twice_when_the_time_ends_within_one(train, tmp_path):
     """A --when that an earlier epoch has followed divides the rate once."""
     _, metrics = train(tmp_path / "m.pt", "--minutes", "0.5", "--when", "1")
