@@ -63,7 +63,7 @@ def parse_flags(argv):
     parser = Parser(description="Score a trained model by dynamic evaluation.",
                     epilog="Given several values of a flag, all combinations are scored on validation and the best is "
                            "applied to test.")
-    add_data_flags(parser)
+    add_data_flags(parser, trained=True)
     parser.add_argument("--save", default="best.pt", metavar="FILE", help="the trained model (default: %(default)s)")
     parser.add_argument("--resume", action="store_true",
                         help="go on with what was stopped: scores in the record, of this model, text and setting, are "

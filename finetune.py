@@ -22,7 +22,7 @@ from data import check_level, check_shares
 from device import set_up_device
 from errors import BadInput
 from files import copy_file, same_file
-from flags import Parser, add_training_flags
+from flags import AS_TRAINED, Parser, add_training_flags
 from metrics import check_board, format_loss, log
 from model import ARCHITECTURE, DROPOUTS
 from optimizers import make_optimizer
@@ -46,12 +46,13 @@ class ModelsOwn:
     """Say in the help what the default of an inherited flag is."""
 
     def __str__(self):
-        return "as the model was trained"
+        return AS_TRAINED
 
 
 def make_parser():
     parser = Parser(description="Fine-tune a trained AWD-LSTM language model with averaged SGD.")
-    add_training_flags(parser, max_bptt="bptt + 10", plateau="training ends", save="that of --load")
+    add_training_flags(parser, max_bptt="bptt + 10", plateau="training ends", save="that of --load",
+                       trained=True)
     parser.add_argument("--vocab", choices=["model", "corpus"], default="model",
                         help="whose words the tuned model knows: those of the model, others being <unk>, or those of "
                              "the corpus, new ones beginning with the mean of the old (default: %(default)s)")

@@ -8,6 +8,8 @@ import torch
 
 from errors import BadInput
 
+AS_TRAINED = "as the model was trained"  # what help says of a flag that comes from a model unless given
+
 
 class Parser(argparse.ArgumentParser):
     """Parse flags, and raise BadInput for a flag that cannot be taken."""
@@ -97,15 +99,16 @@ def add_device_flags(parser):
                         help="run on the GPU (default: if there is one)")
 
 
-def add_data_flags(parser):
-    """Add the flags that say what the text is."""
+def add_data_flags(parser, trained=False):
+    """Add the flags that say what the text is; with `trained`, help says that they come from a model unless given."""
+    data, level, shares = [AS_TRAINED] * 3 if trained else [
+        "%(default)s", "what the folder's file 'level' says, else word", "90 5 5"]
     parser.add_argument("--data", default="data/penn", metavar="PATH",
-                        help="folder with train.txt, valid.txt and test.txt, or one text file (default: %(default)s)")
-    parser.add_argument("--level", choices=["word", "char", "byte"],
-                        help="what a token is (default: what the folder's file 'level' says, else word)")
+                        help=f"folder with train.txt, valid.txt and test.txt, or one text file (default: {data})")
+    parser.add_argument("--level", choices=["word", "char", "byte"], help=f"what a token is (default: {level})")
     parser.add_argument("--shares", type=positive_float, nargs="+", action=Shares, default=[90, 5, 5], metavar="PART",
                         help="the parts of one text file for training, validation and test; two parts leave no test "
-                             "split (default: 90 5 5)")
+                             f"split (default: {shares})")
 
 
 def add_vocabulary_flags(group):
@@ -135,13 +138,13 @@ def add_cache_flags(group, optional=False):
                            metavar=metavar, help=f"{what} ({off}default: {default:.5g})")
 
 
-def add_training_flags(parser, max_bptt, plateau, save, lr="30"):
+def add_training_flags(parser, max_bptt, plateau, save, lr="30", trained=False):
     """Add the flags of training.
 
-    They are the same for main.py and finetune.py, except for four words of help.
+    They are the same for main.py and finetune.py, except for words of help.
     """
     group = parser.add_argument_group("data")
-    add_data_flags(group)
+    add_data_flags(group, trained)
     add_vocabulary_flags(group)
     add_model_flags(parser.add_argument_group("model"))
     add_dropout_flags(parser.add_argument_group("dropout", "probabilities of dropping, from 0 (off) to below 1"))

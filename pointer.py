@@ -38,7 +38,7 @@ def parse_flags(argv):
     parser = Parser(description="Score a trained model together with a continuous neural cache.",
                     epilog="Given several windows, thetas or lambdasms, all combinations are scored on validation and "
                            "the best is applied to test.")
-    add_data_flags(parser)
+    add_data_flags(parser, trained=True)
     parser.add_argument("--save", default="best.pt", metavar="FILE",
                         help="the trained model (default: %(default)s)")
     parser.add_argument("--model", choices=list(LAYERS), help="recurrent layer; has to be that of the trained model")

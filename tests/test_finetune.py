@@ -5,7 +5,9 @@ import torch
 from helpers import read_metrics, tune
 
 import checkpoint
+import dynamic
 import finetune
+import pointer
 import run_files
 
 
@@ -84,3 +86,13 @@ def test_help_names_no_optimizer_that_fine_tuning_lacks(capsys):
     text = capsys.readouterr().out
     assert "learning rate (default: 30)" in text
     assert "Adam" not in text
+
+
+@pytest.mark.parametrize("script", [finetune, pointer, dynamic])
+def test_help_says_that_the_text_is_the_one_of_the_model(script, capsys):
+    """--data, --level and --shares come from the model, as other tests show; main.py's defaults are not theirs."""
+    with pytest.raises(SystemExit):
+        script.parse_flags(["--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    for flag in ("--data PATH folder", "--level {word,char,byte} what", "--shares PART [PART ...] the parts"):
+        assert text.split(flag)[1].split(" --")[0].endswith("(default: as the model was trained)")
