@@ -56,7 +56,8 @@ def make_parser():
     parser.add_argument("--vocab", choices=["model", "corpus"], default="model",
                         help="whose words the tuned model knows: those of the model, others being <unk>, or those of "
                              "the corpus, new ones beginning with the mean of the old (default: %(default)s)")
-    parser.add_argument("--load", metavar="FILE", help="the model to fine-tune (default: that of --save)")
+    parser.add_argument("--load", type=run_files.follow, metavar="FILE",
+                        help="the model to fine-tune (default: that of --save)")
     parser.set_defaults(minutes=None, **dict.fromkeys(INHERITED, ModelsOwn()))
     return parser
 

@@ -70,6 +70,13 @@ def test_a_resumed_fine_tuning_is_the_one_that_never_stopped(trained, corpus_dir
     assert losses[0] == losses[1]
 
 
+def test_the_command_of_a_model_behind_a_link_goes_on_with_resume(trained, corpus_dir, tmp_path):
+    (tmp_path / "link.pt").symlink_to(trained)
+    command = ["--load", tmp_path / "link.pt", "--save", tmp_path / "tuned.pt", "--epochs"]
+    tune(corpus_dir, *command, 1)
+    assert tune(corpus_dir, *command, 2, "--resume", tmp_path / "tuned.pt") == 0
+
+
 def test_a_resumed_run_may_go_on_under_another_name(trained, corpus_dir, tmp_path):
     before = trained.read_bytes()
     other = tmp_path / "other.pt"
