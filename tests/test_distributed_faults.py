@@ -2,6 +2,7 @@
 
 import os
 import signal
+import time
 
 import pytest
 from helpers import TINY, script
@@ -87,6 +88,26 @@ def test_a_full_disk_ends_all(corpus_dir, tmp_path):
     line = the_line(2, tmp_path, command(corpus_dir, tmp_path / "m.pt", "--epochs", "3"), full_disk)
     assert "m.last.pt: could not be written: [Errno 28] No space left" in line
     assert not list(tmp_path.glob("*.partial"))
+
+
+def diverged(rank):
+    """Let the loss of the second epoch be NaN, which rank 1 is the first to tell."""
+    train_batches = training.train_batches
+
+    def step(*_, **__):
+        time.sleep(0 if rank else 2)
+        raise FloatingPointError("the loss is nan")
+
+    def batches(run):
+        if run.progress.epoch == 1:
+            training.train_step = step
+        yield from train_batches(run)
+    training.train_batches = batches
+
+
+def test_any_process_says_how_to_go_on_after_a_loss_that_is_not_finite(corpus_dir, tmp_path):
+    save = tmp_path / "m.pt"
+    assert f"--resume {save} replays it" in the_line(2, tmp_path, command(corpus_dir, save, "--epochs", "2"), diverged)
 
 
 def killed(rank, victim):
