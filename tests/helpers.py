@@ -70,7 +70,8 @@ def weights(path):
 
 
 def same_weights(one, other):
-    return all(torch.equal(weights(one)[name], weights(other)[name]) for name in weights(one))
+    one, other = weights(one), weights(other)
+    return all(torch.equal(one[name], other[name]) for name in one)
 
 
 def assert_undisturbed(whole, parts):
