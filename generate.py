@@ -17,7 +17,6 @@ if __name__ == "__main__":  # before torch, whose import takes seconds
 import math
 import sys
 from argparse import ArgumentTypeError
-from codecs import BOM_UTF8
 from itertools import chain
 
 import torch
@@ -148,7 +147,7 @@ def read_prompt(args):
                 raise BadInput("--prompt-file -: there is no standard input")
             return sys.stdin.buffer.read()
         with open(args.prompt_file, "rb") as file:
-            return file.read().removeprefix(BOM_UTF8)
+            return file.read()
     except OSError as error:
         raise BadInput(f"--prompt-file {args.prompt_file}: cannot be read: {error.strerror}") from error
 

@@ -36,10 +36,10 @@ SIGNATURES = (  # how a file begins, what it then is, and what to do
 def decode_prompt(text):
     """Decode a prompt, of the command line or bytes, as UTF-8, whatever the locale is.
 
-    Raises BadInput when it is not UTF-8.
+    A byte order mark at its beginning is left out, as it is of a corpus. Raises BadInput when it is not UTF-8.
     """
     try:
-        return prompt_bytes(text).decode("utf-8")
+        return prompt_bytes(text).decode("utf-8-sig")
     except UnicodeEncodeError:  # the locale has no such character, so the text did not come from its command line
         return text
     except UnicodeDecodeError as error:

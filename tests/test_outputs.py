@@ -79,6 +79,11 @@ def test_a_new_line_of_a_prompt_is_an_eos(text, tokens):
     assert tokenize(text, "word") == tokens
 
 
+def test_a_byte_order_mark_is_no_part_of_a_prompt_of_text():
+    assert tokenize(b"\xef\xbb\xbfa", "word") == tokenize(b"\xef\xbb\xbfa", "char") == ["a"]
+    assert tokenize(b"\xef\xbb\xbfa", "byte") == ["239", "187", "191", "97"]
+
+
 def test_a_prompt_from_a_file(trained, tmp_path, capsys):
     (tmp_path / "prompt.txt").write_text("the cat\nsat")
     capsys.readouterr()
@@ -86,8 +91,9 @@ def test_a_prompt_from_a_file(trained, tmp_path, capsys):
     assert capsys.readouterr().out.startswith("the cat <eos>\nsat ")
 
 
-def test_a_prompt_from_standard_input(trained, tmp_path, capsys, monkeypatch):
-    (tmp_path / "prompt.txt").write_text("the cat")
+@pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"])
+def test_a_prompt_from_standard_input(trained, tmp_path, capsys, monkeypatch, mark):
+    (tmp_path / "prompt.txt").write_bytes(mark + b"the cat")
     with open(tmp_path / "prompt.txt", encoding="utf-8") as file:
         monkeypatch.setattr(sys, "stdin", file)
         capsys.readouterr()
