@@ -33,7 +33,7 @@ GPU_SAVE_SECONDS = 60  # between states that are saved after epochs on a GPU
 
 
 def train(run):
-    """Train until --epochs, a plateau of fine-tuning, or a signal; then test the best model.
+    """Train until --epochs, --minutes, a plateau of fine-tuning, or a signal; then test the best model.
 
     Returns the exit status. The best model is kept at --save. The state to resume from and the metrics lie beside it.
     """
