@@ -43,7 +43,7 @@ def train(run):
     with StopSignals() as signals:
         unsaved = False
         while not (poll_requests(run, signals)[0] or is_finished(run)):
-            unsaved = train_epoch(run, signals)
+            unsaved = train_epoch(run, signals) and run.progress.epoch_seconds > 0  # 0: no time was left for a batch
             if unsaved:
                 end_epoch(run)           # validate, keep the best model
                 update_optimizer(run)    # NT-ASGD, --when

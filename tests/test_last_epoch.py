@@ -143,3 +143,20 @@ def test_the_epochs_that_fit_are_those_of_the_speed_without_validation(clock):
     held.note_validation(5)
     assert held.epochs_left(1.4) == pytest.approx(budget.SPARE * 3.6)
     assert budget.Budget().epochs_left(1) == math.inf
+
+
+@pytest.mark.usefixtures("clock")
+def test_time_that_ends_before_a_batch_ends_the_run_without_another_validation(train, tmp_path, monkeypatch):
+    """The loop is told once that time is left when none is, as if the clock had ticked just after it asked."""
+    is_finished, told = training.is_finished, []
+
+    def a_moment_early(run):
+        over = is_finished(run)
+        if over:
+            told.append(True)
+        return over and len(told) > 1
+    monkeypatch.setattr(training, "is_finished", a_moment_early)
+    train(tmp_path / "m.pt", "--minutes", "1")
+    assert len(told) == 2
+    epochs = [line["epoch"] for line in read_metrics(tmp_path / "m.pt")["epoch"]]
+    assert epochs == sorted(set(epochs))
