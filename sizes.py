@@ -53,7 +53,7 @@ def choose_flags(args, given, corpus, device, processes=1):
             if name not in given:
                 setattr(args, name, value)
 
-    ntoken, tokens = len(corpus.dictionary), len(corpus.train)
+    ntoken, tokens = len(corpus.dictionary), max(1, len(corpus.train))  # no text at all is refused later
     choose(nlayers=2 if args.model == "QRNN" and args.level != "word" else 1)
     choose(epochs=MOST_EPOCHS[args.level], bptt=64, batch_size=batch_size(tokens))
     budget = OF_THE_TIME * 60 * args.minutes * probe(args, min(ntoken, 10_000), device)  # in multiply-adds

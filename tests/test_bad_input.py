@@ -117,6 +117,13 @@ def test_too_few_tokens_for_the_batch(run, place):
     assert "too few for a batch of 10" in refused(run, place, "main", *TINY, "--data", "corpus", "--save", "m.pt")
 
 
+def test_one_character_is_too_few_for_any_minutes(run, place):
+    """Of it training gets none, validation neither."""
+    (place / "book.txt").write_text("a", encoding="utf-8")
+    err = refused(run, place, "main", "--no-cuda", "--data", "book.txt", "--minutes", "1", "--save", "m.pt")
+    assert "book.txt, train: 0 tokens are too few for a batch of" in err
+
+
 @pytest.mark.parametrize("save", ["missing/m.pt", "corpus", "corpus/train.txt/m.pt"])
 def test_unwritable_save_is_found_before_training(run, place, save):
     for script, *arguments in (("main", *TINY, "--data", "corpus", "--save", save),
