@@ -235,10 +235,9 @@ def end_epoch(run):
     """
     progress, start = run.progress, time.perf_counter()
     train_loss, seconds = progress.epoch_loss / max(1, progress.epoch_rows), progress.epoch_seconds
-    progress.epoch_seconds = 0.0
+    progress.epoch_seconds, epoch = 0.0, progress.epoch + 1
     if progress.row >= len(run.batches.train) - 2:
         progress.turn_epoch()
-    epoch = math.ceil(run.epochs())
     with averaged_weights(run.optimizer):
         loss = distributed.evaluate(run.model, run.batches.valid, run.args.bptt)
         if not math.isfinite(loss):

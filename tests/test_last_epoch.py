@@ -1,6 +1,7 @@
 """The last epoch of a run of some minutes, which there is no time to finish, reads the ends of the columns."""
 
 import math
+import re
 import signal
 from types import SimpleNamespace
 
@@ -128,6 +129,22 @@ def test_a_part_that_was_left_out_is_no_epoch(train, tmp_path):
     first, last = read_metrics(tmp_path / "m.pt")["epoch"]
     assert first["epoch"] == 1
     assert 1 <= last["epoch"] < 1.2
+
+
+@pytest.mark.usefixtures("clock")
+def test_the_end_of_an_epoch_has_the_number_of_its_batches(train, tmp_path, capsys):
+    """However much of it, and of those before, was left out."""
+    flags = ["--log-interval", "1", "--lr", "0.1"]
+    train(tmp_path / "m.pt", "--minutes", "1", *flags)
+    for minutes in ("1.2", "1.4"):
+        train(tmp_path / "m.pt", "--resume", str(tmp_path / "m.pt"), "--minutes", minutes, *flags)
+    out = capsys.readouterr().out
+    assert out.count("rows are left out") == 3
+    numbers = re.findall(r"^\| (end of )?epoch +(\d+) \| +(?:time|\d+/)", out, re.MULTILINE)
+    ends = [(number, before) for (_, before), (end, number) in zip(numbers, numbers[1:]) if end]
+    assert len(ends) >= 3
+    assert [number for number, _ in ends] == [before for _, before in ends]
+    assert read_metrics(tmp_path / "m.pt")["epoch"][-1]["epoch"] < int(ends[-1][0]) - 1
 
 
 def test_the_epochs_that_fit_are_those_of_the_speed_without_validation(clock):
