@@ -26,7 +26,7 @@ from flags import Parser, add_training_flags, positive_float, positive_int
 from metrics import check_board, log
 from model import ARCHITECTURE, DROPOUTS, RNNModel
 from optimizers import make_optimizer
-from process import run_script
+from process import run_script, timed
 from resume import resume
 from run import Run, open_batches, open_corpus
 from steps import seed_everything
@@ -63,6 +63,7 @@ def parse_flags(argv):
     return make_parser().parse_args(argv)
 
 
+@timed()
 def main(argv=None):
     args = parse_flags(argv)
     distributed.check_flags(args)

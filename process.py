@@ -6,13 +6,13 @@ import signal
 import sys
 import threading
 import time
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 
 from errors import BadInput
 
 INTERRUPTED = 130  # exit status after Ctrl-C, 128 + SIGINT, as shells have it
 BROKEN_PIPE = 141  # 128 + SIGPIPE
-began = None  # when the script did, by the monotonic clock; None where a notebook calls it
+began = None  # when the script did, by the monotonic clock; in a notebook when its `main` did
 STOP, SAVE = ("SIGINT", "SIGTERM", "SIGHUP"), ("SIGUSR1",)  # not every system has all of them
 
 
@@ -32,6 +32,20 @@ def begin(alone=True):
     for name in SAVE:
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), signal.SIG_IGN)
+
+
+@contextmanager
+def timed():
+    """Count the time of --minutes from here on where no script has begun: in a notebook, or a program's call."""
+    global began
+    if began is not None:
+        yield
+        return
+    began = time.monotonic()
+    try:
+        yield
+    finally:
+        began = None
 
 
 def refuse_torchrun():

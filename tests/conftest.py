@@ -12,6 +12,7 @@ import convert
 import distributed
 import locked_dropout
 import main
+import process
 import qrnn
 import steps
 import training
@@ -92,6 +93,7 @@ def clock(monkeypatch):
         clock.now += 1
         return step(*args, **kwargs)
     monkeypatch.setattr(budget, "time", clock)
+    monkeypatch.setattr(process, "time", clock)
     monkeypatch.setattr(training, "train_step", slow_step)
     return clock
 

@@ -13,7 +13,6 @@ import budget
 import checkpoint
 import data
 import main
-import process
 import steps
 import training
 from errors import BadInput
@@ -26,7 +25,6 @@ def slow_start(monkeypatch, clock):
     make_optimizer = main.make_optimizer
 
     def slow(*args):
-        monkeypatch.setattr(process, "began", clock.now)
         clock.now += 30
         return make_optimizer(*args)
     monkeypatch.setattr(main, "make_optimizer", slow)

@@ -297,6 +297,20 @@ def test_a_script_that_has_ended_gives_a_later_call_its_whole_time(monkeypatch):
     assert Budget(minutes=1).spent() < 60
 
 
+def test_a_call_of_main_has_the_time_that_reading_the_text_takes_in_its_minutes(train, tmp_path, clock, monkeypatch):
+    """As a script has it. Each batch takes a second."""
+    def slow(*args):
+        clock.now += 30
+        return open_corpus(*args)
+    open_corpus = main.open_corpus
+    monkeypatch.setattr(main, "open_corpus", slow)
+    for number in (1, 2):
+        start = clock.now
+        train(tmp_path / f"{number}.pt", "--minutes", "1")
+        assert clock.now == start + 60
+    assert process.began is None
+
+
 def test_run_in_a_notebook_leaves_its_signals_alone(monkeypatch):
     monkeypatch.setattr(builtins, "__IPYTHON__", True, raising=False)
     monkeypatch.setattr(process, "began", None)
