@@ -84,7 +84,7 @@ def read_stages(path):
         print(f"{path}: skipped, without the figure named: record {', '.join(bad)}", file=sys.stderr)
     stages = [stage for stage in stages if stage.epochs]
     if not stages:
-        raise BadInput(f"{path}: there is no epoch in it")
+        raise BadInput(f"{path}: there is no epoch in it; the record of PTB.pt is PTB.metrics.jsonl")
     return stages
 
 

@@ -30,6 +30,8 @@ from errors import BadInput
 from files import check_writable
 from flags import NO_LIMIT
 
+NAMED = 10  # lines of a file that are none of a record: so many are named
+
 
 def loss_metrics(loss):
     """Express a loss in nats per token as the field reads it.
@@ -247,7 +249,8 @@ def read_metrics(path):
         raise BadInput(f"{path}: cannot be read: {error.strerror}") from error
     records, bad = parse_lines(content.split(b"\n"))
     if bad:
-        print(f"{path}: skipped, no record: line {', '.join(map(str, bad))}", file=sys.stderr)
+        more = f" and {len(bad) - NAMED:,} more" if len(bad) > NAMED else ""
+        print(f"{path}: skipped, no record: line {', '.join(map(str, bad[:NAMED]))}{more}", file=sys.stderr)
     return records
 
 

@@ -54,7 +54,16 @@ def test_readers_skip_bad_lines_and_name_them(tmp_path, capsys):
     (tmp_path / "m.metrics.jsonl").write_bytes(content)
     records = metrics.read_metrics(tmp_path / "m.metrics.jsonl")
     assert [record["kind"] for record in records] == ["epoch", "test"]
-    assert "skipped, no record: line 2, 4, 6" in capsys.readouterr().err
+    assert "skipped, no record: line 2, 4, 6\n" in capsys.readouterr().err
+
+
+def test_of_a_file_that_is_no_record_a_few_lines_are_named(trained, capsys):
+    """The model itself is easily taken for its record. It has thousands of lines."""
+    trained.write_bytes(b"\n".join([b"x"] * 5000))
+    capsys.readouterr()
+    assert metrics.read_metrics(trained) == []
+    said = capsys.readouterr().err
+    assert said == f"{trained}: skipped, no record: line 1, 2, 3, 4, 5, 6, 7, 8, 9, 10 and 4,990 more\n"
 
 
 @pytest.mark.slow
