@@ -69,11 +69,14 @@ def main(argv=None):
     distributed.check_flags(args)
     device = set_up_device(args.cuda, args.cuda_graphs)
     check_board(args.tensorboard, args.dry_run)
+    named = args.save or args.resume
     if args.resume:
         save = run_files.follow(args.save or run_files.best_path(args.resume))
     else:
         save = args.save = run_files.follow(args.save or f"{time.time_ns() // 10**6}.pt")
     with run_files.claimed(save, dry_run=args.dry_run):
+        if not (named or args.dry_run):
+            log(f"no --save: the model goes to {save}")
         argv = distributed.after_restart(argv, save, "train")
         going_on = parse_flags(argv).resume
         run = resume(parse_flags, argv, "train", device) if going_on else start(args, argv, device)

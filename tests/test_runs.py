@@ -1,12 +1,13 @@
 """No run harms another, and no file is taken for what it is not."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from helpers import ROOT, same_weights, tune, weights
+from helpers import ROOT, TINY, same_weights, tune, weights
 
 import checkpoint
 import finetune
@@ -30,6 +31,16 @@ NAMES = ["a.pt", "a.pth", "a.b", "exp.lr0.1", "exp.lr0.2", "exp.lr0", "exp.pt", 
 def test_the_files_of_runs_are_their_own(stage):
     files = [path for name in NAMES for path in run_files.files_of_run(name, stage)]
     assert len(set(files)) == len(files)
+
+
+@pytest.mark.parametrize("flags, files", [("", 3), ("--dry-run", 0), ("--save m.pt", 3)])
+def test_a_run_without_a_name_says_where_its_model_is(corpus_dir, tmp_path, monkeypatch, capsys, flags, files):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    main.main([*TINY, "--data", str(corpus_dir), "--epochs", "1", *flags.split()])
+    said = re.findall(r"no --save: the model goes to (\d+\.pt)\n", capsys.readouterr().out)
+    assert [Path(name).exists() for name in said] == [True] * (flags == "")
+    assert len(list(Path().iterdir())) == files
 
 
 @pytest.mark.parametrize("name", NAMES)
