@@ -7,7 +7,7 @@ from codecs import BOM_UTF8
 from collections import deque, namedtuple
 
 from errors import BadInput
-from text import split_line
+from text import archive_or_utf16, split_line
 from vocabulary import END
 
 WAIT = 0.05  # seconds that a line waits for others, where they come slowly
@@ -44,12 +44,13 @@ def read_lines(file, dictionary, level, no_eos):
     Raises BadInput for one that the model cannot read.
     """
     for number, (line, is_ended) in enumerate(split_stream(file, level), 1):
-        if number == 1 and level != "byte":
-            line = line.removeprefix(BOM_UTF8)
+        if number == 1:
+            what = archive_or_utf16(line)
+            line = line.removeprefix(BOM_UTF8) if level != "byte" else line
         try:
             tokens = split_line(line, level)
         except UnicodeDecodeError as error:
-            raise BadInput(f"line {number} is not UTF-8 text") from error
+            raise BadInput(what or f"line {number} is not UTF-8 text") from error
         if not no_eos and (is_ended or level == "word"):  # else the text just ends
             tokens.append(END)
         yield Line(number, tokens, *dictionary.encode(tokens, f"line {number}"))

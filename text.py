@@ -43,7 +43,8 @@ def decode_prompt(text):
     except UnicodeEncodeError:  # the locale has no such character, so the text did not come from its command line
         return text
     except UnicodeDecodeError as error:
-        raise BadInput("the prompt is not UTF-8 text (a model at byte level takes any bytes)") from error
+        what = archive_or_utf16(prompt_bytes(text)) or "is not UTF-8 text (a model at byte level takes any bytes)"
+        raise BadInput(f"the prompt {what}") from error
 
 
 def prompt_bytes(text):
@@ -206,11 +207,16 @@ def check_head(path):
 def not_text(path, where=""):
     """Make the BadInput for a file that is not UTF-8; it names what the file looks like."""
     with open(path, "rb") as file:
-        head = file.read(8)
+        what = archive_or_utf16(file.read(8))
+    return BadInput(f"{path}: {what or f'{where}is not UTF-8 text (--level byte takes any bytes)'}")
+
+
+def archive_or_utf16(head):
+    """Say what bytes are that begin with `head` and are not UTF-8, and what to do; None where that does not show."""
     for start, what, remedy in SIGNATURES:
         if head.startswith(start):
-            return BadInput(f"{path}: is {what}, not UTF-8 text: {remedy}")
-    return BadInput(f"{path}: {where}is not UTF-8 text (--level byte takes any bytes)")
+            return f"is {what}, not UTF-8 text: {remedy}"
+    return None
 
 
 def read_symbols(path, level, numbering):

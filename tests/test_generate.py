@@ -200,6 +200,11 @@ def test_a_prompt_that_is_not_text():
         tokenize("\udcff", "word")
 
 
+def test_a_prompt_as_windows_writes_it_is_told_what_it_is():
+    with pytest.raises(BadInput, match="the prompt is UTF-16, not UTF-8 text: convert it .*Notepad"):
+        tokenize("the cat".encode("utf-16"), "word")
+
+
 @pytest.mark.parametrize("text", ["1", "1.00", "1e0", "0.9"])
 def test_top_p_is_a_share_however_it_is_written(text):
     assert generate.parse_flags(["--top-p", text]).top_p == float(text)

@@ -142,6 +142,8 @@ def test_unknown_words_are_counted_and_told_apart(train, tmp_path, capsys):
 
 @pytest.mark.parametrize("text, flags, message", [
     (b"the cat\n\xff\n", [], "lines.txt: line 2 is not UTF-8"),
+    ("the cat\n".encode("utf-16"), [], "lines.txt: is UTF-16, not UTF-8 text: convert it .*Notepad"),
+    (b"\x1f\x8b\x08\x00rest", ["--carry"], "lines.txt: is a gzip archive, not UTF-8 text: unpack it"),
     (b"the zebra\n", [], "line 1: .* does not include 'zebra', the first of 1 unknown tokens, and has no <unk>"),
 ])
 def test_lines_that_cannot_be_scored(run, text, flags, message):
