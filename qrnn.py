@@ -46,7 +46,14 @@ class FoPool(torch.autograd.Function):
     A loop of one operation a step is exact in every dtype. Cumulative sums of log(1 - f) need no loop, but overflow.
     """
 
-    BLOCK = 4  # time steps worked on together, so that each operation finds its data in the cache
+    # Time steps worked on together, so that each operation finds its data in the cache: STEPS of them, or, if that is
+    # more, as many as have VALUES values.
+    STEPS, VALUES = 4, 2**16
+
+    @staticmethod
+    def blocks(steps, columns):
+        """Cut `steps` time steps of `columns` values, B x H, into slices that are worked on together."""
+        return blocks(steps, max(FoPool.STEPS, FoPool.VALUES // columns))
 
     @staticmethod
     def forward(ctx, linear_map, start, zoneout_mask):
@@ -56,13 +63,13 @@ class FoPool(torch.autograd.Function):
         states = start.new_empty(steps + 1, batch_size, hidden_size)  # c_{-1}, c_0, ...
         output = torch.empty_like(gates[0])
         states[0] = start
-        for block in blocks(steps, FoPool.BLOCK):
-            gates[:, block] = source[:, block]
-            z, f, o = gates[0, block].tanh_(), *gates[1:, block].sigmoid_()
+        for block in FoPool.blocks(steps, start.numel()):
+            z = torch.tanh(source[0, block].to(start.dtype), out=gates[0, block])
+            f, o = torch.sigmoid(source[1:, block].to(start.dtype), out=gates[1:, block])
             if zoneout_mask is not None:
                 f = f * zoneout_mask[block]
             c, *following = states[block.start:block.stop + 1].unbind()
-            for z_t, f_t, c_t in zip(z, f, following):
+            for z_t, f_t, c_t in zip(z.unbind(), f.unbind(), following):
                 c = torch.lerp(c, z_t, f_t, out=c_t)
             torch.mul(o, states[block.start + 1:block.stop + 1], out=output[block])
         ctx.save_for_backward(gates, states, zoneout_mask)
@@ -77,20 +84,20 @@ class FoPool(torch.autograd.Function):
         grad_map = gates.new_empty(steps, batch_size, 3 * hidden_size, dtype=ctx.dtype)
         grad_z, grad_f, grad_o = grad_map.chunk(3, -1)
         carried = grad_last  # d loss / d c_t through all later steps
-        for block in reversed(blocks(steps, FoPool.BLOCK)):
+        for block in reversed(FoPool.blocks(steps, batch_size * hidden_size)):
             z, f, o = gates[:, block]
             grad, factors = grad_output[block], f if zoneout_mask is None else f * zoneout_mask[block]
             # sigmoid' is s(1 - s), tanh' is 1 - s^2, and addcmul(x, x, s, value=-1) is x(1 - s)
-            through_o = grad * states[block.start + 1:block.stop + 1]
-            grad_o[block] = torch.addcmul(through_o, through_o, o, value=-1).mul_(o)
+            through_o = (grad * states[block.start + 1:block.stop + 1]).mul_(o)
+            torch.addcmul(through_o, through_o, o, value=-1, out=grad_o[block])
             total = grad * o  # d loss / d c_t
-            through_z = torch.empty_like(total)
-            for t in reversed(range(len(total))):
-                total[t] += carried
-                carried = total[t] - torch.mul(total[t], factors[t], out=through_z[t])
-            grad_z[block] = torch.addcmul(through_z, through_z * z, z, value=-1)
+            for total_t, factor in zip(reversed(total.unbind()), reversed(factors.unbind())):
+                total_t += carried
+                carried = torch.addcmul(total_t, total_t, factor, value=-1)
+            through_z = total * factors
+            torch.addcmul(through_z, through_z * z, z, value=-1, out=grad_z[block])
             through_f = (z - states[block]).mul_(total).mul_(factors)
-            grad_f[block] = torch.addcmul(through_f, through_f, f, value=-1)
+            torch.addcmul(through_f, through_f, f, value=-1, out=grad_f[block])
         return grad_map, carried, None
 
 

@@ -15,6 +15,7 @@ import torch
 from timing import seconds
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # the scripts of the project are no package
+from device import set_up_device
 from flags import Parser, positive_int
 from model import DROPOUTS, RNNModel, layer_sizes
 from optimizers import make_optimizer
@@ -59,6 +60,7 @@ def main():
     parser = Parser(description="Time steps of small models beside the floor of their products.")
     parser.add_argument("--repetitions", type=positive_int, default=30, metavar="N", help="default: %(default)s")
     args = parser.parse_args()
+    set_up_device(cuda=False)  # as the commands do
     print(f"{torch.get_num_threads()} threads, B = {B}, T = {T}, V = {NTOKEN}, fp32, Adam\n")
     print("| model | emsize / nhid x nlayers | step, ms | floor, ms | floor / step | tokens/s |")
     print("|---|---|---:|---:|---:|---:|")
