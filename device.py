@@ -64,6 +64,11 @@ def computes_in(precision, device):
     return precision == "fp32" or (precision == "bf16" and has_bf16())
 
 
+def lacks_memory(error):
+    """Return whether a RuntimeError of PyTorch says that there is no memory; an illegal access to it is a bug."""
+    return "memory" in str(error) and "illegal memory access" not in str(error)
+
+
 def peak_memory(device="cpu"):
     """Return the peak memory in bytes: of tensors on a GPU, of this process on a CPU.
 

@@ -21,14 +21,12 @@ import run_files
 import sizes
 from data import check_shares
 from device import set_up_device
-from errors import BadInput
 from flags import Parser, add_training_flags, positive_float, positive_int
 from metrics import check_board, log
-from model import ARCHITECTURE, DROPOUTS, RNNModel
 from optimizers import make_optimizer
 from process import run_script, timed
 from resume import resume
-from run import Run, open_batches, open_corpus
+from run import Run, make_model, open_batches, open_corpus
 from steps import seed_everything
 from training import train
 
@@ -104,11 +102,7 @@ def start(args, argv, device):
     args.lr = args.lr or DEFAULT_LR[args.optimizer]
     batches = open_batches(corpus, args, device)
     seed_everything(args.seed)
-    flags = {name: getattr(args, name) for name in ARCHITECTURE + DROPOUTS}
-    try:
-        model = RNNModel(len(corpus.dictionary), **flags).to(device)
-    except RuntimeError as error:  # what PyTorch raises when it gets no memory
-        raise BadInput(f"no model of this size: {str(error).splitlines()[0]}") from error
+    model = make_model(len(corpus.dictionary), args, device)
     optimizer = make_optimizer(args.optimizer, model, args.lr, args.wdecay)
     run = Run("train", args, corpus.dictionary.idx2word, batches, model, optimizer, checksum=corpus.checksum)
     if not args.dry_run:

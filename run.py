@@ -15,7 +15,7 @@ from budget import Budget
 from data import Corpus, load_split
 from errors import BadInput
 from metrics import Metrics, log
-from model import RNNModel
+from model import ARCHITECTURE, DROPOUTS, RNNModel
 from splitcross import splits_for
 from steps import MIN_SEQ_LEN
 from vocabulary import Rules
@@ -156,3 +156,15 @@ def open_batches(corpus, args, device):
     valid = load_split(corpus, "valid", columns(corpus.valid, 10), device)
     test = load_split(corpus, "test", columns(corpus.test, 1), device) if corpus.has_test else None
     return Batches(train, valid, test)
+
+
+def make_model(ntoken, args, device):
+    """Make a model for a vocabulary of V = `ntoken` as the flags say.
+
+    Raises BadInput when there is no memory for it.
+    """
+    flags = {name: getattr(args, name) for name in ARCHITECTURE + DROPOUTS}
+    try:
+        return RNNModel(ntoken, **flags).to(device)
+    except RuntimeError as error:  # what PyTorch raises then
+        raise BadInput(f"no model of this size: {str(error).splitlines()[0]}") from error

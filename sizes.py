@@ -14,14 +14,18 @@ from argparse import Namespace
 
 import torch
 
+from budget import Budget
+from device import lacks_memory
+from errors import BadInput
 from flags import command_line
-from model import ARCHITECTURE, DROPOUTS, RNNModel, parameter_shapes
+from model import ARCHITECTURE, DROPOUTS, parameter_shapes
 from optimizers import make_optimizer
+from run import make_model
 from steps import choose_pass, train_step
 
 LADDER = (64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536)  # units of a layer
 TOKENS_PER_WEIGHT = 2      # of the layers; with fewer a smaller model gets further in the time
-OF_THE_TIME = 0.9          # is for training; the rest is for reading, validation and test
+OF_THE_TIME = 0.9          # that is left after the start is for training; the rest is for validation and test
 PASSES = 3                 # forward, and backward with twice the products
 WORD_EMSIZE = 400          # the largest embedding of words
 ENOUGH_STEPS = {"adam": 2000, "sgd": 3000}  # of training; rather than fewer, each has fewer tokens
@@ -29,12 +33,15 @@ FEWEST_COLUMNS = 4         # of a process
 MANY_EPOCHS = {"word": 6, "char": 8, "byte": 8}  # from which on a model learns the text by heart unless much is dropped
 SGD_EPOCHS = {"word": 3, "char": 10, "byte": 10}  # from which on SGD, with AR and TAR, gets further than Adam
 SGD_LR, LEAST_SGD_LR = 20.0, 0.5  # a smaller one that is given is meant for Adam
-MOST_EPOCHS = {"word": 50, "char": 30, "byte": 30}  # with more, only the text itself would be learned better
-# Of words, from MANY_EPOCHS on these approach those of MOST_EPOCHS.
+MOST_EPOCHS = {"word": 100, "char": 30, "byte": 30}  # with more, only the text itself would be learned better
+MOST_DROPPED = 50          # epochs of words from which on no more is dropped
+# Of words, from MANY_EPOCHS on these approach those of MOST_DROPPED.
 DROPOUTS_OF_MANY = {"dropout": 0.4, "dropouth": 0.3, "dropouti": 0.1, "dropoute": 0.0, "wdrop": 0.3}
 DROPOUTS_OF_MOST = {"dropout": 0.5, "dropouth": 0.3, "dropouti": 0.5, "dropoute": 0.1, "wdrop": 0.5}
 
-PROBE_SIZE, PROBE_STEPS = 256, 4  # a model whose steps are timed, and how many of them
+# A model whose steps are timed before one is chosen, the most words that it has, and how many steps are timed.
+PROBED = {"nlayers": 1, "nhid": 256, "emsize": 256, **dict.fromkeys(DROPOUTS, 0.0), "optimizer": "adam"}
+MOST_PROBED, PROBE_STEPS = 10_000, 4
 
 
 def choose_level(args, given):
@@ -47,16 +54,31 @@ def choose_level(args, given):
 
 
 def choose_flags(args, given, corpus, device, processes=1):
-    """Set the flags of `args` that are not in `given` to what suits the text, the minutes and the `processes`."""
+    """Set the flags of `args` that are not in `given` to what suits the text, the minutes and the `processes`.
+
+    A small model does fewer multiply-adds a second than a large one. So the one that was chosen is timed, and with its
+    speed all is chosen anew.
+    """
+    ntoken, tokens = len(corpus.dictionary), max(1, len(corpus.train))  # no text at all is refused later
+    chosen = {**PROBED, "epochs": MOST_EPOCHS[args.level], "bptt": 64, "batch_size": batch_size(tokens)}
+    vars(args).update({name: value for name, value in chosen.items() if name not in given})
+    for _ in range(2):
+        speed = probe(args, min(ntoken, MOST_PROBED), device)
+        left = 60 * Budget(args.minutes).minutes_left()
+        choose_by(OF_THE_TIME * left * speed, args, given, ntoken, tokens, processes if device.type == "cpu" else None)
+
+
+def choose_by(budget, args, given, ntoken, tokens, processes):
+    """Set the flags of `args` that are not in `given` to what suits `tokens` of a text and `budget` multiply-adds.
+
+    `processes` is their number on a CPU, else None.
+    """
     def choose(**chosen):
         for name, value in chosen.items():
             if name not in given:
                 setattr(args, name, value)
 
-    ntoken, tokens = len(corpus.dictionary), max(1, len(corpus.train))  # no text at all is refused later
-    choose(nlayers=2 if args.model == "QRNN" and args.level != "word" else 1)
-    choose(epochs=MOST_EPOCHS[args.level], bptt=64, batch_size=batch_size(tokens))
-    budget = OF_THE_TIME * 60 * args.minutes * probe(args, min(ntoken, 10_000), device)  # in multiply-adds
+    choose(nlayers=2 if args.model == "QRNN" and args.level != "word" else 1, batch_size=batch_size(tokens))
 
     def choose_size():
         fitting = [size for size in LADDER if sees_enough(size, args, ntoken, tokens, budget)]
@@ -73,10 +95,11 @@ def choose_flags(args, given, corpus, device, processes=1):
     sgd = args.lr >= LEAST_SGD_LR if "lr" in given else epochs >= SGD_EPOCHS[args.level]
     choose(optimizer="sgd" if sgd else "adam")
     if args.optimizer == "sgd":
-        choose(lr=SGD_LR)  # clip, alpha and beta are those of the papers
+        # Clip, alpha and beta are those of the papers. Averages are no better than a rate that falls to nothing.
+        choose(lr=SGD_LR, nonmono=args.epochs)
     else:
         choose(lr=learning_rate(args.nhid), clip=1.0, alpha=0.0, beta=0.0)
-    if device.type == "cpu":  # where few columns take little more time
+    if processes:  # on a CPU few columns take little more time
         rows = epochs * tokens / args.bptt  # of all batches
         steps = ENOUGH_STEPS[args.optimizer]
         choose(batch_size=fewer_columns(args.batch_size, rows, steps, FEWEST_COLUMNS * processes))
@@ -127,37 +150,53 @@ def dropouts(epochs, level):
     A text that is read once or twice needs none. From MANY_EPOCHS on there is weight drop too, and of words ever more
     is dropped.
     """
-    least, most = MANY_EPOCHS[level], MOST_EPOCHS[level]
+    least = MANY_EPOCHS[level]
     if epochs < least:
         p = round(max(0.0, 0.1 * math.log2(max(epochs, 1) / 2)), 2)
         return {"dropout": p, "dropouth": p, "dropouti": 0.0, "dropoute": 0.0, "wdrop": 0.0}
     if level != "word":
         return dict(DROPOUTS_OF_MANY)
-    share = min(1.0, math.log(epochs / least) / math.log(most / least))
+    share = min(1.0, math.log(epochs / least) / math.log(MOST_DROPPED / least))
     return {name: round(p + share * (DROPOUTS_OF_MOST[name] - p), 2) for name, p in DROPOUTS_OF_MANY.items()}
 
 
 def probe(args, ntoken, device):
-    """Measure the multiply-adds that a training step does in a second, forward and backward, on this machine."""
-    sizes = {"model": args.model, "emsize": PROBE_SIZE, "nhid": PROBE_SIZE, "nlayers": 1, "tied": True}
+    """Measure the multiply-adds that a training step of these flags does in a second on this machine.
+
+    Raises BadInput when there is no memory for it.
+    """
     with torch.random.fork_rng(devices=[]):
-        model = RNNModel(ntoken, **sizes, **dict.fromkeys(DROPOUTS, 0)).to(device).train()
+        model = make_model(ntoken, args, device).train()
         tokens = torch.randint(ntoken, (args.bptt, args.batch_size), device=device)
-    optimizer = make_optimizer("adam", model, 1e-3, 0)
-    forward_backward, hidden = choose_pass(model, args.precision, 0, 0), model.init_hidden(args.batch_size)
+        try:
+            return PASSES * tokens.numel() * weights(args, ntoken) / step_seconds(model, tokens, args)
+        except RuntimeError as error:
+            if lacks_memory(error):
+                raise BadInput("out of memory in a training step of this size; smaller layers, a smaller --batch_size "
+                               "or --bptt may help") from error
+            raise
+
+
+def step_seconds(model, tokens, args):
+    """Return the seconds of the fastest of some training steps of `model` on `tokens` (T, B), without the first.
+
+    Nothing is learned, so that no learning rate is too large.
+    """
+    optimizer = make_optimizer(args.optimizer, model, 0.0, args.wdecay)
+    forward_backward = choose_pass(model, args.precision, args.alpha, args.beta)
+    hidden = model.init_hidden(tokens.size(1))
     seconds = []
     for _ in range(PROBE_STEPS):
         start = time.perf_counter()
-        hidden, _ = train_step(model, optimizer, forward_backward, tokens, tokens, hidden, 1, 0)
+        hidden, _ = train_step(model, optimizer, forward_backward, tokens, tokens, hidden, 1, args.clip)
         seconds.append(time.perf_counter() - start)
-    shape = Namespace(**sizes)
-    return PASSES * tokens.numel() * weights(shape, ntoken) / min(seconds[1:])
+    return min(seconds[1:])
 
 
 def describe(args, given):
     """Spell the command that says by flags what was chosen."""
     names = ["data", "minutes", "level", *ARCHITECTURE, *DROPOUTS, "alpha", "beta", "optimizer", "lr", "clip",
-             "batch_size", "bptt", "epochs"]
+             *(["nonmono"] if args.optimizer == "sgd" else []), "batch_size", "bptt", "epochs"]
     names += sorted(given - {*names, "overwrite", "resume", "dry_run"})
     flags = [word for name in names for word in command_line(name, getattr(args, name))]
     join = subprocess.list2cmdline if sys.platform == "win32" else shlex.join

@@ -19,7 +19,7 @@ from dataclasses import asdict
 import checkpoint
 import distributed
 import run_files
-from device import peak_memory
+from device import lacks_memory, peak_memory
 from errors import BadInput
 from files import remove_partial
 from metrics import Metrics, advance, describe_run, format_end, format_loss, log, loss_metrics, open_board, progress_bar
@@ -199,7 +199,7 @@ def explained(run, words):
         raise BadInput(f"{where}: {error}; the best checkpoint is as it was; {again} replays it "
                        f"(seed {run.args.seed}); a smaller --lr or a --clip may help") from error
     except RuntimeError as error:
-        if "memory" not in str(error) or "illegal memory access" in str(error):  # the latter is a bug
+        if not lacks_memory(error):
             raise
         raise BadInput(f"{where}: out of memory with {len(words)} time steps of {words.size(1)} columns; "
                        "--max-bptt caps the steps, which vary around --bptt") from error

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import sizes
+from errors import BadInput
 from main import make_parser, parse_flags
 
 
@@ -23,8 +24,8 @@ class FakeCorpus:
 
 
 def choose(monkeypatch, products, *flags, tokens=10**6, ntoken=65, device="cpu", processes=1):
-    """What is chosen with `products` of two numbers a second."""
-    monkeypatch.setattr(sizes, "probe", lambda *_: products)
+    """What is chosen with `products` of two numbers a second, or as many as they return for the flags."""
+    monkeypatch.setattr(sizes, "probe", lambda args, *_: products(args) if callable(products) else products)
     argv = ["--minutes", "1", "--level", "char", "--save", "m.pt", *flags]
     args, given = parse_flags(argv), make_parser().given(argv)
     sizes.choose_flags(args, given, FakeCorpus(ntoken, tokens), torch.device(device), processes)
@@ -66,7 +67,7 @@ def test_of_words_ever_more_is_dropped(epochs, dropouti, dropoute, wdrop):
     assert sizes.dropouts(max(epochs, 8), "char") == sizes.dropouts(8, "char")
 
 
-@pytest.mark.parametrize("level, epochs", [("word", 50), ("char", 30), ("byte", 30)])
+@pytest.mark.parametrize("level, epochs", [("word", 100), ("char", 30), ("byte", 30)])
 def test_a_text_is_read_no_more_often_than_pays(monkeypatch, level, epochs):
     args, given = choose(monkeypatch, 1e12, "--level", level, tokens=50_000)
     assert args.epochs == epochs
@@ -85,6 +86,14 @@ def test_a_text_that_is_read_often_is_learned_by_sgd_as_in_the_papers(monkeypatc
     assert args.lr == (sizes.SGD_LR if expected[0] == "sgd" else sizes.learning_rate(args.nhid))
     args, _ = choose(monkeypatch, 1e10, "--level", level, "--optimizer", "adam", "--alpha", "3")
     assert (args.optimizer, args.alpha, args.lr) == ("adam", 3, sizes.learning_rate(args.nhid))
+
+
+def test_sgd_in_minutes_has_no_averages_unless_they_are_asked_for(monkeypatch):
+    """They are no better than a rate that falls to nothing. NT-ASGD does not begin within --nonmono epochs."""
+    args, given = choose(monkeypatch, 1e12, "--level", "word", "--epochs", "40")
+    assert (args.optimizer, args.nonmono) == ("sgd", 40)
+    assert "--nonmono=40" in sizes.describe(args, given)
+    assert choose(monkeypatch, 1e12, "--level", "word", "--nonmono", "5")[0].nonmono == 5
 
 
 @pytest.mark.parametrize("epochs", [1, 20])
@@ -195,6 +204,26 @@ def test_a_wide_layer_has_a_smaller_learning_rate(monkeypatch, nhid, lr):
     assert choose(monkeypatch, 1e10, "--nhid", str(nhid))[0].lr == lr
 
 
+def test_what_is_chosen_goes_by_the_speed_of_what_would_be_chosen(monkeypatch):
+    """A model of middling size is timed, then the one that its speed allows; here all but the first are slow."""
+    timed = []
+
+    def products(args):
+        timed.append((args.nlayers, args.nhid, args.batch_size))
+        return 1e10 if len(timed) == 1 else 1e9
+    first, last = (choose(monkeypatch, speed, tokens=10**7)[0] for speed in (1e10, 1e9))
+    assert choose(monkeypatch, products, tokens=10**7)[0] == last
+    assert timed == [(1, 256, 32), (first.nlayers, first.nhid, first.batch_size)]
+
+
+def test_a_size_for_which_there_is_no_memory_is_bad_input(monkeypatch):
+    def step(*_):
+        raise RuntimeError("CUDA out of memory")
+    monkeypatch.setattr(sizes, "train_step", step)
+    with pytest.raises(BadInput, match="out of memory in a training step of this size"):
+        sizes.probe(parse_flags(["--nhid", "8", "--emsize", "8"]), 65, torch.device("cpu"))
+
+
 def test_the_speed_is_that_of_the_fastest_step_but_the_first(monkeypatch):
     """A token is multiplied by 8 * 256^2 weights of the layer and 65 * 256 of the softmax, three times in a step."""
     taken, now = [1, 5, 2, 4], 0
@@ -205,5 +234,5 @@ def test_the_speed_is_that_of_the_fastest_step_but_the_first(monkeypatch):
         return given[5], 0.0
     monkeypatch.setattr(sizes, "time", SimpleNamespace(perf_counter=lambda: now))
     monkeypatch.setattr(sizes, "train_step", step)
-    args = parse_flags(["--bptt", "7", "--batch_size", "4"])
+    args = parse_flags(["--bptt", "7", "--batch_size", "4", "--nhid", "256", "--emsize", "256", "--nlayers", "1"])
     assert sizes.probe(args, 65, torch.device("cpu")) == 3 * 7 * 4 * (8 * 256**2 + 65 * 256) / 2
