@@ -34,10 +34,12 @@ MANY_EPOCHS = {"word": 6, "char": 8, "byte": 8}  # from which on a model learns 
 SGD_EPOCHS = {"word": 3, "char": 10, "byte": 10}  # from which on SGD, with AR and TAR, gets further than Adam
 SGD_LR, LEAST_SGD_LR = 20.0, 0.5  # a smaller one that is given is meant for Adam
 MOST_EPOCHS = {"word": 100, "char": 30, "byte": 30}  # with more, only the text itself would be learned better
-MOST_DROPPED = 50          # epochs of words from which on no more is dropped
-# Of words, from MANY_EPOCHS on these approach those of MOST_DROPPED.
-DROPOUTS_OF_MANY = {"dropout": 0.4, "dropouth": 0.3, "dropouti": 0.1, "dropoute": 0.0, "wdrop": 0.3}
-DROPOUTS_OF_MOST = {"dropout": 0.5, "dropouth": 0.3, "dropouti": 0.5, "dropoute": 0.1, "wdrop": 0.5}
+# Dropouts of MANY_EPOCHS, those of MOST_DROPPED, and how many epochs these are. Between them ever more is dropped.
+DROPOUTS_OF_MANY = {"dropout": 0.2, "dropouth": 0.2, "dropouti": 0.05, "dropoute": 0.0, "wdrop": 0.1}
+DROPOUTS_OF_MOST = {"word": {"dropout": 0.5, "dropouth": 0.3, "dropouti": 0.5, "dropoute": 0.1, "wdrop": 0.5},
+                    **dict.fromkeys(("char", "byte"), {"dropout": 0.4, "dropouth": 0.3, "dropouti": 0.1,
+                                                       "dropoute": 0.0, "wdrop": 0.3})}
+MOST_DROPPED = {"word": 30, "char": 20, "byte": 20}
 
 # A model whose steps are timed before one is chosen, the most words that it has, and how many steps are timed.
 PROBED = {"nlayers": 1, "nhid": 256, "emsize": 256, **dict.fromkeys(DROPOUTS, 0.0), "optimizer": "adam"}
@@ -147,17 +149,14 @@ def learning_rate(nhid):
 def dropouts(epochs, level):
     """Choose dropouts for a text that is read so many times.
 
-    A text that is read once or twice needs none. From MANY_EPOCHS on there is weight drop too, and of words ever more
-    is dropped.
+    A text that is read once or twice needs none. From MANY_EPOCHS on there is weight drop too.
     """
     least = MANY_EPOCHS[level]
     if epochs < least:
         p = round(max(0.0, 0.1 * math.log2(max(epochs, 1) / 2)), 2)
         return {"dropout": p, "dropouth": p, "dropouti": 0.0, "dropoute": 0.0, "wdrop": 0.0}
-    if level != "word":
-        return dict(DROPOUTS_OF_MANY)
-    share = min(1.0, math.log(epochs / least) / math.log(MOST_DROPPED / least))
-    return {name: round(p + share * (DROPOUTS_OF_MOST[name] - p), 2) for name, p in DROPOUTS_OF_MANY.items()}
+    share, most = min(1.0, math.log(epochs / least) / math.log(MOST_DROPPED[level] / least)), DROPOUTS_OF_MOST[level]
+    return {name: round(p + share * (most[name] - p), 2) for name, p in DROPOUTS_OF_MANY.items()}
 
 
 def probe(args, ntoken, device):

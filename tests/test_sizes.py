@@ -41,7 +41,7 @@ def test_the_size_is_the_largest_that_sees_two_tokens_for_each_weight(monkeypatc
 
 
 @pytest.mark.parametrize("epochs, nlayers, dropout, wdrop", [
-    (1.9, 1, 0, 0), (4, 1, 0.1, 0), (7.9, 1, 0.2, 0), (8.1, 2, 0.4, 0.3), (40, 2, 0.4, 0.3)])
+    (1.9, 1, 0, 0), (4, 1, 0.1, 0), (7.9, 1, 0.2, 0), (8.1, 2, 0.2, 0.1), (40, 2, 0.4, 0.3)])
 def test_the_more_often_a_text_is_read_the_more_is_dropped(monkeypatch, epochs, nlayers, dropout, wdrop):
     """The size that 10^10 products a second allow makes so many tokens in the time."""
     products = 1e10 * 60 * sizes.OF_THE_TIME
@@ -58,13 +58,15 @@ def test_a_qrnn_of_characters_has_two_layers_however_often_the_text_is_read(monk
         assert choose(monkeypatch, 1e10, "--model", *flags.split(), tokens=tokens)[0].nlayers == expected
 
 
-@pytest.mark.parametrize("epochs, dropouti, dropoute, wdrop", [
-    (5.9, 0, 0, 0), (6, 0.1, 0, 0.3), (17.3, 0.3, 0.05, 0.4), (50, 0.5, 0.1, 0.5), (500, 0.5, 0.1, 0.5)])
-def test_of_words_ever_more_is_dropped(epochs, dropouti, dropoute, wdrop):
-    """17.3 is half way from 6 to 50 as their ratios go."""
-    chosen = sizes.dropouts(epochs, "word")
-    assert (chosen["dropouti"], chosen["dropoute"], chosen["wdrop"]) == (dropouti, dropoute, wdrop)
-    assert sizes.dropouts(max(epochs, 8), "char") == sizes.dropouts(8, "char")
+@pytest.mark.parametrize("level, epochs, expected", [
+    ("word", 5.9, (0.16, 0.16, 0, 0, 0)), ("word", 6, (0.2, 0.2, 0.05, 0, 0.1)),
+    ("word", 180**0.5, (0.35, 0.25, 0.28, 0.05, 0.3)), ("word", 30, (0.5, 0.3, 0.5, 0.1, 0.5)),
+    ("word", 500, (0.5, 0.3, 0.5, 0.1, 0.5)), ("char", 7.9, (0.2, 0.2, 0, 0, 0)), ("char", 8, (0.2, 0.2, 0.05, 0, 0.1)),
+    ("byte", 160**0.5, (0.3, 0.25, 0.08, 0, 0.2)), ("char", 20, (0.4, 0.3, 0.1, 0, 0.3))])
+def test_the_dropouts_of_so_many_epochs(level, epochs, expected):
+    """From 6 to 30 the square root of 180 is half way as their ratios go, from 8 to 20 that of 160."""
+    chosen = sizes.dropouts(epochs, level)
+    assert tuple(chosen[name] for name in ("dropout", "dropouth", "dropouti", "dropoute", "wdrop")) == expected
 
 
 @pytest.mark.parametrize("level, epochs", [("word", 100), ("char", 30), ("byte", 30)])
