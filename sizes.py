@@ -30,8 +30,9 @@ PASSES = 3                 # forward, and backward with twice the products
 WORD_EMSIZE = 400          # the largest embedding of words
 ENOUGH_STEPS = {"adam": 2000, "sgd": 3000}  # of training; rather than fewer, each has fewer tokens
 FEWEST_COLUMNS = 4         # of a process
+BPTT = 64
 MANY_EPOCHS = {"word": 6, "char": 8, "byte": 8}  # from which on a model learns the text by heart unless much is dropped
-SGD_EPOCHS = {"word": 3, "char": 10, "byte": 10}  # from which on SGD, with AR and TAR, gets further than Adam
+SGD_EPOCHS = {"word": 3, "char": 12, "byte": 12}  # from which on SGD, with AR and TAR, gets further than Adam
 SGD_LR, LEAST_SGD_LR = 20.0, 0.5  # a smaller one that is given is meant for Adam
 MOST_EPOCHS = {"word": 100, "char": 30, "byte": 30}  # with more, only the text itself would be learned better
 # Dropouts of MANY_EPOCHS, those of MOST_DROPPED, and how many epochs these are. Between them ever more is dropped.
@@ -42,7 +43,8 @@ DROPOUTS_OF_MOST = {"word": {"dropout": 0.5, "dropouth": 0.3, "dropouti": 0.5, "
 MOST_DROPPED = {"word": 30, "char": 20, "byte": 20}
 
 # A model whose steps are timed before one is chosen, the most words that it has, and how many steps are timed.
-PROBED = {"nlayers": 1, "nhid": 256, "emsize": 256, **dict.fromkeys(DROPOUTS, 0.0), "optimizer": "adam"}
+PROBED = {"nlayers": 1, "nhid": 256, "emsize": 256, **dict.fromkeys((*DROPOUTS, "alpha", "beta"), 0.0),
+          "optimizer": "adam"}
 MOST_PROBED, PROBE_STEPS = 10_000, 4
 
 
@@ -62,10 +64,11 @@ def choose_flags(args, given, corpus, device, processes=1):
     speed all is chosen anew.
     """
     ntoken, tokens = len(corpus.dictionary), max(1, len(corpus.train))  # no text at all is refused later
-    chosen = {**PROBED, "epochs": MOST_EPOCHS[args.level], "bptt": 64, "batch_size": batch_size(tokens)}
-    vars(args).update({name: value for name, value in chosen.items() if name not in given})
+    asked, probed = dict(vars(args)), {**PROBED, "bptt": BPTT, "batch_size": batch_size(tokens)}
+    vars(args).update({name: value for name, value in probed.items() if name not in given})
     for _ in range(2):
         speed = probe(args, min(ntoken, MOST_PROBED), device)
+        vars(args).update(asked)
         left = 60 * Budget(args.minutes).minutes_left()
         choose_by(OF_THE_TIME * left * speed, args, given, ntoken, tokens, processes if device.type == "cpu" else None)
 
@@ -80,7 +83,8 @@ def choose_by(budget, args, given, ntoken, tokens, processes):
             if name not in given:
                 setattr(args, name, value)
 
-    choose(nlayers=2 if args.model == "QRNN" and args.level != "word" else 1, batch_size=batch_size(tokens))
+    choose(nlayers=2 if args.model == "QRNN" and args.level != "word" else 1)
+    choose(epochs=MOST_EPOCHS[args.level], bptt=BPTT, batch_size=batch_size(tokens))
 
     def choose_size():
         fitting = [size for size in LADDER if sees_enough(size, args, ntoken, tokens, budget)]

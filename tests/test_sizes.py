@@ -80,7 +80,7 @@ def test_a_text_is_read_no_more_often_than_pays(monkeypatch, level, epochs):
 
 @pytest.mark.parametrize("level, epochs, expected", [
     ("word", 2.9, ("adam", 1, 0, 0)), ("word", 3, ("sgd", 0.25, 2, 1)),
-    ("char", 9.9, ("adam", 1, 0, 0)), ("char", 10, ("sgd", 0.25, 2, 1))])
+    ("char", 11.9, ("adam", 1, 0, 0)), ("char", 12, ("sgd", 0.25, 2, 1))])
 def test_a_text_that_is_read_often_is_learned_by_sgd_as_in_the_papers(monkeypatch, level, epochs, expected):
     monkeypatch.setattr(sizes, "tokens_seen", lambda *_: epochs * 10**6)
     args, _ = choose(monkeypatch, 1e10, "--level", level)
@@ -206,16 +206,18 @@ def test_a_wide_layer_has_a_smaller_learning_rate(monkeypatch, nhid, lr):
     assert choose(monkeypatch, 1e10, "--nhid", str(nhid))[0].lr == lr
 
 
-def test_what_is_chosen_goes_by_the_speed_of_what_would_be_chosen(monkeypatch):
-    """A model of middling size is timed, then the one that its speed allows; here all but the first are slow."""
+@pytest.mark.parametrize("speeds, optimizers", [((1e10, 1e9), ("sgd", "adam")), ((1e9, 1e10), ("adam", "sgd"))])
+def test_what_is_chosen_goes_by_the_speed_of_what_would_be_chosen(monkeypatch, speeds, optimizers):
+    """A model of middling size is timed, then the one that its speed allows, which is slower here, or faster."""
     timed = []
 
     def products(args):
         timed.append((args.nlayers, args.nhid, args.batch_size))
-        return 1e10 if len(timed) == 1 else 1e9
-    first, last = (choose(monkeypatch, speed, tokens=10**7)[0] for speed in (1e10, 1e9))
-    assert choose(monkeypatch, products, tokens=10**7)[0] == last
-    assert timed == [(1, 256, 32), (first.nlayers, first.nhid, first.batch_size)]
+        return speeds[len(timed) - 1]
+    first, last = (choose(monkeypatch, speed, tokens=50_000)[0] for speed in speeds)
+    assert (first.optimizer, last.optimizer) == optimizers
+    assert choose(monkeypatch, products, tokens=50_000)[0] == last
+    assert timed == [(1, 256, 16), (first.nlayers, first.nhid, first.batch_size)]
 
 
 def test_a_size_for_which_there_is_no_memory_is_bad_input(monkeypatch):
