@@ -23,9 +23,9 @@ PIECES = 4         # of --bptt rows: what an evaluation is timed on
 class Budget:
     """Hold the time of a run: `minutes` in all (None: no limit), of which `spent` seconds went in earlier parts.
 
-    The clock of this part began when the script did. The run ends after `epochs` too, at once if they are 0. The
-    learning rate falls to the end that comes first. What the last validation and the test take (`valid_seconds`,
-    `test_seconds`) is no time to train.
+    The clock of this part began when the script did, in a notebook when its `main` did. The run ends after `epochs`
+    too, at once if they are 0. The learning rate falls to the end that comes first. What the last validation and the
+    test take (`valid_seconds`, `test_seconds`) is no time to train.
     """
 
     def __init__(self, minutes=None, spent=0.0, epochs=NO_LIMIT):

@@ -65,8 +65,9 @@ def computes_in(precision, device):
 
 
 def lacks_memory(error):
-    """Return whether a RuntimeError of PyTorch says that there is no memory; an illegal access to it is a bug."""
-    return "memory" in str(error) and "illegal memory access" not in str(error)
+    """Return whether a RuntimeError of PyTorch says that there is no memory; others that speak of memory are bugs."""
+    told = ("out of memory", "allocate memory", "not enough memory", "ALLOC_FAILED")
+    return any(words in str(error) for words in told)
 
 
 def peak_memory(device="cpu"):

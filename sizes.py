@@ -15,9 +15,9 @@ from argparse import Namespace
 import torch
 
 from budget import Budget
-from device import lacks_memory
+from device import computes_in, lacks_memory
 from errors import BadInput
-from flags import command_line
+from flags import NO_LIMIT, command_line
 from model import ARCHITECTURE, DROPOUTS, parameter_shapes
 from optimizers import make_optimizer
 from run import make_model
@@ -46,6 +46,7 @@ MOST_DROPPED = {"word": 30, "char": 20, "byte": 20}
 PROBED = {"nlayers": 1, "nhid": 256, "emsize": 256, **dict.fromkeys((*DROPOUTS, "alpha", "beta"), 0.0),
           "optimizer": "adam"}
 MOST_PROBED, PROBE_STEPS = 10_000, 4
+MOST_PROBING = 0.02        # the share of the time after which no further step is timed
 
 
 def choose_level(args, given):
@@ -102,7 +103,7 @@ def choose_by(budget, args, given, ntoken, tokens, processes):
     choose(optimizer="sgd" if sgd else "adam")
     if args.optimizer == "sgd":
         # Clip, alpha and beta are those of the papers. Averages are no better than a rate that falls to nothing.
-        choose(lr=SGD_LR, nonmono=args.epochs)
+        choose(lr=SGD_LR, nonmono=NO_LIMIT)
     else:
         choose(lr=learning_rate(args.nhid), clip=1.0, alpha=0.0, beta=0.0)
     if processes:  # on a CPU few columns take little more time
@@ -166,7 +167,7 @@ def dropouts(epochs, level):
 def probe(args, ntoken, device):
     """Measure the multiply-adds that a training step of these flags does in a second on this machine.
 
-    Raises BadInput when there is no memory for it.
+    Raises BadInput when there is no memory for it, or its loss is not finite.
     """
     with torch.random.fork_rng(devices=[]):
         model = make_model(ntoken, args, device).train()
@@ -178,22 +179,28 @@ def probe(args, ntoken, device):
                 raise BadInput("out of memory in a training step of this size; smaller layers, a smaller --batch_size "
                                "or --bptt may help") from error
             raise
+        except FloatingPointError as error:
+            raise BadInput(f"the first training step: {error}") from error
 
 
 def step_seconds(model, tokens, args):
     """Return the seconds of the fastest of some training steps of `model` on `tokens` (T, B), without the first.
 
-    Nothing is learned, so that no learning rate is too large.
+    There are fewer steps where they would take much of the time. Nothing is learned, so that no learning rate is too
+    large.
     """
     optimizer = make_optimizer(args.optimizer, model, 0.0, args.wdecay)
-    forward_backward = choose_pass(model, args.precision, args.alpha, args.beta)
+    precision = args.precision if computes_in(args.precision, tokens.device) else "fp32"
+    forward_backward = choose_pass(model, precision, args.alpha, args.beta)
     hidden = model.init_hidden(tokens.size(1))
     seconds = []
     for _ in range(PROBE_STEPS):
         start = time.perf_counter()
         hidden, _ = train_step(model, optimizer, forward_backward, tokens, tokens, hidden, 1, args.clip)
         seconds.append(time.perf_counter() - start)
-    return min(seconds[1:])
+        if sum(seconds) > MOST_PROBING * 60 * args.minutes:
+            break
+    return min(seconds[1:] or seconds)
 
 
 def describe(args, given):

@@ -43,10 +43,12 @@ def train(run):
     with StopSignals() as signals:
         unsaved = False
         while not (poll_requests(run, signals)[0] or is_finished(run)):
-            unsaved = train_epoch(run, signals) and run.progress.epoch_seconds > 0  # 0: no time was left for a batch
-            if unsaved:
-                end_epoch(run)           # validate, keep the best model
-                update_optimizer(run)    # NT-ASGD, --when
+            if not train_epoch(run, signals):
+                unsaved = False                # a signal ended it, and the state is saved
+            elif run.progress.epoch_seconds:   # 0: no time was left for a batch
+                end_epoch(run)                 # validate, keep the best model
+                update_optimizer(run)          # NT-ASGD, --when
+                unsaved = True
             if unsaved and poll_requests(run, signals, is_due(run))[1]:
                 save_state(run)
                 signals.save = unsaved = False
@@ -80,8 +82,7 @@ def is_finished(run):
 def is_due(run):
     """Return whether the state is to be saved after an epoch: always on a CPU, on a GPU if the last is old enough.
 
-    There an epoch may take seconds, and saving a tenth of that. After the first one there is a model at --save, so
-    there has to be a state to resume from too.
+    There an epoch may take seconds, saving a tenth of that. After the first one there is a model, so also a state.
     """
     is_old = time.monotonic() >= run.saved_at + GPU_SAVE_SECONDS
     return is_old or run.progress.epoch <= 1 or not run.batches.train.is_cuda

@@ -163,8 +163,13 @@ def test_the_epochs_that_fit_are_those_of_the_speed_without_validation(clock):
 
 
 @pytest.mark.usefixtures("clock")
-def test_time_that_ends_before_a_batch_ends_the_run_without_another_validation(train, tmp_path, monkeypatch):
-    """The loop is told once that time is left when none is, as if the clock had ticked just after it asked."""
+@pytest.mark.parametrize("due", [True, False])
+def test_time_that_ends_before_a_batch_ends_the_run_without_another_validation(train, tmp_path, monkeypatch, due):
+    """The loop is told once that time is left when none is, as if the clock had ticked just after it asked.
+
+    The state of the end is saved, whether it is due after each epoch or not.
+    """
+    monkeypatch.setattr(training, "is_due", lambda *_: due)
     is_finished, told = training.is_finished, []
 
     def a_moment_early(run):
@@ -177,3 +182,5 @@ def test_time_that_ends_before_a_batch_ends_the_run_without_another_validation(t
     assert len(told) == 2
     epochs = [line["epoch"] for line in read_metrics(tmp_path / "m.pt")["epoch"]]
     assert epochs == sorted(set(epochs))
+    progress = checkpoint.load(run_files.last_path(tmp_path / "m.pt"))["state"]["progress"]
+    assert len(progress["history"]) == len(epochs)
