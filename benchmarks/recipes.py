@@ -51,7 +51,7 @@ RECIPES = {
                             "--batch_size 60 --optimizer adam --lr 1e-3 --data data/wikitext-103 --when 12 "
                             "--model QRNN",
                    "published": ["32.0 / 33.0"]},
-    # No rows of the papers: a third of the size and half the dropouts, with and without weight drop, on two cores.
+    # No rows of the papers: a fifth of the weights and half the dropouts, with and without weight drop, on two cores.
     "small": {"train": f"{SMALL_LSTM} --wdrop 0.25 --epochs 16", "finetune": f"{SMALL_LSTM} --wdrop 0.25 --epochs 3",
               "cache": PTB_CACHE, "dynamic": SMALL_DYNAMIC, "both": SMALL_BOTH, "published": []},
     "small-no-wdrop": {"train": f"{SMALL_LSTM} --wdrop 0 --epochs 16", "finetune": f"{SMALL_LSTM} --wdrop 0 --epochs 3",
