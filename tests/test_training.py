@@ -13,6 +13,7 @@ from torch.nn import functional
 import optimizers
 import steps
 import training
+from errors import BadInput
 from metrics import loss_metrics
 from model import RNNModel
 from run import Batches, Run
@@ -213,3 +214,14 @@ def test_the_state_is_saved_each_time_that_so_many_minutes_are_over(train, tmp_p
     monkeypatch.setattr(training, "save_state", lambda run: (saved.append(run.progress.batch), save_state(run)))
     train(tmp_path / "m.pt", "--epochs", "1", "--save-interval", str(0.9 / 60))
     assert saved == [*range(4, len(clock) + 1, 4), 0]
+
+
+def test_an_illegal_memory_access_is_no_lack_of_memory(train, tmp_path, monkeypatch):
+    """It is a bug, so its traceback is kept."""
+    def broken(*_, **__):
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(training, "train_step", broken)
+    with pytest.raises(RuntimeError, match="illegal memory access") as raised:
+        train(tmp_path / "m.pt", "--epochs", "1")
+    assert not isinstance(raised.value, BadInput)

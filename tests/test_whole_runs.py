@@ -246,17 +246,6 @@ def test_out_of_memory_names_the_length_and_the_flag_that_caps_it(train, tmp_pat
         train(tmp_path / "m.pt", "--epochs", "1")
 
 
-def test_an_illegal_memory_access_is_no_lack_of_memory(train, tmp_path, monkeypatch):
-    """It is a bug, so its traceback is kept."""
-    def broken(*_, **__):
-        raise RuntimeError("CUDA error: an illegal memory access was encountered")
-
-    monkeypatch.setattr(training, "train_step", broken)
-    with pytest.raises(RuntimeError, match="illegal memory access") as raised:
-        train(tmp_path / "m.pt", "--epochs", "1")
-    assert not isinstance(raised.value, BadInput)
-
-
 @pytest.mark.slow
 def test_a_second_signal_ends_the_process_at_once(corpus_dir, tmp_path):
     code = ("import signal, sys, training, main\n"
