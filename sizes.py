@@ -31,16 +31,18 @@ WORD_EMSIZE = 400          # the largest embedding of words
 ENOUGH_STEPS = {"adam": 2000, "sgd": 3000}  # of training; rather than fewer, each has fewer tokens
 FEWEST_COLUMNS = 4         # of a process
 BPTT = 64
-MANY_EPOCHS = {"word": 6, "char": 8, "byte": 8}  # from which on there are two layers, and weight drop
+MANY_EPOCHS = {"word": 6, "char": 8, "byte": 8}  # from which on there are two layers
 SGD_EPOCHS = {"word": 3, "char": 12, "byte": 12}  # from which on SGD, with AR and TAR, gets further than Adam
 SGD_LR, LEAST_SGD_LR = 20.0, 0.5  # a smaller one that is given is meant for Adam
 MOST_EPOCHS = {"word": 100, "char": 30, "byte": 30}  # with more, only the text itself would be learned better
-# Dropouts of MANY_EPOCHS, those of MOST_DROPPED, and how many epochs these are. Between them ever more is dropped.
-DROPOUTS_OF_MANY = {"dropout": 0.2, "dropouth": 0.2, "dropouti": 0.05, "dropoute": 0.0, "wdrop": 0.1}
-DROPOUTS_OF_MOST = {"word": {"dropout": 0.5, "dropouth": 0.3, "dropouti": 0.5, "dropoute": 0.1, "wdrop": 0.5},
-                    **dict.fromkeys(("char", "byte"), {"dropout": 0.4, "dropouth": 0.3, "dropouti": 0.1,
-                                                       "dropoute": 0.0, "wdrop": 0.3})}
-MOST_DROPPED = {"word": 30, "char": 20, "byte": 20}
+# The strain of a text is its epochs times the weights of the layers for each of its tokens. Weak dropouts are for one
+# from the first number to the second, strong ones from STRONG_FROM on. Between them ever more is dropped.
+WEAK_DROPOUTS = {"dropout": 0.2, "dropouth": 0.2, "dropouti": 0.05, "dropoute": 0.0, "wdrop": 0.1}
+WEAK_FROM, WEAK_TO = 30, 60
+STRONG_DROPOUTS = {"word": {"dropout": 0.5, "dropouth": 0.3, "dropouti": 0.5, "dropoute": 0.1, "wdrop": 0.5},
+                   **dict.fromkeys(("char", "byte"), {"dropout": 0.4, "dropouth": 0.3, "dropouti": 0.1,
+                                                      "dropoute": 0.0, "wdrop": 0.3})}
+STRONG_FROM = {"word": 300, "char": 180, "byte": 180}
 
 # A model whose steps are timed before one is chosen, the most words that it has, and how many steps are timed.
 PROBED = {"nlayers": 1, "nhid": 256, "emsize": 256, **dict.fromkeys((*DROPOUTS, "alpha", "beta"), 0.0),
@@ -93,12 +95,11 @@ def choose_by(budget, args, given, ntoken, tokens, processes):
         choose(emsize=embedding_size(args.nhid, args.level))
         return min(tokens_seen(args, ntoken, budget) / tokens, args.epochs)
 
-    epochs, least = choose_size(), MANY_EPOCHS[args.level]
-    many = epochs >= least
-    if many or args.nhid != args.emsize:  # one tied layer is as wide as the embedding
+    epochs = choose_size()
+    if epochs >= MANY_EPOCHS[args.level] or args.nhid != args.emsize:  # one tied layer is as wide as the embedding
         choose(nlayers=2)
         epochs = choose_size()
-    choose(**dropouts(max(epochs, least) if many else epochs, args.level))
+    choose(**dropouts(epochs * weights(args, ntoken, recurrent=True) / tokens, args.level))
     sgd = args.lr >= LEAST_SGD_LR if "lr" in given else epochs >= SGD_EPOCHS[args.level]
     choose(optimizer="sgd" if sgd else "adam")
     if args.optimizer == "sgd":
@@ -151,17 +152,17 @@ def learning_rate(nhid):
     return 4e-3 if nhid <= 384 else 3e-3
 
 
-def dropouts(epochs, level):
-    """Choose dropouts for a text that is read so many times.
+def dropouts(strain, level):
+    """Choose dropouts for a text of this `strain`: epochs times weights of the layers for each token.
 
-    A text that is read once or twice needs none. From MANY_EPOCHS on there is weight drop too.
+    A model that is small beside its text, or reads it once, needs none. From WEAK_FROM on there is weight drop too.
     """
-    least = MANY_EPOCHS[level]
-    if epochs < least:
-        p = round(max(0.0, 0.1 * math.log2(max(epochs, 1) / 2)), 2)
+    if strain < WEAK_FROM:
+        p = round(WEAK_DROPOUTS["dropout"] * math.log(max(strain, 1)) / math.log(WEAK_FROM), 2)
         return {"dropout": p, "dropouth": p, "dropouti": 0.0, "dropoute": 0.0, "wdrop": 0.0}
-    share, most = min(1.0, math.log(epochs / least) / math.log(MOST_DROPPED[level] / least)), DROPOUTS_OF_MOST[level]
-    return {name: round(p + share * (most[name] - p), 2) for name, p in DROPOUTS_OF_MANY.items()}
+    share = math.log(strain / WEAK_TO) / math.log(STRONG_FROM[level] / WEAK_TO)
+    share, strong = min(max(share, 0.0), 1.0), STRONG_DROPOUTS[level]
+    return {name: round(p + share * (strong[name] - p), 2) for name, p in WEAK_DROPOUTS.items()}
 
 
 def probe(args, ntoken, device):
