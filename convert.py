@@ -52,8 +52,7 @@ def parse_flags(argv):
                         help="fastai's word that is <unk> here (default: %(default)s)")
     parser.add_argument("--eos", metavar="WORD", help="fastai's word that is <eos> here, such as xxeos (default: none)")
     parser.add_argument("--overwrite", action="store_true", help="replace what lies at --save")
-    add_data_flags(parser)
-    parser.set_defaults(data=None)
+    add_data_flags(parser, default=None)
     return parser.parse_args(argv)
 
 

@@ -22,7 +22,7 @@ from data import check_level, check_shares
 from device import set_up_device
 from errors import BadInput
 from files import copy_file, same_file
-from flags import AS_TRAINED, Parser, add_training_flags
+from flags import AS_TRAINED, Parser, add_training_flags, not_empty
 from metrics import check_board, format_loss, log
 from model import ARCHITECTURE, DROPOUTS
 from optimizers import make_optimizer
@@ -56,7 +56,7 @@ def make_parser():
     parser.add_argument("--vocab", choices=["model", "corpus"], default="model",
                         help="whose words the tuned model knows: those of the model, others being <unk>, or those of "
                              "the corpus, new ones beginning with the mean of the old (default: %(default)s)")
-    parser.add_argument("--load", type=run_files.follow, metavar="FILE",
+    parser.add_argument("--load", type=lambda path: run_files.follow(not_empty(path)), metavar="FILE",
                         help="the model to fine-tune (default: that of --save)")
     parser.set_defaults(minutes=None, **dict.fromkeys(INHERITED, ModelsOwn()))
     return parser

@@ -12,7 +12,11 @@ AS_TRAINED = "as the model was trained"  # what help says of a flag that comes f
 
 
 class Parser(argparse.ArgumentParser):
-    """Parse flags, and raise BadInput for a flag that cannot be taken."""
+    """Parse flags, and raise BadInput for a flag that cannot be taken. No text is empty, but of a flag of type str."""
+
+    def __init__(self, **options):
+        super().__init__(**options)
+        self.register("type", None, not_empty)
 
     def error(self, message):
         raise BadInput(message)
@@ -49,6 +53,13 @@ def command_line(name, value):
 
 
 # --- types -----------------------------------------------------------------------------------------------------------
+
+def not_empty(text):
+    """Refuse what a shell makes of a variable that is not set."""
+    if not text:
+        raise argparse.ArgumentTypeError("must not be empty")
+    return text
+
 
 def number(kind, low, below=math.inf, exclusive=False):
     """Make the type of a flag: an int or float `kind` in a range.
@@ -99,11 +110,11 @@ def add_device_flags(parser):
                         help="run on the GPU (default: if there is one)")
 
 
-def add_data_flags(parser, trained=False):
+def add_data_flags(parser, trained=False, default="data/penn"):
     """Add the flags that say what the text is; with `trained`, help says that they come from a model unless given."""
     data, level, shares = [AS_TRAINED] * 3 if trained else [
-        "%(default)s", "what the folder's file 'level' says, else word", "90 5 5"]
-    parser.add_argument("--data", default="data/penn", metavar="PATH",
+        default or "none", "what the folder's file 'level' says, else word", "90 5 5"]
+    parser.add_argument("--data", default=default, metavar="PATH",
                         help=f"folder with train.txt, valid.txt and test.txt, or one text file (default: {data})")
     parser.add_argument("--level", choices=["word", "char", "byte"], help=f"what a token is (default: {level})")
     parser.add_argument("--shares", type=positive_float, nargs="+", action=Shares, default=[90, 5, 5], metavar="PART",

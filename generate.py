@@ -57,7 +57,8 @@ def parse_flags(argv):
     parser.add_argument("--batch", type=number(int, 1, 10_001), default=1, metavar="B",
                         help="texts of so many words to sample at once, from one prompt, written with an empty line "
                              "between them (default: %(default)s)")
-    parser.add_argument("--prompt", metavar="TEXT", help="text to go on from (default: none, the start of a line)")
+    parser.add_argument("--prompt", type=str, metavar="TEXT",
+                        help="text to go on from (default: none, the start of a line)")
     parser.add_argument("--prompt-file", metavar="FILE", help="the same from a file (-: from standard input)")
     parser.add_argument("--temperature", type=non_negative_float, default=1.0, metavar="X",
                         help="above 1 more varied, below 1 likelier words (1: the model's own; 0: the likeliest word "

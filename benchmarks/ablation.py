@@ -310,7 +310,8 @@ def main(argv=None):
                         help="stop in time; the same command goes on (default: to the end)")
     parser.add_argument("--rows", nargs="+", choices=TRAINED, default=TRAINED, metavar="ROW",
                         help=f"the runs to take to their end (default: all): {', '.join(TRAINED)}")
-    parser.add_argument("--extra", default="", metavar="FLAGS", help="further flags of all rows, for a smaller trial")
+    parser.add_argument("--extra", type=str, default="", metavar="FLAGS",
+                        help="further flags of all rows, for a smaller trial")
     parser.add_argument("--report", type=Path, metavar="PATH",
                         help="run nothing: the table and the picture (PATH/ablation.png) of the records in a folder")
     args = parser.parse_args(argv)

@@ -104,7 +104,7 @@ def main():
     parser.add_argument("row", choices=list(RECIPES))
     parser.add_argument("--minutes", type=positive_float, metavar="N", help="stop in time (default: run to the end)")
     parser.add_argument("--folder", type=Path, help="where the files go (default: runs/ROW)")
-    parser.add_argument("--extra", default="", metavar="FLAGS",
+    parser.add_argument("--extra", type=str, default="", metavar="FLAGS",
                         help="further flags for training and fine-tuning, for a smaller trial")
     args = parser.parse_args()
     deadline = deadline_in(args.minutes)

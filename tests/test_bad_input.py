@@ -72,6 +72,13 @@ def test_flags_out_of_range(run, tmp_path, script, flags):
     assert flag in refused(run, tmp_path, script, *flags.split())
 
 
+@pytest.mark.parametrize("script, flag", [
+    ("main", "--data"), ("main", "--save"), ("main", "--resume"), ("finetune", "--load"), ("pointer", "--save"),
+    ("dynamic", "--data"), ("generate", "--checkpoint"), ("generate", "--prompt-file")])
+def test_what_a_shell_makes_of_a_variable_that_is_not_set(run, tmp_path, script, flag):
+    assert refused(run, tmp_path, script, flag, "").endswith(f"argument {flag}: must not be empty\n")
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has CUDA")
 def test_cuda_where_there_is_none(run, place):
     assert "no CUDA device" in refused(run, place, "main", "--cuda", "--data", "corpus", "--save", "m.pt")
