@@ -38,7 +38,7 @@ MOST_EPOCHS = {"word": 100, "char": 30, "byte": 30}  # with more, only the text 
 # The strain of a text is its epochs times the weights of the layers for each of its tokens. Weak dropouts are for one
 # from the first number to the second, strong ones from STRONG_FROM on. Between them ever more is dropped.
 WEAK_DROPOUTS = {"dropout": 0.2, "dropouth": 0.2, "dropouti": 0.05, "dropoute": 0.0, "wdrop": 0.1}
-WEAK_FROM, WEAK_TO = 30, 60
+WEAK_FROM, WEAK_TO = 10, 60
 STRONG_DROPOUTS = {"word": {"dropout": 0.5, "dropouth": 0.3, "dropouti": 0.5, "dropoute": 0.1, "wdrop": 0.5},
                    **dict.fromkeys(("char", "byte"), {"dropout": 0.4, "dropouth": 0.3, "dropouti": 0.1,
                                                       "dropoute": 0.0, "wdrop": 0.3})}
