@@ -3,7 +3,7 @@
 Papers:
 
 - Grave, Joulin, Usunier, "Improving Neural Language Models with a Continuous Cache" (arXiv 1612.04426).
-- 1708.02182, section 6.
+- 1708.02182, on pointer models.
 
 Shapes are in the alphabet of `model.py`.
 """
