@@ -225,6 +225,18 @@ def published_difference(name):
     return tuple(value - other for value, other in zip(ABLATION[name].published, ABLATION[base(name)].published))
 
 
+def percents(scores, name):
+    """Return by how many percent a row's perplexity on test is above that of its `base`: of each seed, and published.
+
+    The perplexities here are more than twice the published ones, so points of perplexity are not comparable.
+    """
+    others = scores.get(base(name), {})
+    pairs = [(pair[1], others[seed][1]) for seed, pair in scores.get(name, {}).items() if seed in others]
+    pairs.append((ABLATION[name].published[1], ABLATION[base(name)].published[1]))
+    *found, published = [100 * (value / other - 1) for value, other in pairs]
+    return found, published
+
+
 def sign(found):
     """Say whether a part helps in all the differences `found`, as published for every part, or harms in all."""
     values = [value for pair in found.values() for value in pair]
@@ -251,7 +263,7 @@ def pair_of(pair, form):
 
 
 def draw(folder, out):
-    """Draw the curves of the first seed with records, and the differences on test of all seeds beside published ones.
+    """Draw the curves of the first seed with records, and what parts are worth on test beside the published figures.
 
     Raises BadInput when matplotlib is missing, or no epoch is recorded.
     """
@@ -268,14 +280,14 @@ def draw(folder, out):
     curves, bars = figure.subplots(2, 1, height_ratios=(3, 2))
     names = [name for name in ABLATION if name != "full"][::-1]
     for place, name in enumerate(names):
-        found = [pair[1] for pair in differences(scores, name).values()]
+        found, published = percents(scores, name)
         bars.plot(found, [place] * len(found), "ko", markersize=6)
-        bars.plot([published_difference(name)[1]], [place], "kD", markersize=8, markerfacecolor="none")
+        bars.plot([published], [place], "kD", markersize=8, markerfacecolor="none")
     bars.plot([], [], "ko", label="here, a dot a seed")
     bars.plot([], [], "kD", markerfacecolor="none", label="published (PTB, the large model)")
     bars.axvline(0, color="0.5", linewidth=1)
     bars.set_yticks(range(len(names)), labels=[f"− {ABLATION[name].title}" for name in names])
-    bars.set_xlabel("test perplexity minus that with the part (right of 0: the part helps)")
+    bars.set_xlabel("test perplexity without the part, % above that with it (right of 0: the part helps)")
     bars.grid(axis="x", color="0.88", linewidth=0.6)
     bars.set_axisbelow(True)
     bars.legend(fontsize="small")

@@ -248,6 +248,18 @@ def test_the_table_has_the_differences_of_the_records(tmp_path):
     assert lines["− AR/TAR"] == "| − AR/TAR |  |  |  |  | +2.0 / +1.5 |  |"
 
 
+def test_what_a_part_is_worth_is_a_share_of_the_perplexity_in_the_picture(tmp_path):
+    """Ten points of 140 are less than ten of 60."""
+    write_record(tmp_path, "full", 1, train=(150, 140), finetune=(148, 139))
+    write_record(tmp_path, "full", 2, train=(150, 140))
+    write_record(tmp_path, "no-wdrop", 1, train=(160, 147))
+    scores = ablation.read_scores(tmp_path)
+    found, published = ablation.percents(scores, "no-wdrop")
+    assert found == pytest.approx([5])
+    assert published == pytest.approx(100 * (68.9 / 58.8 - 1))
+    assert ablation.percents(scores, "no-asgd")[0] == []
+
+
 def test_a_run_that_was_interrupted_is_in_no_table(tmp_path):
     write_record(tmp_path, "full", 1, train=(150, 140), finetune=(148, 139))
     path = ablation.record_path(tmp_path, "full", 1)
