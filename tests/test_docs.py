@@ -1,5 +1,6 @@
 """What the documents say is what the code does."""
 
+import json
 import re
 import shlex
 from pathlib import Path
@@ -16,6 +17,7 @@ import main
 import plot
 import pointer
 import score
+from metrics import loss_metrics
 
 ROOT = Path(main.__file__).parent
 
@@ -96,6 +98,22 @@ def test_every_module_is_named_in_the_list_of_files(file):
 @pytest.mark.parametrize("file", sorted(path.name for path in (ROOT / "benchmarks").glob("*.py")))
 def test_every_benchmark_is_named_in_their_list(file):
     assert f"`{file}`" in (ROOT / "benchmarks" / "README.md").read_text(encoding="utf-8")
+
+
+def test_every_pair_of_losses_of_minutes_has_its_record():
+    """Validation and test, as a perplexity or in bits per character. Count models have no records."""
+    text = (ROOT / "docs" / "minutes.md").read_text(encoding="utf-8")
+    recorded = set()
+    for path in (ROOT / "benchmarks" / "results").rglob("*.metrics.jsonl"):
+        for line in path.read_text(encoding="utf-8").splitlines():
+            values = json.loads(line) if '"kind": "test"' in line else {}
+            if "valid_loss" in values and "loss" in values:
+                valid = loss_metrics(values["valid_loss"])
+                recorded |= {(f"{valid['ppl']:.1f}", f"{values['ppl']:.1f}"),
+                             (f"{valid['bpc']:.3f}", f"{values['bpc']:.3f}")}
+    pairs = set(re.findall(r"(\d+\.\d+) / (\d+\.\d+)", text)) - {("188.8", "176.0")}
+    assert len(pairs) > 50
+    assert not pairs - recorded
 
 
 def test_the_targets_of_make_are_explained():
