@@ -210,8 +210,8 @@ def add_optimisation_flags(group, max_bptt, plateau, lr):
     group.add_argument("--max-bptt", type=non_negative_int, metavar="T",
                        help=f"longest training batch, time steps (0: no limit; default: {max_bptt})")
     group.add_argument("--nonmono", type=non_negative_int, default=5, metavar="N",
-                       help="epochs that may pass without a better validation loss before "
-                            f"{plateau} (default: %(default)s)")
+                       help=f"{plateau} after an epoch that validates worse than some epoch more than N before it, "
+                            "whatever came between (default: %(default)s)")
     group.add_argument("--precision", choices=["fp32", "tf32", "bf16"], default="fp32",
                        help="of the matrix products of training, and on a GPU of LSTM and GRU layers as a whole; "
                             "weights, loss and all scores are fp32; tf32 needs a GPU (default: %(default)s)")

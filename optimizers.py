@@ -113,8 +113,8 @@ def at_plateau(history, nonmono):
     """Return whether training has stopped getting better: the non-monotonic trigger.
 
     `history` are the validation losses. The last is compared with those at least `nonmono` + 1 epochs older. It is a
-    plateau when the last is worse than the best of these. The authors corrected Algorithm 1 of 1708.02182 to this in
-    their code.
+    plateau when the last is worse than the best of these, also where an epoch in between was better than all. The
+    authors corrected Algorithm 1 of 1708.02182 to this in their code.
     """
     earlier = history[:-1]
     return len(earlier) > nonmono and history[-1] > min(earlier[:len(earlier) - nonmono])

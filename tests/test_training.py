@@ -158,6 +158,7 @@ def test_averages_are_put_back_when_the_block_raises():
     ([2.0, 3.0, 2.5], 1, True),
     ([2.0, 3.0, 3.0, 3.0, 3.0, 3.0], 5, False),  # five before it: not more than --nonmono
     ([2.0, 3.0, 3.0, 3.0, 3.0, 3.0, 2.1], 5, True),
+    ([2.6, 2.5, 2.4, 2.3, 2.2, 2.1, 2.7], 5, True),  # the epoch before was the best so far
 ])
 def test_plateau_rule_by_hand(history, nonmono, expected):
     assert optimizers.at_plateau(history, nonmono) is expected
