@@ -7,12 +7,12 @@ paragraph a line. Words seen fewer than 3 times are <unk>. Every 20th document i
 test text. Needs no network and nothing but the standard library.
 """
 
+import argparse
 import ast
 import collections
 import pathlib
 import pydoc_data.topics
 import re
-import sys
 import sysconfig
 
 SPLITS = ("train", "valid", "test")
@@ -68,7 +68,11 @@ def write_sample(folder):
             file.writelines(lines[split])
 
 
+def main(argv=None):
+    parser = argparse.ArgumentParser(description="Make a sample corpus of English from Python's documentation.")
+    parser.add_argument("folder", metavar="FOLDER", help="where train.txt, valid.txt and test.txt go")
+    write_sample(parser.parse_args(argv).folder)
+
+
 if __name__ == "__main__":
-    if len(sys.argv) != 2:
-        sys.exit(f"usage: python {sys.argv[0]} FOLDER")
-    write_sample(sys.argv[1])
+    main()

@@ -77,3 +77,13 @@ def test_a_stage_that_fails_ends_the_demo(tiny, capfd, monkeypatch):
     assert demo.main([str(tiny)]) == 2
     assert "--window" in capfd.readouterr().err
     assert not (tiny / "generated.txt").exists()
+
+
+@pytest.mark.parametrize("flag", ["-h", "--help", "--folder"])
+def test_a_flag_is_no_folder_of_the_sample(flag, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sample, "read_documents", lambda: ["some text"] * 39)
+    with pytest.raises(SystemExit):
+        sample.main([flag])
+    assert "usage:" in "".join(capsys.readouterr())
+    assert not list(tmp_path.iterdir())
