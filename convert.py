@@ -70,10 +70,15 @@ def renamed(words, pairs, path):
     for old, new in pairs:
         if old and new and old in words and new not in words:
             words[words.index(old)] = new
-            notes.append(f"the word {old} is {new}")
+            notes.append(f"the word {shown(old)} is {shown(new)}")
         elif old and new and old not in words:
-            notes.append(f"there is no word {old:.60} to be {new}")
+            notes.append(f"there is no word {shown(old)} to be {shown(new)}")
     return words, notes
+
+
+def shown(word):
+    """Return a word as a line of the log has it; fastai has words such as a new line."""
+    return word[:60] if word.isprintable() else ascii(word[:60])
 
 
 def read_vocabulary(args):

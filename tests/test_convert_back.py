@@ -92,6 +92,15 @@ def test_other_commands_take_converted_models(run, train, tmp_path, capsys):
     assert finetune.main(["--no-cuda", "--save", "new.pt", "--epochs", "1", "--batch_size", "4"]) in (0, None)
 
 
+def test_a_new_line_may_be_the_word_that_ends_a_line(run):
+    words = [*words_of(ITOS)[:3], "\n", *words_of(ITOS)[4:]]
+    Path("itos.pkl").write_bytes(pickle.dumps(words))
+    _, out, _ = run(FOREIGN / "fastai_lstm.pth", "--vocabulary", "itos.pkl", "--save", "new.pt", "--eos", "\n")
+    assert "the word '\\n' is <eos>\n" in out
+    run("new.pt", "--to", "fastai", "--save", "x.pth", "--vocabulary", "x.pkl", "--eos", "\n")
+    assert words_of("x.pkl") == words
+
+
 # --- refused, in one line --------------------------------------------------------------------------------------------
 
 def test_what_is_missing_or_lies_there_already(run, tmp_path):
