@@ -50,7 +50,7 @@ def parse_flags(argv):
                         help="fastai's vocabulary, a pickled list of words: read, or with --to written")
     parser.add_argument("--unk", default="xxunk", metavar="WORD",
                         help="fastai's word that is <unk> here (default: %(default)s)")
-    parser.add_argument("--eos", metavar="WORD", help="fastai's word that is <eos> here, such as xxeos (default: none)")
+    parser.add_argument("--eos", metavar="WORD", help="fastai's word that is <eos> here, such as xxbos (default: none)")
     parser.add_argument("--overwrite", action="store_true", help="replace what lies at --save")
     add_data_flags(parser, default=None)
     return parser.parse_args(argv)
@@ -90,6 +90,9 @@ def read_vocabulary(args):
         raise BadInput(f"{args.file}: a model of fastai; --vocabulary says where its words are, a pickled list")
     words = containers.read_words(args.vocabulary)
     words, notes = renamed(words, [(args.unk, UNKNOWN), (args.eos, END)], args.vocabulary)
+    if END not in words:
+        notes.append(f"no word is {END}, so the end of a line is {UNKNOWN}, as all that it does not know; --eos WORD "
+                     "names one, such as xxbos, which begins each text in fastai")
     try:
         is_text = len("".join(words).encode()) > 0
     except UnicodeEncodeError:

@@ -22,7 +22,7 @@ from corpus_cache import checksum_of_files, count_ids, first_id, load_cache, loo
 from errors import BadInput
 from text import LEVELS
 from utils import batchify
-from vocabulary import UNKNOWN, Dictionary, Rules, choose_vocabulary, id_table
+from vocabulary import END, UNKNOWN, Dictionary, Rules, choose_vocabulary, id_table
 
 SPLITS = ("train", "valid", "test")
 CACHE_TOKENS = 2**22  # a text of this length is read in a second or two
@@ -40,6 +40,7 @@ class Corpus:
     - `words`: a vocabulary to take as it is, that of a model.
     - `cache_error`: why there is no cache where there should be one.
     - `unknown`: how many tokens of each split are not in the vocabulary.
+    - `ends_unknown`: whether the ends of lines are among them, so are <unk>.
 
     Raises BadInput when a split is missing, empty or not text at that level.
     """
@@ -64,7 +65,7 @@ class Corpus:
             if not self.has_test:
                 lengths[1] = len(ids) - lengths[0]
             lengths.append(len(ids) - sum(lengths))
-        self.unknown, self.first_unknown = dict.fromkeys(SPLITS, 0), {}
+        self.unknown, self.first_unknown, self.ends_unknown = dict.fromkeys(SPLITS, 0), {}, False
         if rules.choose() if words is None else words != tokens:
             counts = count_ids(ids, lengths, len(tokens))
             words = choose_vocabulary(tokens, counts[0], rules) if words is None else words
@@ -100,6 +101,7 @@ class Corpus:
         """
         known, start = set(words), 0
         unknown = numpy.array([token not in known for token in tokens])
+        self.ends_unknown = END in tokens and END not in known and UNKNOWN in known
         for split, length, row in zip(SPLITS, lengths, counts):
             self.unknown[split] = int(row[unknown].sum())
             if self.unknown[split] and UNKNOWN not in known:
@@ -113,6 +115,7 @@ class Corpus:
                 f"{len(self.dictionary):,} different, at {self.level} level")
         if any(self.unknown.values()):
             line += f"; as {UNKNOWN}: {' / '.join(f'{count:,}' for count in self.unknown.values())}"
+            line += ", the ends of lines among them" if self.ends_unknown else ""
         return f"{line}; {self.cache_error}" if self.cache_error else line
 
 

@@ -92,6 +92,17 @@ def test_other_commands_take_converted_models(run, train, tmp_path, capsys):
     assert finetune.main(["--no-cuda", "--save", "new.pt", "--epochs", "1", "--batch_size", "4"]) in (0, None)
 
 
+def test_a_model_without_eos_says_that_the_ends_of_lines_are_unk(run, tmp_path, capsys):
+    corpus = write_corpus(tmp_path / "corpus", 13)
+    for flags, said in ((["--eos", "xxbos"], 0), ([], 1)):
+        status, out, err = run(FOREIGN / "fastai_lstm.pth", "--vocabulary", ITOS, "--save", "new.pt", "--overwrite",
+                               "--data", corpus, *flags)
+        assert status == 0, err
+        assert out.count("no word is <eos>") == said
+        pointer.main(["--no-cuda", "--save", "new.pt", "--window", "9"])
+        assert capsys.readouterr().out.count("the ends of lines among them") == said
+
+
 def test_a_new_line_may_be_the_word_that_ends_a_line(run):
     words = [*words_of(ITOS)[:3], "\n", *words_of(ITOS)[4:]]
     Path("itos.pkl").write_bytes(pickle.dumps(words))
