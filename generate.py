@@ -156,11 +156,11 @@ def read_prompt(args):
 def encode(tokens, dictionary):
     """Look up the ids of a prompt's tokens.
 
-    Unknown tokens become <unk>, with a line on stderr. An empty prompt becomes <eos>, the start of a line. Raises
-    BadInput for an unknown token when the model knows no <unk>.
+    Unknown tokens become <unk>, with a line on stderr. An empty prompt becomes <eos>, the start of a line, or fastai's
+    xxbos. Raises BadInput for an unknown token when the model knows no <unk>.
     """
     if not tokens:
-        return [dictionary.word2idx.get(END, 0)]
+        return [dictionary.start_id()]
     ids, unknown = dictionary.encode(tokens, "--prompt")
     if any(unknown):
         print(f"the prompt has {sum(unknown)} unknown of {len(tokens)} tokens, taken as {UNKNOWN}", file=sys.stderr)

@@ -44,7 +44,7 @@ def parse_flags(argv):
                         help="the trained model (default: %(default)s)")
     parser.add_argument("--carry", action="store_true",
                         help="the lines are one text: the hidden state goes on from line to line, and the first token "
-                             "is not predicted (default: each line follows an <eos>)")
+                             "is not predicted (default: each line follows an <eos>, or fastai's xxbos)")
     parser.add_argument("--no-eos", action="store_true", help="do not score the <eos> that ends a line")
     parser.add_argument("--per-word", action="store_true",
                         help="also write each token and its log-probability, an empty line after each line")
@@ -109,7 +109,7 @@ class Scorer:
 
     def __init__(self, model, dictionary, batch_size, carry=False, cache=None):
         self.model, self.batch_size, self.carry, self.cache = model.eval(), batch_size, carry, cache
-        self.start = dictionary.word2idx.get(END, 0)
+        self.start = dictionary.start_id()
         self.hidden, self.context = model.init_hidden(1), []  # of the text so far: state, and id not yet read
 
     def __call__(self, lines):

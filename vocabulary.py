@@ -11,6 +11,7 @@ import torch
 from errors import BadInput
 
 UNKNOWN, END = "<unk>", "<eos>"
+BEGINS = (END, "xxbos")  # what comes before a text: the first of these that a vocabulary has; xxbos is fastai's
 ALWAYS = (UNKNOWN, END)  # in every vocabulary that is chosen
 
 
@@ -23,6 +24,10 @@ class Dictionary:
 
     def __len__(self):
         return len(self.idx2word)
+
+    def start_id(self):
+        """Return the id of what comes before a text; that of the first word where nothing does."""
+        return next((self.word2idx[word] for word in BEGINS if word in self.word2idx), 0)
 
     def encode(self, tokens, where):
         """Return the ids of `tokens`, and for each whether it is unknown and so taken as <unk>.

@@ -12,6 +12,7 @@ import finetune
 import foreign
 import generate
 import pointer
+import score
 
 
 @pytest.fixture
@@ -110,6 +111,21 @@ def test_a_new_line_may_be_the_word_that_ends_a_line(run):
     assert "the word '\\n' is <eos>\n" in out
     run("new.pt", "--to", "fastai", "--save", "x.pth", "--vocabulary", "x.pkl", "--eos", "\n")
     assert words_of("x.pkl") == words
+
+
+def test_a_text_of_a_model_without_eos_begins_after_xxbos(run, capsys):
+    run(FOREIGN / "fastai_lstm.pth", "--vocabulary", ITOS, "--save", "new.pt")
+    scores = []
+    for text, flags in (("w1 w2 w3", []), ("xxbos w1 w2 w3", ["--carry"])):
+        Path("lines.txt").write_text(text)
+        score.main(["--no-cuda", "--checkpoint", "new.pt", "--no-eos", "lines.txt", *flags])
+        scores.append(capsys.readouterr().out)
+    assert scores[0] == scores[1]
+    flags = ["--no-cuda", "--checkpoint", "new.pt", "--words", "9", "--outf", "-", "--temperature", "0"]
+    generate.main(flags)
+    text = capsys.readouterr().out
+    generate.main([*flags, "--prompt", "xxbos"])
+    assert capsys.readouterr().out == f"xxbos {text}"
 
 
 # --- refused, in one line --------------------------------------------------------------------------------------------
