@@ -229,13 +229,15 @@ def main(argv=None):
         raise BadInput(f"--model {args.model} contradicts {args.checkpoint}, which is of model "
                        f"{content['flags']['model']}")
     level, dictionary = content["flags"].get("level", "word"), Dictionary(content["vocabulary"])
+    if args.stop_at_eos and END not in dictionary.word2idx:
+        raise BadInput(f"--stop-at-eos: {args.checkpoint} has no {END} in its vocabulary")
     prompt = tokenize(read_prompt(args), level)
     context = torch.tensor(encode(prompt, dictionary), device=device)
     torch.manual_seed(args.seed)
     never = [dictionary.word2idx[UNKNOWN]] if args.no_unk and UNKNOWN in dictionary.word2idx else []
     steps = sample(model, context, args.words, args.temperature, args.top_k, args.batch, args.top_p, never)
     if args.stop_at_eos:
-        steps = until(steps, dictionary.word2idx.get(END), args.batch)
+        steps = until(steps, dictionary.word2idx[END], args.batch)
     try:
         if args.outf == "-":
             write_texts(sys.stdout, prompt, steps, args.batch, dictionary, level)

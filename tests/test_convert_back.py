@@ -13,6 +13,7 @@ import foreign
 import generate
 import pointer
 import score
+from errors import BadInput
 
 
 @pytest.fixture
@@ -126,6 +127,12 @@ def test_a_text_of_a_model_without_eos_begins_after_xxbos(run, capsys):
     text = capsys.readouterr().out
     generate.main([*flags, "--prompt", "xxbos"])
     assert capsys.readouterr().out == f"xxbos {text}"
+
+
+def test_a_model_without_eos_cannot_stop_there(run):
+    run(FOREIGN / "fastai_lstm.pth", "--vocabulary", ITOS, "--save", "new.pt")
+    with pytest.raises(BadInput, match="has no <eos>"):
+        generate.main(["--no-cuda", "--checkpoint", "new.pt", "--outf", "-", "--stop-at-eos"])
 
 
 # --- refused, in one line --------------------------------------------------------------------------------------------
