@@ -22,6 +22,7 @@ from contextlib import contextmanager
 import torch
 
 from errors import BadInput
+from text import SIGNATURES
 from unpickle import MAX_BYTES, Malformed, Storage, Unpickler, is_count
 
 MAX_DIRECTORY = 2**22  # bytes of the directory of a zip archive
@@ -90,11 +91,25 @@ def read(path):
     """Read a file, whatever its container; returns its `Contents`. Raises BadInput."""
     with reading(path), open(path, "rb") as file:
         size = os.fstat(file.fileno()).st_size
-        head = file.read(4)
+        head = file.read(16)
         file.seek(0)
-        if head == b"PK\x03\x04":
+        if head.startswith(b"PK\x03\x04"):
+            if not zipfile.is_zipfile(path):
+                raise Malformed("damaged: its end is missing")
             return read_archive(path, size)
+        if what := no_pickle(head):
+            raise BadInput(f"{path}: {what}")
         return read_stream(path, file, size)
+
+
+def no_pickle(head):
+    """Say what a file is that begins with `head` and can be no pickle, and what to do; None for any other."""
+    if not head:
+        return "is empty"
+    if head[8:9] == b"{" and int.from_bytes(head[:8], "little") < 2**32:  # the length of a header, and the header
+        return "is a file of safetensors; torch.save(safetensors.torch.load_file(FILE), OTHER) makes one that is read"
+    what = next((what for start, what, _ in SIGNATURES if head.startswith(start)), None)
+    return what and f"is {what}, which is not read; unpack or convert it first"
 
 
 def read_archive(path, size):
