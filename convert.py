@@ -29,7 +29,7 @@ from data import Corpus
 from errors import BadInput
 from files import check_writable, disk_error, replacing, same_file
 from flags import Parser, add_data_flags, add_training_flags
-from foreign import fastai_state, read_fastai, read_original, to_fastai, widened
+from foreign import fastai_state, other_kind, read_fastai, read_original, to_fastai, widened
 from metrics import log
 from model import DROPOUTS, parameter_shapes
 from process import run_script
@@ -157,6 +157,8 @@ def convert(args):
         origin = args.vocabulary
     elif isinstance(contents.root, dict) and contents.root.get("format") == checkpoint.FORMAT:
         raise BadInput(f"{args.file}: a model of this toolkit already; --to fastai converts it")
+    elif what := other_kind(contents.root):
+        raise BadInput(f"{args.file}: {what}")
     elif isinstance(contents.root, (list, Record)):
         found = read_original(contents)
         if args.vocabulary:

@@ -114,9 +114,28 @@ def fastai_state(root):
     return root if any(key.startswith("0.rnns.") for key in keys) else None
 
 
+def other_kind(root):
+    """Say which file of fastai's is in `root` that holds no language model, and what to do; None for any other."""
+    if isinstance(root, Record):
+        kind = root.name.rpartition(".")[2]
+        return "a Learner that was exported; learn.save writes its model" if kind.endswith("Learner") else None
+    if isinstance(root, list) and root and all(isinstance(word, str) for word in root):
+        return "a list of words, which goes to --vocabulary"
+    if isinstance(root, dict) and isinstance(root.get("model"), dict):
+        root = root["model"]
+    keys = [key for key in root if isinstance(key, str)] if isinstance(root, dict) else []
+    if any(key.startswith("0.module.rnns.") for key in keys):
+        return "a classifier of fastai, whose softmax over words is gone; the language model before it is converted"
+    if any(key.startswith("rnns.") for key in keys) and not any("decoder" in key for key in keys):
+        return "an encoder of fastai, without its softmax; what learn.save writes of the language model is converted"
+    return None
+
+
 def read_fastai(contents):
     """Read the state dict of fastai's language model with LSTM layers."""
     state = fastai_state(contents.root)
+    if any(isinstance(key, str) and "_reverse" in key for key in state):
+        raise BadInput(f"{contents.path}: has bidirectional layers; only those of one direction are converted")
 
     def tensor(*names):
         for name in names:

@@ -148,7 +148,7 @@ def test_what_is_missing_or_lies_there_already(run, tmp_path):
     assert "no pickled list" in refused(run, fastai, "--vocabulary", lstm, "--save", "new.pt")
     torch.save({"some": torch.zeros(3)}, "some.pt")
     assert "neither" in refused(run, "some.pt", "--vocabulary", ITOS, "--save", "new.pt")
-    assert "no language model" in refused(run, ITOS, "--vocabulary", ITOS, "--save", "new.pt")
+    assert "goes to --vocabulary" in refused(run, ITOS, "--vocabulary", ITOS, "--save", "new.pt")
     run(fastai, "--vocabulary", ITOS, "--save", "new.pt")
     assert "--overwrite" in refused(run, fastai, "--vocabulary", ITOS, "--save", "new.pt")
     assert "already" in refused(run, "new.pt", "--save", "other.pt")
@@ -161,6 +161,21 @@ def test_what_is_missing_or_lies_there_already(run, tmp_path):
     assert "--overwrite" in refused(run, *back, "y.pkl")
     assert run(*back, "x.pkl", "--overwrite")[0] == 0
     assert "not a checkpoint of this toolkit" in refused(run, lstm, *back[1:], "y.pkl", "--overwrite")
+
+
+class TextLearner:
+    pass
+
+
+def test_other_files_of_fastais_are_told_what_they_are(run):
+    state = fastai_model()[1]
+    encoder = {name.removeprefix("0."): value for name, value in state.items() if name.startswith("0.")}
+    classifier = {f"0.module.{name}": value for name, value in encoder.items()} | {"1.layers.0.0.weight": torch.ones(3)}
+    both = state | {"0.rnns.0.module.weight_ih_l0_reverse": state["0.rnns.0.module.weight_ih_l0"]}
+    for thing, why in ((encoder, "an encoder"), (classifier, "a classifier"), ({"model": classifier}, "a classifier"),
+                       (both, "bidirectional"), (TextLearner(), "learn.save"), (WORDS, "goes to --vocabulary")):
+        torch.save(thing, "in.pth")
+        assert why in refused(run, "in.pth", "--vocabulary", ITOS, "--save", "new.pt")
 
 
 @pytest.mark.parametrize("words, why", [
