@@ -82,7 +82,8 @@ def load(path, device="cpu"):
     if damaged:
         raise BadInput(f"{path}: damaged checkpoint: what it holds is not what was written")
     if not isinstance(content, dict) or not isinstance(content.get("format"), str) or content["format"] != FORMAT:
-        raise BadInput(f"{path}: not a checkpoint of this toolkit")
+        hint = " (a model of fastai: convert.py reads it)" if is_fastai(content) else ""
+        raise BadInput(f"{path}: not a checkpoint of this toolkit{hint}")
     version = content.get("version")
     if not isinstance(version, int) or version != VERSION:
         raise BadInput(f"{path}: checkpoint version {version!r:.60}; this toolkit reads version {VERSION}")
@@ -93,6 +94,12 @@ def load(path, device="cpu"):
     if content.setdefault("stage", "train") not in list(STATES):
         raise BadInput(f"{path}: damaged checkpoint")
     return content
+
+
+def is_fastai(content):
+    """Return whether what a file holds is a language model of fastai, with or without its optimizer."""
+    return isinstance(content, dict) and any("0.encoder.weight" in part for part in (content, content.get("model"))
+                                             if isinstance(part, dict))
 
 
 def is_cut(path):
