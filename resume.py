@@ -79,6 +79,9 @@ def find_state(best, stage, device="cpu"):
     path = run_files.last_path(best, stage)
     if not path.exists():
         path = next((old for old in run_files.old_last_paths(best) if old.exists()), path)
+    if best.exists() and not path.exists():
+        raise BadInput(f"{path}: is not there, so no run of this script can go on; finetune.py --load {best} "
+                       "--save OTHER trains on from the model alone")
     content = checkpoint.load(path, device)
     state = content.get("state")
     if not isinstance(state, dict) or state.get("stage") != stage:

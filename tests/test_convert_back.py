@@ -11,6 +11,7 @@ import checkpoint
 import finetune
 import foreign
 import generate
+import main
 import pointer
 import score
 from errors import BadInput
@@ -133,6 +134,13 @@ def test_a_model_without_eos_cannot_stop_there(run):
     run(FOREIGN / "fastai_lstm.pth", "--vocabulary", ITOS, "--save", "new.pt")
     with pytest.raises(BadInput, match="has no <eos>"):
         generate.main(["--no-cuda", "--checkpoint", "new.pt", "--outf", "-", "--stop-at-eos"])
+
+
+@pytest.mark.parametrize("script", [main, finetune])
+def test_a_model_without_a_state_cannot_be_resumed_but_tuned(run, script):
+    run(FOREIGN / "fastai_lstm.pth", "--vocabulary", ITOS, "--save", "new.pt")
+    with pytest.raises(BadInput, match="finetune.py --load new.pt"):
+        script.main(["--no-cuda", "--resume", "new.pt"])
 
 
 # --- refused, in one line --------------------------------------------------------------------------------------------
