@@ -23,7 +23,7 @@ import torch
 
 from errors import BadInput
 from text import SIGNATURES
-from unpickle import MAX_BYTES, Malformed, Storage, Unpickler, is_count
+from unpickle import MAX_BYTES, Malformed, Record, Storage, Unpickler, is_count
 
 MAX_DIRECTORY = 2**22  # bytes of the directory of a zip archive
 MAGIC, PROTOCOL = 0x1950A86A20F9469CFC6C, 1001  # how PyTorch's files before 1.6 begin
@@ -184,5 +184,16 @@ def read_words(path):
     """Read a pickled list of words. Raises BadInput for anything else."""
     words = read(path).root
     if not isinstance(words, (list, tuple)) or not words or not all(isinstance(word, str) for word in words):
-        raise BadInput(f"{path}: no pickled list of words")
+        raise BadInput(f"{path}: no pickled list of words{what_instead(words)}")
     return list(words)
+
+
+def what_instead(value):
+    """Say which form of fastai's vocabulary a pickled value is that is no list of words, and how to get the list."""
+    if isinstance(value, Record):
+        return f" but an object, {ascii(value.name):.60}; pickle list(dls.vocab), or in fastai 1 data.vocab.itos"
+    if isinstance(value, dict):
+        return " but a dict; pickle the list, dls.vocab, or in fastai 1 data.vocab.itos"
+    if isinstance(value, (list, tuple)) and any(isinstance(part, (list, tuple, Record)) for part in value):
+        return " but one of lists, as a classifier has; the first of them, list(dls.vocab[0]), is that of words"
+    return ""

@@ -189,6 +189,7 @@ def test_other_files_of_fastais_are_told_what_they_are(run):
 @pytest.mark.parametrize("words, why", [
     (WORDS[:-1], "12 words"), ([*WORDS[:-1], "xxunk"], "twice"), ([*WORDS[:-1], 1], "no pickled list"),
     ([*WORDS[:-1], "\ud800"], "damaged"), ({}, "no pickled list"), ([], "no pickled list"),
+    (TextLearner(), "list(dls.vocab)"), ({"w": 0}, "but a dict"), ([WORDS, ["neg", "pos"]], "list(dls.vocab[0])"),
 ])
 def test_a_vocabulary_that_is_none(run, words, why):
     torch.save(fastai_model()[1], "in.pth")
