@@ -318,7 +318,8 @@ def test_storages_that_lie_in_each_other_are_not_all_loaded():
 
 @pytest.mark.parametrize("content, why", [
     (b"", "is empty"), (b"\x1f\x8b\x08" + bytes(20), "gzip"), (b"BZh9" + bytes(20), "bzip2"),
-    (struct.pack("<Q", 80) + b'{"0.encoder.weight":' + bytes(80), "safetensors"), (b"PK\x03\x04" + bytes(99), "its end"),
+    (struct.pack("<Q", 80) + b'{"0.encoder.weight":' + bytes(80), "safetensors"),
+    (b"PK\x03\x04" + bytes(99), "its end"),
 ])
 def test_what_is_no_pickle_is_told_what_it_is(run, content, why):
     Path("in.pth").write_bytes(content)
