@@ -218,7 +218,8 @@ def merge_flags(parse, argv, content, path, names, fixed=FIXED):
 def check_data(content, path, data):
     """Raise BadInput when the text that the checkpoint names is not here, and no other was given."""
     if data == content["flags"].get("data") and not os.path.exists(data):
-        raise BadInput(f"{path} was trained on {data}, which is not here; --data says where that text is")
+        raise BadInput(f"{path} was trained on {data}, which is not here; --data says where that text is, or "
+                       "another one")
 
 
 def restore_optimizer(optimizer, state):

@@ -37,6 +37,7 @@ from splitcross import splits_for
 from unpickle import Record
 from vocabulary import END, UNKNOWN
 
+XXUNK = "xxunk"    # fastai's <unk>
 FILLER = "xxfake"  # fastai fills vocabularies up with it, so it may come several times
 
 
@@ -48,7 +49,7 @@ def parse_flags(argv):
     parser.add_argument("--to", choices=["fastai"], help="convert a model of this toolkit (default: to this toolkit)")
     parser.add_argument("--vocabulary", metavar="FILE.pkl",
                         help="fastai's vocabulary, a pickled list of words: read, or with --to written")
-    parser.add_argument("--unk", default="xxunk", metavar="WORD",
+    parser.add_argument("--unk", default=XXUNK, metavar="WORD",
                         help="fastai's word that is <unk> here (default: %(default)s)")
     parser.add_argument("--eos", metavar="WORD", help="fastai's word that is <eos> here, such as xxbos (default: none)")
     parser.add_argument("--overwrite", action="store_true", help="replace what lies at --save")
@@ -89,6 +90,11 @@ def read_vocabulary(args):
     if not args.vocabulary:
         raise BadInput(f"{args.file}: a model of fastai; --vocabulary says where its words are, a pickled list")
     words = containers.read_words(args.vocabulary)
+    for flag, word, default in (("--unk", args.unk, XXUNK), ("--eos", args.eos, None)):
+        if word != default and word not in words:
+            raise BadInput(f"{flag} {shown(word)}: {args.vocabulary} has no such word")
+    if args.eos == args.unk:
+        raise BadInput(f"--eos {shown(args.eos)}: that word is {UNKNOWN}")
     words, notes = renamed(words, [(args.unk, UNKNOWN), (args.eos, END)], args.vocabulary)
     if END not in words:
         notes.append(f"no word is {END}, so the end of a line is {UNKNOWN}, as all that it does not know; --eos WORD "

@@ -186,6 +186,13 @@ def test_other_files_of_fastais_are_told_what_they_are(run):
         assert why in refused(run, "in.pth", "--vocabulary", ITOS, "--save", "new.pt")
 
 
+@pytest.mark.parametrize("flags, why", [
+    (["--eos", "nothere"], "--eos nothere: "), (["--unk", "nothere"], "--unk nothere: "),
+    (["--eos", "xxunk"], "that word is <unk>"), (["--eos", "\n\n"], r"--eos '\n\n': ")])
+def test_a_word_that_the_vocabulary_does_not_have(run, flags, why):
+    assert why in refused(run, FOREIGN / "fastai_lstm.pth", "--vocabulary", ITOS, "--save", "new.pt", *flags)
+
+
 @pytest.mark.parametrize("words, why", [
     (WORDS[:-1], "12 words"), ([*WORDS[:-1], "xxunk"], "twice"), ([*WORDS[:-1], 1], "no pickled list"),
     ([*WORDS[:-1], "\ud800"], "damaged"), ({}, "no pickled list"), ([], "no pickled list"),
