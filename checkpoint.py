@@ -25,6 +25,7 @@ import torch
 from errors import BadInput
 from files import disk_error, replacing
 from flags import command_line
+from foreign import fastai_state
 from model import ARCHITECTURE, DROPOUTS, RNNModel, parameter_shapes
 from optimizers import ASGD
 from run_files import STATES, best_path
@@ -82,7 +83,7 @@ def load(path, device="cpu"):
     if damaged:
         raise BadInput(f"{path}: damaged checkpoint: what it holds is not what was written")
     if not isinstance(content, dict) or not isinstance(content.get("format"), str) or content["format"] != FORMAT:
-        hint = " (a model of fastai: convert.py reads it)" if is_fastai(content) else ""
+        hint = " (a model of fastai: convert.py reads it)" if fastai_state(content) is not None else ""
         raise BadInput(f"{path}: not a checkpoint of this toolkit{hint}")
     version = content.get("version")
     if not isinstance(version, int) or version != VERSION:
@@ -94,12 +95,6 @@ def load(path, device="cpu"):
     if content.setdefault("stage", "train") not in list(STATES):
         raise BadInput(f"{path}: damaged checkpoint")
     return content
-
-
-def is_fastai(content):
-    """Return whether what a file holds is a language model of fastai, with or without its optimizer."""
-    return isinstance(content, dict) and any("0.encoder.weight" in part for part in (content, content.get("model"))
-                                             if isinstance(part, dict))
 
 
 def is_cut(path):
@@ -218,8 +213,7 @@ def merge_flags(parse, argv, content, path, names, fixed=FIXED):
 def check_data(content, path, data):
     """Raise BadInput when the text that the checkpoint names is not here, and no other was given."""
     if data == content["flags"].get("data") and not os.path.exists(data):
-        raise BadInput(f"{path} was trained on {data}, which is not here; --data says where that text is, or "
-                       "another one")
+        raise BadInput(f"{path} was trained on {data}, which is not here; --data names it, or another text")
 
 
 def restore_optimizer(optimizer, state):

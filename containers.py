@@ -108,8 +108,8 @@ def no_pickle(head):
         return "is empty"
     if head[8:9] == b"{" and int.from_bytes(head[:8], "little") < 2**32:  # the length of a header, and the header
         return "is a file of safetensors; torch.save(safetensors.torch.load_file(FILE), OTHER) makes one that is read"
-    what = next((what for start, what, _ in SIGNATURES if head.startswith(start)), None)
-    return what and f"is {what}, which is not read; unpack or convert it first"
+    return next((f"is {what}, which is not read: {remedy}" for start, what, remedy in SIGNATURES
+                 if head.startswith(start)), None)
 
 
 def read_archive(path, size):

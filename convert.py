@@ -95,8 +95,10 @@ def read_vocabulary(args):
             raise BadInput(f"{flag} {shown(word)}: {args.vocabulary} has no such word")
     if args.eos == args.unk:
         raise BadInput(f"--eos {shown(args.eos)}: that word is {UNKNOWN}")
+    if args.eos not in (None, END) and END in words:
+        raise BadInput(f"--eos {shown(args.eos)}: {args.vocabulary} has the word {END} already")
     words, notes = renamed(words, [(args.unk, UNKNOWN), (args.eos, END)], args.vocabulary)
-    if END not in words:
+    if END not in words and UNKNOWN in words:
         notes.append(f"no word is {END}, so the end of a line is {UNKNOWN}, as all that it does not know; --eos WORD "
                      "names one, such as xxbos, which begins each text in fastai")
     try:

@@ -12,7 +12,7 @@ AS_TRAINED = "as the model was trained"  # what help says of a flag that comes f
 
 
 class Parser(argparse.ArgumentParser):
-    """Parse flags, and raise BadInput for a flag that cannot be taken. No text is empty, but of a flag of type str."""
+    """Parse flags, and raise BadInput for a flag that cannot be taken. Without a type of its own none may be empty."""
 
     def __init__(self, **options):
         super().__init__(**options)
@@ -49,7 +49,7 @@ def command_line(name, value):
     if isinstance(value, list):
         numbers = [str(number) for number in value if isinstance(number, (int, float))]
         return [flag, *numbers] if numbers else []
-    return [f"{flag}={value}"] if isinstance(value, (str, int, float)) else []
+    return [f"{flag}={value}"] if isinstance(value, (str, int, float)) and value != "" else []
 
 
 # --- types -----------------------------------------------------------------------------------------------------------

@@ -35,8 +35,9 @@ MANY_EPOCHS = {"word": 6, "char": 8, "byte": 8}  # from which on there are two l
 SGD_EPOCHS = {"word": 3, "char": 12, "byte": 12}  # from which on SGD, with AR and TAR, gets further than Adam
 SGD_LR, LEAST_SGD_LR = 20.0, 0.5  # a smaller one that is given is meant for Adam
 MOST_EPOCHS = {"word": 100, "char": 30, "byte": 30}  # with more, only the text itself would be learned better
-# The strain of a text is its epochs times the weights of the layers for each of its tokens. Weak dropouts are for one
-# from the first number to the second, strong ones from STRONG_FROM on. Between them ever more is dropped.
+# The strain of a text is its epochs times the weights of the layers for each of its tokens, 0 if it is read once.
+# Weak dropouts are for one from the first number to the second, strong ones from STRONG_FROM on. Between them ever more
+# is dropped.
 WEAK_DROPOUTS = {"dropout": 0.2, "dropouth": 0.2, "dropouti": 0.05, "dropoute": 0.0, "wdrop": 0.1}
 WEAK_FROM, WEAK_TO = 10, 60
 STRONG_DROPOUTS = {"word": {"dropout": 0.5, "dropouth": 0.3, "dropouti": 0.5, "dropoute": 0.1, "wdrop": 0.5},
@@ -99,7 +100,8 @@ def choose_by(budget, args, given, ntoken, tokens, processes):
     if epochs >= MANY_EPOCHS[args.level] or args.nhid != args.emsize:  # one tied layer is as wide as the embedding
         choose(nlayers=2)
         epochs = choose_size()
-    choose(**dropouts(epochs * weights(args, ntoken, recurrent=True) / tokens, args.level))
+    strain = epochs * weights(args, ntoken, recurrent=True) / tokens if epochs > 1 else 0.0
+    choose(**dropouts(strain, args.level))
     sgd = args.lr >= LEAST_SGD_LR if "lr" in given else epochs >= SGD_EPOCHS[args.level]
     choose(optimizer="sgd" if sgd else "adam")
     if args.optimizer == "sgd":
@@ -155,7 +157,7 @@ def learning_rate(nhid):
 def dropouts(strain, level):
     """Choose dropouts for a text of this `strain`: epochs times weights of the layers for each token.
 
-    A model that is small beside its text, or reads it once, needs none. From WEAK_FROM on there is weight drop too.
+    A model that is small beside its text needs none. From WEAK_FROM on there is weight drop too.
     """
     if strain < WEAK_FROM:
         p = round(WEAK_DROPOUTS["dropout"] * math.log(max(strain, 1)) / math.log(WEAK_FROM), 2)

@@ -60,8 +60,8 @@ def main(argv=None):
     for path in args.models:
         content = checkpoint.load_model(path)
         flags = content["flags"]
-        checkpoint.check_data(content, path, flags["data"])
         corpus = Corpus(flags["data"], flags["level"], flags["shares"], words=content["vocabulary"])
+        log(corpus.describe())
         model = checkpoint.restore_model(content, path)
         alone, carried = losses(model, load_split(corpus, "valid", 1, "cpu", args.length + 1), args.length)
         log(f"{path}: {alone:.3f} nats per token in pieces of {args.length}, {carried:.3f} with the state carried")

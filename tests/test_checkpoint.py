@@ -69,7 +69,7 @@ def test_a_pickled_model_is_refused_and_not_run(tmp_path, legacy):
 
 @pytest.mark.parametrize("form", [lambda state: state, lambda state: {"model": state, "opt": {}}])
 def test_a_model_of_fastai_is_sent_to_convert(tmp_path, form):
-    torch.save(form({"0.encoder.weight": torch.ones(3, 2)}), tmp_path / "m.pth")
+    torch.save(form({"0.rnns.0.weight_hh_l0_raw": torch.ones(3, 2)}), tmp_path / "m.pth")
     with pytest.raises(BadInput, match="a model of fastai: convert.py"):
         checkpoint.load(tmp_path / "m.pth")
 

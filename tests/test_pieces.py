@@ -36,7 +36,7 @@ def test_a_model_is_scored_on_the_validation_text_that_it_was_trained_with(train
     train(tmp_path / "m.pt", "--data", str(book), "--level", "char", "--epochs", "1", "--batch_size", "4")
     capsys.readouterr()
     pieces.main([str(tmp_path / "m.pt"), "--length", "65"])
-    alone, carried = re.findall(r"(\d\.\d+) ", capsys.readouterr().out)
+    alone, carried = re.findall(r" (\d\.\d+) ", capsys.readouterr().out)
     assert alone == carried
     with pytest.raises(BadInput, match="too few"):
         pieces.main([str(tmp_path / "m.pt"), "--length", "66"])

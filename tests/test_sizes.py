@@ -83,6 +83,13 @@ def test_the_dropouts_of_a_strain(level, strain, expected):
     assert got == pytest.approx(expected, abs=0.006)  # two decimals
 
 
+@pytest.mark.parametrize("epochs, dropped", [(1.0, False), (1.1, True)])
+def test_a_text_that_is_read_once_needs_no_dropout_however_large_the_layers_are(monkeypatch, epochs, dropped):
+    monkeypatch.setattr(sizes, "tokens_seen", lambda *_: epochs * 10**6)
+    args, _ = choose(monkeypatch, 1e10, "--nlayers", "2", "--nhid", "1024")
+    assert all((getattr(args, name) > 0) is dropped for name in ("dropout", "dropouth", "dropouti", "wdrop"))
+
+
 @pytest.mark.parametrize("level, epochs", [("word", 100), ("char", 30), ("byte", 30)])
 def test_a_text_is_read_no_more_often_than_pays(monkeypatch, level, epochs):
     args, given = choose(monkeypatch, 1e12, "--level", level, tokens=50_000)
