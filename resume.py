@@ -2,6 +2,7 @@
 
 import filecmp
 import math
+import os
 from itertools import count
 from pathlib import Path
 
@@ -79,7 +80,7 @@ def find_state(best, stage, device="cpu"):
     path = run_files.last_path(best, stage)
     if not path.exists():
         path = next((old for old in run_files.old_last_paths(best) if old.exists()), path)
-    if best.exists() and not path.exists():
+    if os.path.exists(best) and not path.exists():
         raise BadInput(f"{path}: is not there, so no run of this script can go on; finetune.py --load {best} "
                        "--save OTHER trains on from the model alone")
     content = checkpoint.load(path, device)

@@ -181,7 +181,7 @@ def test_a_text_that_is_not_here_is_named_with_its_model(train, corpus_dir, tmp_
     for call in (lambda: pointer.main(["--no-cuda", "--save", str(tmp_path / "m.pt")]),
                  lambda: finetune.main(["--no-cuda", "--save", str(tmp_path / "m.pt")]),
                  lambda: main.main(["--no-cuda", "--resume", str(tmp_path / "m.pt")])):
-        with pytest.raises(BadInput, match=r"m(\.last)?\.pt was trained on .*corpus, which is not here; --data says"):
+        with pytest.raises(BadInput, match=r"m(\.last)?\.pt was trained on .*corpus, which is not here; --data names"):
             call()
 
 
