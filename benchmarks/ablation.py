@@ -230,11 +230,8 @@ def percents(scores, name):
 
     The perplexities here are more than twice the published ones, so points of perplexity are not comparable.
     """
-    others = scores.get(base(name), {})
-    pairs = [(pair[1], others[seed][1]) for seed, pair in scores.get(name, {}).items() if seed in others]
-    pairs.append((ABLATION[name].published[1], ABLATION[base(name)].published[1]))
-    *found, published = [100 * (value / other - 1) for value, other in pairs]
-    return found, published
+    found = [100 * pair[1] / scores[base(name)][seed][1] for seed, pair in differences(scores, name).items()]
+    return found, 100 * published_difference(name)[1] / ABLATION[base(name)].published[1]
 
 
 def sign(found):

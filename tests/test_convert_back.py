@@ -193,6 +193,12 @@ def test_a_word_that_the_vocabulary_does_not_have(run, flags, why):
     assert why in refused(run, FOREIGN / "fastai_lstm.pth", "--vocabulary", ITOS, "--save", "new.pt", *flags)
 
 
+def test_no_second_word_is_eos(run):
+    Path("itos.pkl").write_bytes(pickle.dumps([*words_of(ITOS)[:-1], "<eos>"]))
+    why = refused(run, FOREIGN / "fastai_lstm.pth", "--vocabulary", "itos.pkl", "--save", "new.pt", "--eos", "xxbos")
+    assert "has the word <eos> already" in why
+
+
 @pytest.mark.parametrize("words, why", [
     (WORDS[:-1], "12 words"), ([*WORDS[:-1], "xxunk"], "twice"), ([*WORDS[:-1], 1], "no pickled list"),
     ([*WORDS[:-1], "\ud800"], "damaged"), ({}, "no pickled list"), ([], "no pickled list"),
