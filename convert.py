@@ -115,9 +115,12 @@ def read_vocabulary(args):
 def architecture(found, path):
     """Return the flags that fix the shapes of the weights of `found`, and the weights in fp32.
 
-    Raises BadInput when they are those of no model of this toolkit.
+    Raises BadInput when they are those of no model of this toolkit, or not finite.
     """
     weights = {name: value.float() for name, value in found.weights.items()}
+    broken = [name for name, value in weights.items() if not value.isfinite().all()]
+    if broken:
+        raise BadInput(f"{path}: {broken[0]} has values that are not finite")
     embedding, decoder = weights["encoder.weight"], weights["decoder.weight"]
     nlayers = len({name.split(".")[1] for name in weights if name.startswith("rnns.")})
     tied = embedding.shape == decoder.shape and torch.equal(embedding, decoder)

@@ -174,6 +174,16 @@ def test_fastais_model_without_a_softmax_bias(run):
     torch.testing.assert_close(model.logprob(output), logits_of(modules, tokens).log_softmax(-1))
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_refused(run, value):
+    state = fastai_model()[1]
+    state["0.rnns.1.module.bias_ih_l0"][3] = value
+    torch.save(state, "in.pth")
+    Path("itos.pkl").write_bytes(pickle.dumps(WORDS))
+    assert "rnns.1.bias_ih_l0 has values that are not finite" in refused(
+        run, "in.pth", "--vocabulary", "itos.pkl", "--save", "new.pt")
+
+
 def test_words_are_mapped_as_asked_and_the_others_kept(run):
     torch.save(fastai_model()[1], "in.pth")
     Path("itos.pkl").write_bytes(pickle.dumps(tuple(WORDS), protocol=0))
