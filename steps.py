@@ -132,15 +132,16 @@ def evaluate(model, source, bptt):
     The hidden state is carried along, from chunk to chunk of `bptt` rows. On a GPU chunks are as long as MAX_VALUES
     allows, if that is longer, and the CPU waits once, at the end. The widest activation has as many columns as the
     longest parameter has rows: the logits, or with few words the gates of a layer.
+
+    No loss of a chunk is kept as a tensor of its own. It would leave a gap in the heap, too small for the next logits.
     """
     model.eval()
     hidden = model.init_hidden(source.size(1))
     if source.is_cuda:
         bptt = max(bptt, MAX_VALUES // (source.size(1) * max(map(len, model.parameters()))))
-    rows, losses = [], []
+    total = source.new_zeros((), dtype=torch.float64)
     for row in range(0, len(source) - 1, bptt):
         words, targets = get_batch(source, row, bptt)
         output, hidden, _ = model(words, hidden)
-        rows.append(len(words))
-        losses.append(model.loss(output, targets))
-    return sum(count * loss for count, loss in zip(rows, torch.stack(losses).tolist())) / (len(source) - 1)
+        total += len(words) * model.loss(output, targets).double()
+    return total.item() / (len(source) - 1)

@@ -70,6 +70,21 @@ def test_it_is_a_distribution_whose_loss_is_its_own_logprob(splits):
     torch.testing.assert_close(softmax(weight, bias, hidden, targets), -expected.mean())
 
 
+@pytest.mark.parametrize("most, largest", [(10_000, 50 * 60), (1000, 13 * 60), (59, 60)])
+@torch.no_grad()
+def test_without_gradient_few_logits_are_in_memory_at_a_time(monkeypatch, most, largest):
+    """50 rows of 60 words: in one block, in four, and each row alone where no block is small enough."""
+    softmax, weight, bias, hidden, targets = make(())
+    expected = softmax.logprob(weight, bias, hidden).gather(1, targets.unsqueeze(1)).squeeze(1)
+    monkeypatch.setattr(splitcross, "MAX_LOGITS", most)
+    sizes, linear = [], functional.linear
+    monkeypatch.setattr(functional, "linear", lambda *args: (found := linear(*args), sizes.append(found.numel()))[0])
+    torch.testing.assert_close(softmax.target_logprob(weight, bias, hidden.view(10, 5, -1), targets.view(10, 5)),
+                               expected.view(10, 5))
+    torch.testing.assert_close(softmax(weight, bias, hidden, targets), -expected.mean())
+    assert max(sizes) == largest
+
+
 @pytest.mark.parametrize("targets", [[0, 1, 2], [0, 59, 59], [35, 35, 35], [59]])
 def test_splits_without_a_target(targets):
     """Batches whose targets are all in the head, in one tail, and a single target."""

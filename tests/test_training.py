@@ -1,6 +1,7 @@
 """The pieces of the loop: batch lengths, optimizers, averages, the plateau rule, losses, the record of a run."""
 
 import math
+import weakref
 from argparse import Namespace
 from functools import partial
 from types import SimpleNamespace
@@ -175,6 +176,20 @@ def test_evaluation_is_nats_per_predicted_token(bptt):
         output, _, _ = model(source[:-1], model.init_hidden(4))
         expected = -model.logprob(output).gather(-1, source[1:].unsqueeze(-1)).mean().item()
     assert steps.evaluate(model, source, bptt) == pytest.approx(expected, abs=1e-6)
+
+
+def test_evaluation_keeps_no_tensor_of_a_chunk(monkeypatch):
+    """Such a tensor would lie where the next chunk's logits fit."""
+    model, losses, alive = small_model(), [], []
+
+    def loss(*given, loss=model.loss):
+        alive.append(sum(found() is not None for found in losses))
+        result = loss(*given)
+        losses.append(weakref.ref(result))
+        return result
+    monkeypatch.setattr(model, "loss", loss)
+    steps.evaluate(model, torch.randint(11, (50, 3)), 7)
+    assert alive == [0] * 7
 
 
 def test_loss_metrics():
