@@ -117,6 +117,9 @@ def carry_on(path, best, save, stage, best_stage):
     Training that goes on after fine-tuning in place takes the untuned model back. The tuned one is kept. `best_stage`
     is the stage of the best model, None when there is no model yet.
     """
+    untuned, from_untuned = run_files.untuned_path(best), stage == "train" and best_stage == "finetune"
+    if from_untuned:
+        checkpoint.load(untuned)  # nothing is removed or written where it is not there
     if not same_file(best, save):
         run_files.remove_run(save)  # which may be overwritten
         for old, new in ((path, run_files.last_path(save, stage)),
@@ -125,12 +128,9 @@ def carry_on(path, best, save, stage, best_stage):
                 copy_file(old, new)
     if best_stage is None:
         return
-    untuned = run_files.untuned_path(best)
-    source = untuned if stage == "train" and best_stage == "finetune" else best
-    if source == untuned:
-        checkpoint.load(untuned)
-        if same_file(best, save):
-            keep_tuned(best)
+    if from_untuned and same_file(best, save):
+        keep_tuned(best)
+    source = untuned if from_untuned else best
     if not same_file(source, save):
         copy_file(source, save)
 
