@@ -171,13 +171,17 @@ class Totals:
                 self.known_tokens += not strange
 
     @property
+    def unknown(self):
+        return self.tokens - self.known_tokens
+
+    @property
     def ppl(self):
         return perplexity(self.logprob, self.tokens)
 
     def describe(self):
         known = perplexity(self.known_logprob, self.known_tokens)
         return (f"total: log-probability {self.logprob:.4f}, {self.tokens} tokens, "
-                f"{self.tokens - self.known_tokens} unknown, perplexity {self.ppl:.4f}, without unknown {known:.4f}")
+                f"{self.unknown} unknown, perplexity {self.ppl:.4f}, without unknown {known:.4f}")
 
 
 def perplexity(logprob, tokens):
@@ -192,12 +196,11 @@ def format_line(line, scores, per_word, as_json):
     totals = Totals()
     totals.add(scores, line.unknown)
     words = list(zip(line.tokens, scores)) if per_word else []
-    unknown = sum(line.unknown)
     if as_json:
         logprob, ppl = (value if math.isfinite(value) else None for value in (totals.logprob, totals.ppl))
-        values = {"logprob": logprob, "tokens": totals.tokens, "unknown": unknown, "ppl": ppl}
+        values = {"logprob": logprob, "tokens": totals.tokens, "unknown": totals.unknown, "ppl": ppl}
         return json.dumps(values | ({"words": words} if per_word else {}))  # ASCII: any stream can take it
-    row = f"{totals.logprob:.6f}\t{totals.tokens}\t{unknown}\t{totals.ppl:.4f}"
+    row = f"{totals.logprob:.6f}\t{totals.tokens}\t{totals.unknown}\t{totals.ppl:.4f}"
     rows = [f"{word}\t{'nan' if score is None else f'{score:.6f}'}" for word, score in words]
     return "\n".join([row, *rows, ""] if per_word else [row])
 

@@ -264,3 +264,8 @@ def test_json_is_ascii_so_that_a_console_of_windows_can_take_it():
     formatted = score.format_line(line, [-1.0, -2.0], per_word=True, as_json=True)
     assert formatted.isascii()
     assert json.loads(formatted)["words"] == [["größe", -1.0], ["\U0001f600", -2.0]]
+
+
+def test_the_first_token_of_a_text_is_not_scored_so_neither_counted_as_unknown():
+    line = stream.Line(1, ["zzz", "the"], [0, 1], [True, False])
+    assert score.format_line(line, [None, -1.0], per_word=False, as_json=False).split("\t")[1:3] == ["1", "0"]
