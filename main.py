@@ -86,9 +86,9 @@ def start(args, argv, device):
 
     With --minutes, what `argv` does not say is chosen to suit the text and the time.
     """
-    if not args.dry_run:
-        run_files.check_free(args.save, args.overwrite)
     args.when = [epoch for epoch in args.when if epoch != NEVER]
+    if not args.dry_run:
+        run_files.check_free(args.save, args.overwrite, args.when)
     given = make_parser().given(argv)
     if "shares" in given:
         check_shares(args.data)

@@ -64,6 +64,11 @@ def untuned_path(path):
     return beside(path, "untuned")
 
 
+def epoch_path(path, epoch):
+    """Return where a copy of the model after an `epoch` is kept: PTB.pt -> PTB.pt.e12."""
+    return Path(f"{path}.e{epoch}")
+
+
 def statistics_path(path):
     """Return where dynamic evaluation keeps its gradient statistics."""
     return beside(path, "statistics")
@@ -106,10 +111,18 @@ def all_files(save):
     return Path(save), *states, metrics_path(save), untuned_path(save), statistics_path(save)
 
 
-def check_free(save, overwrite=False):
-    """Raise BadInput when a run or a model lies at `save`, unless it may be overwritten; other files never are."""
+def check_free(save, overwrite=False, epochs=()):
+    """Raise BadInput when a run or a model lies at `save`, unless it may be overwritten; other files never are.
+
+    The same goes for the places of the copies that are kept after `epochs`.
+    """
     if os.path.exists(save) and not is_checkpoint(save):
         raise BadInput(f"--save {save}: what lies there is no model")
+    for epoch in epochs:
+        copy = epoch_path(save, epoch)
+        if os.path.lexists(copy) and not (overwrite and is_checkpoint(copy)):
+            raise BadInput(f"--when {epoch}: a copy of the model goes to {copy}, where something lies already; "
+                           "--overwrite puts it in the place of a model")
     if overwrite:
         return
     for stage in STATES:

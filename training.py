@@ -267,7 +267,7 @@ def update_optimizer(run):
     if is_averaging(run.optimizer) or run.progress.row:  # within an epoch if the time has ended there
         return
     if epoch in args.when:
-        save_model(run, f"{args.save}.e{epoch}", run.progress.history[-1])
+        save_model(run, run_files.epoch_path(args.save, epoch), run.progress.history[-1])
     if args.optimizer == "sgd" and at_plateau(run.progress.history, args.nonmono):
         run.optimizer = make_optimizer("asgd", run.model, args.lr, args.wdecay)
         run.metrics.write("switch", epoch=epoch)

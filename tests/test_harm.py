@@ -53,6 +53,18 @@ def test_a_text_is_never_overwritten(train, tmp_path):
     assert (tmp_path / "book.txt").read_text().startswith("the cat")
 
 
+def test_no_copy_of_a_model_takes_the_place_of_another_file(train, tmp_path):
+    (tmp_path / "m.pt.e1").write_text("a diary")
+    for flags in ([], ["--overwrite"]):
+        with pytest.raises(BadInput, match=r"--when 1: a copy of the model goes to .*m\.pt\.e1"):
+            train(tmp_path / "m.pt", "--epochs", "1", "--when", "1", *flags)
+    assert (tmp_path / "m.pt.e1").read_text() == "a diary"
+    (tmp_path / "m.pt.e1").unlink()
+    for _ in range(2):
+        train(tmp_path / "m.pt", "--epochs", "1", "--when", "1", "--overwrite")
+    assert checkpoint.load(tmp_path / "m.pt.e1")["epoch"] == 1
+
+
 def test_a_text_beside_a_run_has_no_record_to_share(train, tmp_path):
     (tmp_path / "book").write_text("the cat sat\n" * 200)
     assert train(tmp_path / "book.pt", "--data", str(tmp_path / "book"), "--epochs", "1")[0] == 0
