@@ -213,7 +213,7 @@ class Scores:
         further = {"tokens": len(source) - 1, **self.description}
         settings = [setting | dict(zip(cache, values)) for values in product(*cache.values())]
         lines = [self.find(kind, {"split": split, **one, **further}) for one in settings]
-        if None in lines:
+        if any(line is None or (line["loss"] is None and not may_diverge) for line in lines):
             start = time.perf_counter()
             try:
                 losses = score_split(self.model, source, split, self.args.bptt, self.statistics, setting, cache)

@@ -136,6 +136,14 @@ def test_a_setting_that_diverges_does_not_end_the_grid(trained):
     assert [line["loss"] for line in alone["dynamic"][2:]] == [line["loss"] for line in found["dynamic"]]
 
 
+def test_a_setting_that_diverged_in_a_grid_is_an_error_alone_with_resume_too(trained):
+    flags = ["--rule", "sgd", "--lamb", "1", "--lr", "9e29"]
+    found, _ = trained(*flags, "0.1")
+    with pytest.raises(BadInput, match=DIVERGED):
+        trained(*flags, "--resume")
+    assert read_metrics(trained.save)["dynamic"] == found["dynamic"]
+
+
 def test_a_grid_of_which_nothing_is_finite_is_an_error(trained):
     with pytest.raises(BadInput, match="no setting of the grid has a finite loss"):
         trained("--rule", "sgd", "--lr", "8e29", "9e29", "--lamb", "1")
