@@ -37,7 +37,6 @@ from flags import (
     CACHE_DEFAULTS,
     Parser,
     add_cache_flags,
-    add_data_flags,
     add_device_flags,
     non_negative_float,
     non_negative_int,
@@ -46,10 +45,10 @@ from flags import (
 )
 from gradients import gradient_statistics
 from metrics import log, progress_bar, read_metrics
-from model import DROPOUTS, LAYERS
+from model import DROPOUTS
 from optimizers import restored_weights
 from process import run_script
-from scoring import load_scored, log_idle, open_trained, record, report
+from scoring import add_trained_flags, load_scored, log_idle, open_trained, record, report
 from utils import get_batch, repackage_hidden
 
 FAST_WORDS = 30_000  # of validation, on which --fast searches
@@ -63,12 +62,10 @@ def parse_flags(argv):
     parser = Parser(description="Score a trained model by dynamic evaluation.",
                     epilog="Given several values of a flag, all combinations are scored on validation and the best is "
                            "applied to test.")
-    add_data_flags(parser, trained=True)
-    parser.add_argument("--save", default="best.pt", metavar="FILE", help="the trained model (default: %(default)s)")
+    add_trained_flags(parser)
     parser.add_argument("--resume", action="store_true",
                         help="go on with what was stopped: scores in the record, of this model, text and setting, are "
                              "not computed again")
-    parser.add_argument("--model", choices=list(LAYERS), help="recurrent layer; has to be that of the trained model")
     group = parser.add_argument_group("dynamic evaluation")
     group.add_argument("--rule", choices=list(RULES), default="rms",
                        help="how weights learn: rms divides each gradient by its root mean square over the training "

@@ -26,11 +26,10 @@ import run_files
 from cache import mixture_losses
 from device import set_up_device
 from files import locked
-from flags import CACHE_DEFAULTS, Parser, add_cache_flags, add_data_flags, add_device_flags, positive_int
+from flags import CACHE_DEFAULTS, Parser, add_cache_flags, add_device_flags, positive_int
 from metrics import log
-from model import LAYERS
 from process import run_script
-from scoring import load_scored, log_idle, open_trained, record, report
+from scoring import add_trained_flags, load_scored, log_idle, open_trained, record, report
 from utils import get_batch
 
 
@@ -38,10 +37,7 @@ def parse_flags(argv):
     parser = Parser(description="Score a trained model together with a continuous neural cache.",
                     epilog="Given several windows, thetas or lambdasms, all combinations are scored on validation and "
                            "the best is applied to test.")
-    add_data_flags(parser, trained=True)
-    parser.add_argument("--save", default="best.pt", metavar="FILE",
-                        help="the trained model (default: %(default)s)")
-    parser.add_argument("--model", choices=list(LAYERS), help="recurrent layer; has to be that of the trained model")
+    add_trained_flags(parser)
     parser.add_argument("--bptt", type=positive_int, default=2000, metavar="T",
                         help="time steps per pass of the model: more memory, same result (default: %(default)s)")
     add_cache_flags(parser)

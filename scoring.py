@@ -4,7 +4,17 @@ import checkpoint
 import run_files
 from data import Corpus, check_level, check_shares, load_split
 from errors import BadInput
+from flags import add_data_flags, not_empty
 from metrics import Metrics, format_loss, log, loss_metrics
+from model import LAYERS
+
+
+def add_trained_flags(parser):
+    """Add the flags that say which model is scored, on which text."""
+    add_data_flags(parser, trained=True)
+    parser.add_argument("--save", type=lambda path: run_files.follow(not_empty(path)), default="best.pt",
+                        metavar="FILE", help="the trained model (default: %(default)s)")
+    parser.add_argument("--model", choices=list(LAYERS), help="recurrent layer; has to be that of the trained model")
 
 
 def open_trained(parse_flags, argv, device):

@@ -4,9 +4,11 @@ import signal
 
 import pytest
 import torch
-from helpers import same_weights, tune, write
+from helpers import read_metrics, same_weights, tune, write
 
 import checkpoint
+import dynamic
+import pointer
 import run_files
 from errors import BadInput
 from files import locked
@@ -78,6 +80,17 @@ def test_a_link_and_what_it_leads_to_are_one_run(train, corpus_dir, tmp_path):
     tune(corpus_dir, "--save", tmp_path / "link.pt", "--epochs", 1)
     assert (tmp_path / "link.pt").is_symlink()
     assert (tmp_path / "m.finetune.last.pt").exists()
+
+
+def test_scores_of_a_model_behind_a_link_are_in_its_own_record(train, tmp_path):
+    train(tmp_path / "m.pt", "--epochs", "1")
+    (tmp_path / "links").mkdir()
+    (tmp_path / "links" / "best.pt").symlink_to(tmp_path / "m.pt")
+    common = ["--no-cuda", "--save", str(tmp_path / "links" / "best.pt")]
+    pointer.main([*common, "--window", "5"])
+    dynamic.main([*common, "--batch_size", "4"])
+    assert [path.name for path in (tmp_path / "links").iterdir()] == ["best.pt"]
+    assert {"pointer", "dynamic"} <= read_metrics(tmp_path / "m.pt").keys()
 
 
 def test_a_fine_tuning_has_a_state_from_its_start(train, corpus_dir, tmp_path, monkeypatch):
