@@ -40,7 +40,7 @@ def test_fine_tuning_anew_does_not_remove_what_it_loads(train, corpus_dir, tmp_p
 def test_a_run_that_cannot_go_on_elsewhere_removes_and_leaves_nothing_there(train, tmp_path):
     for name in ("m.pt", "n.pt"):
         train(tmp_path / name, "--epochs", "1")
-    torch.save(checkpoint.load(tmp_path / "m.pt") | {"stage": "finetune"}, tmp_path / "m.pt")  # its m.untuned.pt is gone
+    torch.save(checkpoint.load(tmp_path / "m.pt") | {"stage": "finetune"}, tmp_path / "m.pt")  # m.untuned.pt is gone
     before = {path.name: path.read_bytes() for path in tmp_path.glob("*.*")}
     for name, flags in (("n.pt", ["--overwrite"]), ("new.pt", [])):
         with pytest.raises(BadInput, match=r"m\.untuned\.pt: cannot be read"):
