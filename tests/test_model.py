@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+import finetune
 import main
 from locked_dropout import dropout_mask
 from model import ARCHITECTURE, DROPOUTS, RNNModel
@@ -39,6 +40,16 @@ def test_recipes_of_the_papers_and_their_parameter_counts(recipe, ntoken, parame
     with torch.device("meta"):
         model = RNNModel(ntoken, **{name: getattr(args, name) for name in ARCHITECTURE + DROPOUTS})
     assert model.parameter_count() == parameters
+
+
+def test_what_the_recipes_leave_out_is_as_in_the_papers():
+    """1708.02182, section 5, and its code for WikiText-2: their commands say only what differs from this."""
+    expected = {"dropout": 0.4, "dropouth": 0.3, "dropouti": 0.65, "dropoute": 0.1, "wdrop": 0.5, "alpha": 2, "beta": 1,
+                "wdecay": 1.2e-6, "optimizer": "sgd", "clip": 0.25, "bptt": 70, "batch_size": 80, "nonmono": 5,
+                "when": []}
+    args = main.parse_flags([])
+    assert {name: getattr(args, name) for name in expected} == expected
+    assert main.DEFAULT_LR["sgd"] == finetune.LR == 30
 
 
 @pytest.mark.parametrize("kind", ["LSTM", "GRU"])
