@@ -48,6 +48,13 @@ def test_without_the_cache_it_is_the_model():
     assert loss == pytest.approx(-whole[2].mean().item(), abs=1e-12)
 
 
+def test_similarities_too_large_for_exp_are_weighed_as_any_others():
+    """exp(710) is none of float64's numbers; these products reach thousands."""
+    ((outputs, *rest),) = stream(60, 60)
+    loss = cache.mixture_losses([(40 * outputs, *rest)], [20], [1.0], [0.2]).item()
+    assert loss == pytest.approx(naive_loss(40 * outputs, *rest, 20, 1.0, 0.2), abs=1e-12)
+
+
 def test_a_flat_cache_counts_the_words_of_the_window():
     """With theta = 0 the cache is the share of the target among the last words."""
     outputs, targets, logprob = torch.randn(6, 4), torch.tensor([1, 2, 1, 1, 3, 1]), torch.full((6,), -1.0)
