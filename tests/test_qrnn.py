@@ -180,6 +180,7 @@ def test_zoneout_keeps_units_in_training_and_slows_them_in_evaluation():
     layer.zoneout = 0
     _, (free,) = layer(x, (start,))
     torch.testing.assert_close(slowed - 7, (free - 7) * 0.7)
+    torch.testing.assert_close(moved[moved != 7], free[moved != 7])
 
 
 @pytest.mark.parametrize("bptt", [1, 5, 33])
