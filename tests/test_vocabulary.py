@@ -49,6 +49,13 @@ def test_frequency_numbers_the_frequent_first_with_unk_among_them():
     assert choose_vocabulary(tokens, [1, 2, 3, 4], Rules(2, 4, "frequency")) == ["<eos>", "z", "y", "<unk>"]
 
 
+@pytest.mark.parametrize("tokens, expected", [
+    (["x", "y", "z"], ["x", "y", "<unk>"]), (["x", "<unk>", "y", "z"], ["x", "<unk>", "y"]),
+    (["x", "y", "<eos>", "z"], ["x", "<eos>", "<unk>"]), (["<unk>", "<eos>", "y", "x"], ["<unk>", "<eos>", "y"])])
+def test_max_vocab_counts_unk_and_where_there_is_one_eos(tokens, expected):
+    assert choose_vocabulary(tokens, [4, 3, 2, 1], Rules(max_vocab=3)) == expected
+
+
 def test_what_is_left_out_becomes_unk_in_every_split(folder):
     corpus = Corpus(folder, rules=Rules(min_count=2))
     assert words(corpus, "train") == ["b", "a", "b", "<eos>", "<unk>", "b", "a", "<eos>"]
