@@ -71,11 +71,14 @@ def test_a_batch_scores_as_a_step_at_a_time(run, trained, size):
         assert float(ppl) == pytest.approx(math.exp(-sum(expected) / len(expected)), rel=1e-4)
 
 
-def test_long_lines_are_read_in_pieces(run, trained, monkeypatch):
-    whole, _ = run("\n".join(LINES))
-    monkeypatch.setattr(score, "LOGITS", 100)
-    assert run("\n".join(LINES))[0] == whole
-    assert trained.exists()
+def test_long_lines_are_read_in_pieces(run, monkeypatch):
+    """They round otherwise."""
+    found = []
+    for logits in (score.LOGITS, 100):
+        monkeypatch.setattr(score, "LOGITS", logits)
+        out, _ = run("\n".join(LINES))
+        found.append([float(value) for row in out.splitlines() for value in row.split("\t")])
+    assert found[0] == pytest.approx(found[1], abs=1e-4)
 
 
 def test_per_word_and_json_say_the_same(run, trained):
@@ -112,6 +115,17 @@ def test_a_cache_on_carried_lines_has_the_loss_of_pointer(run, trained, corpus_d
     loss = read_metrics(trained)["pointer"][1]["loss"]
     rows = [line.split("\t") for line in out.splitlines()]
     assert -sum(float(row[0]) for row in rows) / sum(int(row[1]) for row in rows) == pytest.approx(loss, abs=1e-6)
+
+
+def test_carried_lines_are_one_text_however_many_are_scored_together(run, corpus_dir, monkeypatch):
+    """State, last token and cache go on from one list of lines to the next."""
+    scores = []
+    for lines in (100, 3):
+        monkeypatch.setattr(score, "BATCHES", lines)
+        out, _ = run((corpus_dir / "test.txt").read_bytes(), "--carry", "--batch-size", 1, "--per-word",
+                     "--cache", 5, 0.7, 0.3)
+        scores.append([float(row.split("\t")[1]) for row in out.splitlines() if row.count("\t") == 1])
+    assert scores[0] == pytest.approx(scores[1], abs=1e-5, nan_ok=True)
 
 
 @pytest.mark.parametrize("flags, message", [
