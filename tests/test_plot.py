@@ -132,6 +132,17 @@ def test_a_score_is_that_of_the_last_model(tmp_path):
     assert drawn(plot.draw([path], tmp_path / "c.png", metric="loss"))[1] == {"a pointer": (1, 2.0)}
 
 
+def test_the_best_epoch_counts_where_it_is_not_the_last(tmp_path):
+    """... in the legend, for the cache, and for the fine-tuning that begins with its model."""
+    lines = run(), epoch(1, 5.0), epoch(2, 3.0), epoch(3, 4.0)
+    path = record(tmp_path / "a.metrics.jsonl", *lines, score("pointer", "valid", 2.0))
+    picture = plot.draw([path], tmp_path / "c.png", metric="loss")
+    assert legend(picture)[0] == "a (best 3.000)"
+    assert picture.axes[0].texts[0].xy == (3, 3.0)
+    path = record(path, *lines, run("finetune"), epoch(1, 2.0))
+    assert [stage.loaded for stage in curves.read_stages(path)] == [None, 3.0]
+
+
 def test_runs_differ_without_colour(tmp_path):
     paths = [record(tmp_path / f"r{number}.metrics.jsonl", run(), epoch(1, 5.0), epoch(2, 4.0)) for number in range(14)]
     (axes,) = plot.draw(paths, tmp_path / "c.png").axes
