@@ -39,12 +39,13 @@ def test_into_another_file(trained, corpus_dir, tmp_path):
     assert read_metrics(other)["run"][0]["flags"]["wdrop"] == 0.3
 
 
-def test_a_worse_model_never_takes_the_place_of_a_better_one(trained, corpus_dir, capsys):
-    before = checkpoint.load(trained)
-    tune(corpus_dir, "--save", trained, "--epochs", 2, "--lr", 1e4, "--clip", 0.25)
-    after = checkpoint.load(trained)
+@pytest.mark.parametrize("name", ["m.pt", "tuned.pt"], ids=["in place", "elsewhere"])
+def test_a_worse_model_never_takes_the_place_of_a_better_one(trained, corpus_dir, tmp_path, capsys, name):
+    before, save = checkpoint.load(trained), tmp_path / name
+    tune(corpus_dir, "--load", trained, "--save", save, "--epochs", 2, "--lr", 1e4, "--clip", 0.25)
+    after = checkpoint.load(save)
     assert all(torch.equal(before["model"][name], after["model"][name]) for name in before["model"])
-    assert read_metrics(trained)["test"][1]["epoch"] == 0
+    assert read_metrics(save)["test"][-1]["epoch"] == 0
     assert "no epoch was better than the model as loaded" in capsys.readouterr().out
 
 
@@ -56,6 +57,7 @@ def test_it_ends_at_a_plateau_and_scores(trained, corpus_dir):
     assert losses[-1] > min(losses[:-1])
     assert all(loss <= min(losses[:i + 1]) for i, loss in enumerate(losses[:-1]))
     assert len(metrics["test"]) == 2
+    assert tune(corpus_dir, "--save", trained, "--epochs", 1) == 0, "it has ended, so another may begin"
 
 
 def test_a_resumed_fine_tuning_is_the_one_that_never_stopped(trained, corpus_dir, tmp_path):
