@@ -77,6 +77,14 @@ def test_the_dropouts_of_the_original_travel(run):
     assert (flags["data"], flags["level"]) == (str(CORPUS), "word")
 
 
+def test_a_model_of_fastai_gets_the_dropouts_of_fastais_language_models(run):
+    """Those of its `awd_lstm_lm_config`, which its files do not hold."""
+    run(FOREIGN / "fastai_lstm.pth", "--vocabulary", ITOS, "--save", "new.pt")
+    flags = checkpoint.load("new.pt")["flags"]
+    assert [flags[name] for name in ("dropout", "dropouth", "dropouti", "dropoute", "wdrop")] == [0.1, 0.15, 0.25,
+                                                                                                 0.02, 0.2]
+
+
 def test_the_originals_averages_are_in_its_model():
     contents = containers.read(FOREIGN / "original_lstm.pt")
     state = contents.root[2].state["state"]
