@@ -222,6 +222,16 @@ def test_scores_of_something_else_are_computed(trained, passes_over_text, corpus
     assert len(passes_over_text.seen) == 4
 
 
+def test_another_cut_of_the_same_text_is_something_else(train, tmp_path, passes, passes_over_text):
+    (tmp_path / "book.txt").write_text("the cat sat on a mat\n" * 60)
+    train(tmp_path / "m.pt", "--data", str(tmp_path / "book.txt"), "--epochs", "1")
+    for shares in (["90", "5", "5"], ["80", "10", "10"]):
+        dynamic.main(["--no-cuda", "--save", str(tmp_path / "m.pt"), "--batch_size", "4", "--resume", "--shares",
+                      *shares])
+    assert len(passes) == 2
+    assert len(passes_over_text.seen) == 4
+
+
 def test_a_training_text_without_a_finite_loss_is_named(trained):
     saved = checkpoint.load(trained.save)
     saved["model"]["decoder.bias"][0] = math.nan
