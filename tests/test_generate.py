@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from helpers import write
 
 import generate
 from errors import BadInput
@@ -61,6 +62,8 @@ def test_text_has_the_words_asked_for_and_a_line_for_each_sentence(trained, tmp_
     assert all(line.split()[-1] == "<eos>" for line in text.splitlines()[:-1])
     generate.main([*arguments, "--outf", "-"])
     assert capsys.readouterr().out == text, "a seed gives the same text"
+    generate.main([*arguments, "--outf", "-", "--seed", "2"])
+    assert capsys.readouterr().out != text, "another one another"
 
 
 @pytest.mark.parametrize("level", ["word", "char"])
@@ -161,6 +164,58 @@ def test_a_sampled_column_has_the_probability_of_its_weight():
         assert set(row.tolist()) == set(weight.nonzero().flatten().tolist())
     with pytest.raises(BadInput, match="no finite probabilities"):
         generate.sample_rows(torch.tensor([[1.0, float("nan")]]))
+
+
+@pytest.mark.parametrize("top_p, kept", [(1e-9, [1]), (0.5, [1]), (0.51, [1, 3]), (0.75, [1, 3]), (1.0, [0, 1, 3, 4])])
+def test_a_nucleus_is_the_fewest_words_that_have_the_share_together(top_p, kept):
+    """Shares of 1/8, 4/8, 0, 2/8 and 1/8, and a word that has all."""
+    weights = torch.tensor([[1.0, 4, 0, 2, 1], [0, 0, 8, 0, 0]])
+    expected = torch.zeros_like(weights)
+    expected[0, kept], expected[1, 2] = weights[0, kept], 8
+    assert torch.equal(generate.nucleus(weights, top_p), expected)
+
+
+def test_words_outside_of_the_nucleus_or_never_to_be_drawn_are_not_drawn(model):
+    """The likeliest word is forbidden. The next two have just the share of what is left."""
+    context = torch.tensor([3, 1, 4])
+    likeliest, second, third, *_ = distribution(model, context).argsort(descending=True).tolist()
+    p = distribution(model, context).double().exp()
+    share = ((p[second] + p[third]) / (1 - p[likeliest])).item()
+    for top_p, expected in ((share - 1e-4, {second, third}), (share + 1e-4, set(range(6)) - {likeliest})):
+        torch.manual_seed(0)
+        (drawn,) = generate.sample(model, context, 1, batch_size=3000, top_p=top_p, never=[likeliest])
+        assert {second, third} <= set(drawn) <= expected
+        assert (set(drawn) == {second, third}) == (top_p < share)
+
+
+@pytest.mark.parametrize("flag", ["--top-p", "--temperature"])
+def test_next_to_nothing_takes_the_likeliest_word_each_time(trained, capsys, flag):
+    texts = []
+    for flags in ([flag, "1e-9"], ["--top-k", "1"]):
+        capsys.readouterr()
+        write(trained, *flags, "--words", "20")
+        texts.append(capsys.readouterr().out)
+    assert texts[0] == texts[1]
+
+
+@pytest.mark.parametrize("flags, written", [([], True), (["--no-unk"], False)])
+def test_no_unk_writes_none_where_every_other_word_would_be_one(train, tmp_path, capsys, flags, written):
+    (tmp_path / "book.txt").write_text("<unk> cat <unk> sat\n" * 200)
+    train(tmp_path / "m.pt", "--epochs", "1", "--data", str(tmp_path / "book.txt"))
+    capsys.readouterr()
+    write(tmp_path / "m.pt", "--words", "100", *flags)
+    assert ("<unk>" in capsys.readouterr().out) == written
+
+
+def test_texts_that_stop_at_eos_are_those_that_go_on_up_to_there(trained, capsys):
+    texts = []
+    for flags in ([], ["--stop-at-eos"]):
+        capsys.readouterr()
+        write(trained, "--words", "80", "--batch", "3", *flags)
+        texts.append(capsys.readouterr().out)
+    cut = [text.partition("<eos>\n")[0] + "<eos>\n" for text in texts[0].split("\n\n")]
+    assert len({len(text) for text in cut}) > 1
+    assert texts[1] == "\n".join(cut)
 
 
 def test_unknown_prompt_words():
