@@ -142,9 +142,9 @@ class Budget:
         if self.limit == math.inf:
             return None
         planned = f" of {self.planned:.2f} planned" if self.planned is not None else ""
-        what, more = ("epochs", "; --epochs N goes on") if epochs >= self.epochs else ("time", "")
+        what, flag = ("epochs", "--epochs") if epochs >= self.epochs else ("time", "--minutes")
         return (f"| end of {what} | {epochs:.2f} epochs{planned} in {self.spent() / 60:.2f} of {self.limit / 60:g} "
-                f"minutes{more}")
+                f"minutes; --resume with more {flag} goes on")
 
 
 def scoring_seconds(model, source, bptt):

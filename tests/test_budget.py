@@ -249,11 +249,15 @@ def test_what_was_trained_before_a_stop_is_validated_though_no_time_is_left(trai
 
 
 @pytest.mark.usefixtures("clock")
-def test_a_run_says_whether_its_time_or_its_epochs_came_to_an_end(train, tmp_path, capsys):
+def test_a_run_says_whether_its_time_or_its_epochs_came_to_an_end_and_what_goes_on(train, tmp_path, capsys):
     train(tmp_path / "m.pt", "--minutes", "5", "--epochs", "1")
-    assert "| end of epochs | 1.00 epochs of 1.00 planned" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "| end of epochs | 1.00 epochs of 1.00 planned" in out
+    assert out.endswith("; --resume with more --epochs goes on\n")
     train(tmp_path / "n.pt", "--minutes", "1")
-    assert "| end of time |" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "| end of time |" in out
+    assert out.endswith("; --resume with more --minutes goes on\n")
 
 
 def test_a_run_that_goes_on_has_no_second_rise(clock):
