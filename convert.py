@@ -41,7 +41,7 @@ XXUNK = "xxunk"    # fastai's <unk>
 FILLER = "xxfake"  # fastai fills vocabularies up with it, so it may come several times
 
 
-def parse_flags(argv):
+def make_parser():
     parser = Parser(description="Convert a model of the original toolkit or of fastai to this one, or one of this one "
                                 "to fastai. No code in the file runs.")
     parser.add_argument("file", metavar="FILE", help="the model")
@@ -54,7 +54,7 @@ def parse_flags(argv):
     parser.add_argument("--eos", metavar="WORD", help="fastai's word that is <eos> here, such as xxbos (default: none)")
     parser.add_argument("--overwrite", action="store_true", help="replace what lies at --save")
     add_data_flags(parser, default=None)
-    return parser.parse_args(argv)
+    return parser
 
 
 # --- words -----------------------------------------------------------------------------------------------------------
@@ -74,6 +74,8 @@ def renamed(words, pairs, path):
             notes.append(f"the word {shown(old)} is {shown(new)}")
         elif old and new and old not in words:
             notes.append(f"there is no word {shown(old)} to be {shown(new)}")
+        elif old and new:
+            notes.append(f"the word {shown(old)} keeps its name, since there is a word {shown(new)}")
     return words, notes
 
 
@@ -230,8 +232,12 @@ def convert_back(args):
 
 
 def main(argv=None):
-    args = parse_flags(argv)
+    parser = make_parser()
+    args = parser.parse_args(argv)
     if args.to:
+        unused = parser.given(argv) & {"data", "level", "shares"}
+        if unused:
+            raise BadInput(f"--{min(unused)}: not used with --to fastai, whose files do not say what the text was")
         convert_back(args)
     else:
         args.save = run_files.follow(args.save)

@@ -82,6 +82,24 @@ def test_what_fastai_has_no_form_for(run, train, tmp_path):
         assert why in refused(run, f"{name}.pt", *back)
 
 
+@pytest.mark.parametrize("flags", [["--data", "book.txt"], ["--level", "word"], ["--shares", "90", "10"]])
+def test_what_fastais_files_do_not_say_is_not_asked_for(run, flags):
+    run(FOREIGN / "fastai_lstm.pth", "--vocabulary", ITOS, "--save", "new.pt")
+    assert f"{flags[0]}: not used with --to fastai" in refused(
+        run, "new.pt", "--to", "fastai", "--save", "x.pth", "--vocabulary", "x.pkl", *flags)
+
+
+def test_a_word_whose_new_name_is_taken_keeps_its_own(run):
+    """Here <unk> is a word of its own, and xxunk is not <unk>."""
+    words = ["<unk>" if word == "xxpad" else word for word in WORDS]
+    assert "xxunk" in words
+    torch.save(fastai_model()[1], "in.pth")
+    Path("itos.pkl").write_bytes(pickle.dumps(words))
+    out = run("in.pth", "--vocabulary", "itos.pkl", "--save", "new.pt")[1]
+    assert "the word xxunk keeps its name, since there is a word <unk>" in out
+    assert restored()[1]["vocabulary"] == words
+
+
 def test_other_commands_take_converted_models(run, train, tmp_path, capsys):
     train(tmp_path / "m.pt", "--epochs", "1")
     status, _, err = run("m.pt", "--to", "fastai", "--save", "x.pth", "--vocabulary", "x.pkl")
