@@ -55,11 +55,12 @@ class Contents:
         if last >= storage.size or values > storage.size or self.left < 0:
             raise BadInput(f"{self.path}: damaged: tensors of more values than it has")
         if storage.key not in self.loaded:
-            self.room -= storage.size * storage.dtype.itemsize
+            with reading(self.path):
+                whole = self.load_storage(storage.key)  # of which `storage` may be a part
+            self.room -= whole.nbytes
             if self.room < 0:  # the entries of an archive may lie in each other
                 raise BadInput(f"{self.path}: damaged: storages of more values than it has")
-            with reading(self.path):
-                self.loaded[storage.key] = self.load_storage(storage.key)
+            self.loaded[storage.key] = whole
         return self.loaded[storage.key].as_strided(shape, stride, storage.first + where.offset).contiguous()
 
 

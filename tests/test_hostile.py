@@ -300,8 +300,9 @@ def test_many_damaged_files_end_well(run):
         try_one(run, number)
 
 
-def test_storages_that_lie_in_each_other_are_not_all_loaded():
-    """An archive's entries may overlap, so that each has nearly all of the file."""
+@pytest.mark.parametrize("size", [200, 1], ids=["whole", "in part"])
+def test_storages_that_lie_in_each_other_are_not_all_loaded(size):
+    """An archive's entries may overlap, so that each has nearly all of the file, and be named for a part of them."""
     loaded = []
 
     def load_storage(key):
@@ -309,11 +310,11 @@ def test_storages_that_lie_in_each_other_are_not_all_loaded():
         return torch.zeros(200)
 
     contents = containers.Contents("m.pt", None, load_storage, 1000)
-    where = [unpickle.Tensor(unpickle.Storage(key, torch.float32, 200), 0, (1,), (1,)) for key in "abc"]
-    contents.tensor(where[0])
+    where = [unpickle.Tensor(unpickle.Storage(key, torch.float32, size), 0, (1,), (1,)) for key in "abc"]
     with pytest.raises(BadInput, match="storages of more values than it has"):
-        contents.tensor(where[1])
-    assert loaded == ["a"]
+        for one in where:
+            contents.tensor(one)
+    assert loaded == ["a", "b"]
 
 
 @pytest.mark.parametrize("content, why", [
