@@ -159,6 +159,15 @@ def test_a_prompt_and_a_path_beyond_ascii_in_a_locale_of_ascii(tmp_path):
     assert (folder / "text.txt").read_text(encoding="utf-8").startswith("größe über ")
 
 
+@pytest.mark.skipif(os.name != "posix", reason="git is a script of sh")
+def test_a_complaint_of_git_that_the_locale_cannot_read_is_no_error(tmp_path, monkeypatch):
+    """... as of a checkout in a folder beyond ASCII that belongs to another user."""
+    (tmp_path / "git").write_bytes(b"#!/bin/sh\necho 'fatal: dubious ownership in \xff\xc3\x9f' >&2\nexit 128\n")
+    (tmp_path / "git").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    assert metrics.git_commit() is None
+
+
 def test_log_lines_go_nowhere_without_a_stream(monkeypatch):
     monkeypatch.setattr(sys, "stdout", None)
     metrics.log("| a line |")
