@@ -1,6 +1,7 @@
 """Write files whole or not at all, and check paths before the work."""
 
 import os
+import secrets
 import shutil
 import stat
 import tempfile
@@ -29,7 +30,7 @@ def replacing(path, mode="wb", **how):
     to the disk, then renamed. A link stays a link.
     """
     path = os.path.realpath(path)
-    partial = f"{path}.{os.getpid()}{PARTIAL}"
+    partial = partial_name(path)
     try:
         with open(partial, mode, **how) as file:
             if fcntl:
@@ -42,6 +43,11 @@ def replacing(path, mode="wb", **how):
         with suppress(OSError):
             os.unlink(partial)
         raise
+
+
+def partial_name(path):
+    """Name the file that is written for `path`, as no other process does: in containers many have the same number."""
+    return f"{path}.{secrets.token_hex(4)}{PARTIAL}"
 
 
 def rename(partial, path):
@@ -114,7 +120,7 @@ def check_writable(*paths):
             if os.path.lexists(real) and not stat.S_ISREG(os.lstat(real).st_mode):
                 raise BadInput(f"{path}: cannot be written: there is something that is no file")
             with tempfile.TemporaryFile(dir=os.path.dirname(real)), suppress(FileNotFoundError):
-                os.lstat(f"{real}.{os.getpid()}{PARTIAL}")  # fails when the name is too long
+                os.lstat(partial_name(real))  # fails when the name is too long
         except OSError as error:
             raise BadInput(f"{path}: cannot be written: {error.strerror}") from error
 

@@ -16,7 +16,7 @@ import data
 from corpus_cache import IdStore
 from data import Corpus
 from errors import BadInput
-from files import take
+from files import replacing, take
 from text import read_texts
 
 
@@ -184,6 +184,21 @@ def test_what_a_killed_run_left_is_removed_and_what_another_is_writing_is_not(tm
         take(file)
         Corpus(tmp_path)
         assert (left.exists(), written.exists()) == (False, True)
+
+
+def test_processes_of_one_number_write_a_file_each(tmp_path):
+    """... as in containers, where many are process 1. A mapped file that another one cuts ends its reader."""
+    path = tmp_path / "cache"
+    with replacing(path, "w+b") as file:
+        file.write(b"first")
+        ids = corpus_cache.map_file(file, "uint8", 5)
+        with replacing(path) as other:
+            other.write(b"second")
+        assert path.read_bytes() == b"second"
+        assert bytes(ids) == b"first"
+        del ids
+    assert path.read_bytes() == b"first"
+    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_another_vocabulary_of_a_long_text_is_mapped_and_leaves_no_file(cached):
