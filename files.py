@@ -87,7 +87,7 @@ def remove_unless_open(path):
         if fcntl is None:  # Windows removes no file that is open, here or elsewhere
             os.unlink(path)
             return
-        with open(path, "rb") as file:
+        with open(path, "r+b") as file:  # NFS locks no file that is open for reading alone
             if take(file):
                 os.unlink(path)
 

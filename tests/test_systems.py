@@ -184,6 +184,22 @@ def test_a_checkpoint_holds_a_path_that_the_locale_cannot_read(corpus_dir, tmp_p
     assert checkpoint.load(tmp_path / "m.pt")["flags"]["data"] == odd
 
 
+@pytest.mark.skipif(files.fcntl is None, reason="no locks of Unix")
+def test_on_nfs_what_another_process_is_writing_stays_too(tmp_path, monkeypatch):
+    flock = files.fcntl.flock
+
+    def lock_of_nfs(file, how):
+        if not file.writable():
+            raise OSError(9, "Bad file descriptor")
+        flock(file, how)
+    monkeypatch.setattr(files.fcntl, "flock", lock_of_nfs)
+    (tmp_path / "m.pt.1.partial").write_bytes(b"left by a process that was killed")
+    with files.replacing(tmp_path / "m.pt") as file:
+        files.remove_partial(tmp_path / "m.pt")
+        file.write(b"whole")
+    assert [path.read_bytes() for path in tmp_path.iterdir()] == [b"whole"]
+
+
 # --- Windows ---------------------------------------------------------------------------------------------------------
 
 def is_open(path):
