@@ -54,7 +54,7 @@ if digits == "40":
 with open(path, "rb") as file:
     while block := file.read(2**20):
         total.update(block)
-print(total.hexdigest())
+print(total.hexdigest(), end="")  # Windows would end the line with CR LF
 PYTHON
 }
 
@@ -162,6 +162,7 @@ get_pennchar() {
     for split in train valid test; do
         "$PYTHON" - "$DATA_DIR/penn/$split.txt" > "$work/$split.txt" <<'PYTHON'
 import sys
+sys.stdout.reconfigure(encoding="utf-8", newline="\n")  # on Windows too
 for line in open(sys.argv[1], encoding="utf-8", newline="\n"):
     characters = line.strip().replace(" ", "_") + "\n"
     sys.stdout.write("".join(character + " " for character in characters))

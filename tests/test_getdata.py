@@ -131,6 +131,13 @@ def test_pennchar_is_computed_from_penn(getdata, served, tmp_path):
     assert (tmp_path / "data/pennchar/train.txt").read_text() == characters["train"]
 
 
+def test_a_python_of_windows_gives_the_same_files(getdata, served, tmp_path, monkeypatch):
+    """... in Git's bash. It ends the lines that it prints with CR LF."""
+    (tmp_path / "sitecustomize.py").write_text("import sys\nsys.stdout.reconfigure(newline='\\r\\n')\n")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    test_pennchar_is_computed_from_penn(getdata, served, tmp_path)
+
+
 @pytest.mark.slow
 def test_the_checksums_of_the_real_corpora(tmp_path):
     """The real Penn Treebank, where it lies beside the project, counts as fetched, and gives the real pennchar."""
