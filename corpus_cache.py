@@ -15,14 +15,13 @@ import hashlib
 import json
 import mmap
 import os
-import tempfile
 from array import array
 from contextlib import ExitStack
 
 import numpy
 
 from errors import BadInput
-from files import remove_partial, replacing
+from files import nameless, remove_partial, replacing
 from text import BLOCK, read_texts
 
 CACHE_FORMAT, CACHE_VERSION = "awd-lstm-corpus", 3
@@ -130,7 +129,7 @@ def look_up(ids, table, limit, folder):
     """
     if len(ids) <= limit:
         return table[ids]
-    with tempfile.TemporaryFile(dir=folder) as file:
+    with nameless(folder) as file:
         for block in id_blocks(ids):
             file.write(table[block])
         return map_file(file, table.dtype, len(ids))

@@ -119,10 +119,26 @@ def check_writable(*paths):
         try:
             if os.path.lexists(real) and not stat.S_ISREG(os.lstat(real).st_mode):
                 raise BadInput(f"{path}: cannot be written: there is something that is no file")
-            with tempfile.TemporaryFile(dir=os.path.dirname(real)), suppress(FileNotFoundError):
-                os.lstat(partial_name(real))  # fails when the name is too long
+            try_to_write(real)
         except OSError as error:
             raise BadInput(f"{path}: cannot be written: {error.strerror}") from error
+
+
+def try_to_write(path):
+    """Raise OSError unless a file can be written at `path`: one of the longest name that it will have is, and goes.
+
+    `tempfile` asks Windows for name after name, up to 2^31, in a folder where nobody may write (Python 3.10 to 3.13).
+    """
+    partial = partial_name(path)
+    open(partial, "xb").close()
+    with suppress(PermissionError):  # a virus scanner may have it; `remove_partial` knows the name
+        os.unlink(partial)
+
+
+def nameless(folder):
+    """Open a file without a name in `folder`, which ends with the process; raises OSError where none can be written."""
+    try_to_write(os.path.join(folder, "ids"))
+    return tempfile.TemporaryFile(dir=folder)
 
 
 # --- locks -----------------------------------------------------------------------------------------------------------

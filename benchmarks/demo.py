@@ -55,6 +55,7 @@ def make_sample(folder):
     log(f"demo: making the sample corpus in {folder}")
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
+        check_writable(folder.parent / "sample.txt")
         with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
             write_sample(temporary)
             folder.mkdir(exist_ok=True)

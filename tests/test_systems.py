@@ -272,6 +272,25 @@ def test_a_program_that_keeps_the_old_file_open_on_windows_is_an_error(tmp_path,
     assert [path.read_bytes() for path in tmp_path.iterdir()] == [b"old"]
 
 
+def test_a_folder_that_cannot_be_written_is_asked_once_on_windows(tmp_path, monkeypatch):
+    """There `os.access` says of any folder that it can be written, so that `tempfile` tries name after name."""
+    tries = []
+
+    def denied(path, *_, **__):
+        tries.append(path)
+        raise PermissionError(13, "Permission denied", path)
+    windows = SimpleNamespace(**{**vars(os), "name": "nt", "access": lambda *_: True, "open": denied})
+    for module, name, value in ((files.tempfile, "_os", windows), (files.tempfile, "_O_TMPFILE_WORKS", False),
+                                (files.tempfile, "TMP_MAX", 9)):
+        monkeypatch.setattr(module, name, value)
+    monkeypatch.setattr(builtins, "open", denied)
+    with pytest.raises(files.BadInput, match="cannot be written: Permission denied"):
+        files.check_writable(tmp_path / "m.pt")
+    with pytest.raises(PermissionError):
+        files.nameless(tmp_path)
+    assert len(tries) == 2
+
+
 @pytest.mark.usefixtures("windows")
 def test_a_long_text_has_a_cache_on_windows(tmp_path, monkeypatch):
     monkeypatch.setattr(data, "CACHE_TOKENS", 100)
