@@ -57,6 +57,10 @@ def make_parser():
     return parser
 
 
+def parse_flags(argv):
+    return make_parser().parse_args(argv)
+
+
 # --- words -----------------------------------------------------------------------------------------------------------
 
 def renamed(words, pairs, path):
@@ -232,10 +236,9 @@ def convert_back(args):
 
 
 def main(argv=None):
-    parser = make_parser()
-    args = parser.parse_args(argv)
+    args = parse_flags(argv)
     if args.to:
-        unused = parser.given(argv) & {"data", "level", "shares"}
+        unused = make_parser().given(argv) & {"data", "level", "shares"}
         if unused:
             raise BadInput(f"--{min(unused)}: not used with --to fastai, whose files do not say what the text was")
         convert_back(args)

@@ -243,7 +243,7 @@ def main(argv=None):
             write_texts(sys.stdout, prompt, steps, args.batch, dictionary, level)
         else:
             steps = logged(steps, args.words, args.log_interval)
-            with replacing(args.outf, "w", encoding="utf-8") as file:
+            with replacing(args.outf, "w", encoding="utf-8", newline="\n") as file:
                 write_texts(file, prompt, steps, args.batch, dictionary, level)
     except BrokenPipeError:
         raise

@@ -13,13 +13,16 @@
 # DATA_DIR           where the folders go (data)
 # GETDATA_URL        fetch every file from $GETDATA_URL/FILE instead of its home (a mirror, a local server)
 # GETDATA_CHECKSUMS  a file that takes the place of the checksums below
-# PYTHON             the Python to use (python3)
+# PYTHON             the Python to use (python3, else python)
 set -euo pipefail
 cd "$(dirname "$0")"
 
 CORPORA="sample penn pennchar wikitext-2 wikitext-103 enwik8"
 DATA_DIR=${DATA_DIR:-data}
-PYTHON=${PYTHON:-python3}
+if [ -z "${PYTHON:-}" ]; then
+    PYTHON=python3
+    python3 -c "" 2>/dev/null || PYTHON=python  # on Windows python3 may be there only to name its shop
+fi
 
 # md5 (32 digits), sha256 (64) or git's blob name (40)
 CHECKSUMS="
@@ -227,7 +230,7 @@ for corpus in "$@"; do
     [[ " $CORPORA " == *" $corpus "* ]] || fail "unknown corpus '$corpus'; there are: $CORPORA"
 done
 mkdir -p "$DATA_DIR" 2>/dev/null && [ -w "$DATA_DIR" ] || fail "$DATA_DIR: cannot be written"
-command -v "$PYTHON" >/dev/null || fail "needs Python: '$PYTHON' is not there"
+"$PYTHON" -c "" 2>/dev/null || fail "needs Python: '$PYTHON' does not run"
 scratch=$(mktemp -d "$DATA_DIR/.getdata.XXXXXX")
 trap 'rm -rf "$scratch"' EXIT
 for corpus in "$@"; do

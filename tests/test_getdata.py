@@ -64,11 +64,11 @@ def archive(texts):
 @pytest.fixture
 def getdata(tmp_path, served):
     """Run getdata.sh against the served folder, with checksums for the contents given by name."""
-    def run(*corpora, known=None):
+    def run(*corpora, known=None, **further):
         sums = "".join(f"{hashlib.md5(content).hexdigest()}  {name}\n" for name, content in (known or {}).items())
         (tmp_path / "sums").write_text(sums)
         environment = {**os.environ, "DATA_DIR": str(tmp_path / "data"), "PYTHON": sys.executable, "no_proxy": "*",
-                       "GETDATA_URL": served[1], "GETDATA_CHECKSUMS": str(tmp_path / "sums")}
+                       "GETDATA_URL": served[1], "GETDATA_CHECKSUMS": str(tmp_path / "sums"), **further}
         return subprocess.run([SCRIPT, *corpora], env=environment, capture_output=True, text=True, timeout=900)
     return run
 
@@ -136,6 +136,21 @@ def test_a_python_of_windows_gives_the_same_files(getdata, served, tmp_path, mon
     (tmp_path / "sitecustomize.py").write_text("import sys\nsys.stdout.reconfigure(newline='\\r\\n')\n")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     test_pennchar_is_computed_from_penn(getdata, served, tmp_path)
+
+
+@pytest.mark.parametrize("python, status, said", [
+    (f'exec "{sys.executable}" "$@"', 0, ""), ("exit 49", 2, "needs Python: 'python' does not run")])
+def test_a_python3_that_does_not_run_is_not_taken(getdata, served, tmp_path, python, status, said):
+    """Windows may have one that only names its shop."""
+    (tmp_path / "bin").mkdir()
+    for name, does in (("python3", "exit 49"), ("python", python)):
+        (tmp_path / "bin" / name).write_text(f"#!/bin/sh\n{does}\n")
+        (tmp_path / "bin" / name).chmod(0o755)
+    known = {**checksums_of("penn", PENN), "simple-examples.tgz": archive(PENN)}
+    (served[0] / "simple-examples.tgz").write_bytes(known["simple-examples.tgz"])
+    ended = getdata("penn", known=known, PYTHON="", PATH=f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}")
+    assert ended.returncode == status
+    assert said in ended.stderr
 
 
 @pytest.mark.slow
