@@ -171,9 +171,10 @@ def split_lines(text):
 def cut_long_rest(block, start, path, number):
     """Find where to cut a block of bytes that ends in a long part without a space.
 
-    The part begins at `start` and has no white space of ASCII's.
+    The part begins at `start` and has no white space of ASCII's but a CR at its end. That stays for the next block,
+    which may begin with the LF that belongs to it.
     """
-    rest = block[start:].decode("utf-8", errors="ignore")
+    rest = block[start:].removesuffix(b"\r").decode("utf-8", errors="ignore")
     words = rest.split()
     check_words(words, rest, path, number + block.count(b"\n"))
     unfinished = "" if not words or rest[-1].isspace() else words[-1]

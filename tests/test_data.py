@@ -140,6 +140,14 @@ def test_blocks_make_no_difference(tmp_path, monkeypatch):
             assert read(Corpus(tmp_path, level), "train") == tokens
 
 
+def test_a_line_end_cut_between_two_blocks_is_one_after_a_long_part_without_spaces(tmp_path, monkeypatch):
+    monkeypatch.setattr("text.BLOCK", 8)
+    monkeypatch.setattr("text.LONGEST_WORD", 4)
+    for end in ("\r\n", "\r"):  # the first block ends in CR, and its one space is not ASCII's
+        corpus = Corpus(write(tmp_path, train=f"東\u3000a{end}b{end}"))
+        assert read(corpus, "train") == ["東", "a", "<eos>", "b", "<eos>"]
+
+
 def test_ids_are_as_small_as_the_vocabulary_allows(tmp_path):
     for words, kind in ((256, torch.uint8), (257, torch.int16), (2**15, torch.int16), (2**15 + 1, torch.int32)):
         names = [*map(str, range(words - 1)), "<eos>"]
