@@ -104,10 +104,9 @@ def is_cut(path):
 
 
 def is_plain(value):
-    """Return whether a value is one that a flag may have."""
-    if isinstance(value, list):
-        return all(map(is_plain, value))
-    return value is None or isinstance(value, (str, int, float))
+    """Return whether a value, or each of a list of them, is one that a flag may have."""
+    values = value if isinstance(value, list) else [value]
+    return all(part is None or isinstance(part, (str, int, float)) for part in values)
 
 
 def check_tokens(content, path):

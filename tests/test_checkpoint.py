@@ -14,6 +14,8 @@ from errors import BadInput
 from model import RNNModel
 from run import Progress
 
+IN_ITSELF = []
+IN_ITSELF.append(IN_ITSELF)
 FLAGS = {"model": "LSTM", "emsize": 5, "nhid": 6, "nlayers": 2, "tied": True,
          "dropout": 0.1, "dropouth": 0.1, "dropouti": 0.1, "dropoute": 0.1, "wdrop": 0.5}
 
@@ -78,6 +80,7 @@ def test_a_model_of_fastai_is_sent_to_convert(tmp_path, form):
     ({"version": 99}, "checkpoint version 99; this toolkit reads version 1"),
     ({"format": "other"}, "not a checkpoint of this toolkit"),
     ({"vocabulary": None}, "damaged"), ({"loss": "low"}, "damaged"),
+    ({"flags": {**FLAGS, "shares": IN_ITSELF}}, "damaged"),
     ({"flags": {}}, "damaged"), ({"flags": {**FLAGS, "nhid": 7}}, "damaged"), ({"model": {}}, "damaged"),
 ])
 def test_a_checkpoint_with_other_content_is_refused(tmp_path, changes, message):
