@@ -1,6 +1,7 @@
 """Write files whole or not at all, and check paths before the work."""
 
 import os
+import re
 import secrets
 import shutil
 import stat
@@ -72,12 +73,12 @@ def disk_error(error):
 
 
 def remove_partial(*paths):
-    """Remove what processes that were killed had written of `paths`."""
+    """Remove what processes that were killed had written of `paths`; other files with such an end are left alone."""
     for path in paths:
         folder, name = os.path.split(os.path.realpath(path))
         with suppress(OSError):
             for entry in os.listdir(folder or "."):
-                if entry.startswith(f"{name}.") and entry.endswith(PARTIAL):
+                if re.fullmatch(rf"{re.escape(name)}\.[0-9a-f]+{re.escape(PARTIAL)}", entry):
                     remove_unless_open(os.path.join(folder, entry))
 
 

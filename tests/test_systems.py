@@ -233,6 +233,13 @@ def windows(monkeypatch):
         monkeypatch.setattr(os, name, unless_open(getattr(os, name)))
 
 
+def test_files_that_only_look_like_what_a_killed_run_left_are_kept(tmp_path):
+    kept = tmp_path / "m.pt.download.partial"
+    kept.write_bytes(b"of another program")
+    files.remove_partial(tmp_path / "m.pt")
+    assert kept.exists()
+
+
 @pytest.mark.usefixtures("windows")
 def test_what_a_killed_run_left_is_removed_on_windows_too(tmp_path):
     left, written = tmp_path / "m.pt.1.partial", tmp_path / "m.pt.2.partial"
