@@ -1,6 +1,6 @@
 """Keep the ids of a corpus: in memory, or those of a long text in a file that is mapped into memory.
 
-A corpus that was read has a cache beside its text, so that the next run need not read it again. The parts of the cache:
+A long corpus that was read has a cache beside its text, so that the next run need not read it again. Its parts:
 
     ids      those of the text
     JSON     the vocabulary and the checksum of the text

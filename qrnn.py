@@ -51,9 +51,9 @@ class FoPool(torch.autograd.Function):
     STEPS, VALUES = 4, 2**16
 
     @staticmethod
-    def blocks(steps, columns):
-        """Cut `steps` time steps of `columns` values, B x H, into slices that are worked on together."""
-        return blocks(steps, max(FoPool.STEPS, FoPool.VALUES // columns))
+    def blocks(steps, values):
+        """Cut `steps` time steps of `values` each, B x H, into slices that are worked on together."""
+        return blocks(steps, max(FoPool.STEPS, FoPool.VALUES // values))
 
     @staticmethod
     def forward(ctx, linear_map, start, zoneout_mask):

@@ -98,7 +98,8 @@ def detokenize(tokens, level):
 def read_texts(paths, level, append):
     """Read text files, and hand their ids on to `append`, arrays (n,) of int32.
 
-    Returns the number of ids of each file, and the tokens by id.
+    Returns the number of ids of each file, and the tokens by id. Raises BadInput when a file is empty, or not text at
+    that level.
     """
     numbering = defaultdict()
     numbering.default_factory = numbering.__len__  # a new token gets the next number
@@ -189,7 +190,7 @@ def check_words(words, line, path, number):
 
 
 def decode(block, path, number):
-    """Decode bytes that start in line `number`."""
+    """Decode bytes that start in line `number`; raises BadInput when they are not UTF-8."""
     try:
         return block.decode("utf-8")
     except UnicodeDecodeError as error:

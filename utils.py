@@ -30,7 +30,7 @@ def batchify(ids, batch_size, device="cpu", rows=2):
 def get_batch(source, row, seq_len):
     """Take up to `seq_len` rows of `source` (N, B) from `row` on.
 
-    Returns words (T, B) and targets (T, B), which are one row further on.
+    Returns token ids (T, B) and targets (T, B), which are one row further on.
     """
     seq_len = min(seq_len, len(source) - 1 - row)
     return source[row:row + seq_len].long(), source[row + 1:row + 1 + seq_len].long()
