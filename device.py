@@ -78,7 +78,7 @@ def peak_memory(device="cpu"):
     if torch.device(device).type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     try:  # first: on Linux getrusage counts what the parent had before it started this process
-        with open("/proc/self/status", encoding="ascii") as file:
+        with open("/proc/self/status", encoding="ascii", errors="replace") as file:
             return next(int(line.split()[1]) * 1024 for line in file if line.startswith("VmHWM:"))
     except (OSError, StopIteration):
         pass
