@@ -101,8 +101,8 @@ def id_table(tokens, words):
 def carry_rows(weights, words, new_words):
     """Carry the weights of a model from the vocabulary `words` to `new_words`.
 
-    Rows of embedding, softmax and its bias follow their words. A new word begins with the mean row, as in ULMFiT
-    (Howard and Ruder, arXiv 1801.06146, section 3.1). Returns a state dict.
+    Rows of embedding, softmax and its bias follow their words. A new word begins with the mean row, as in
+    fastai's code of ULMFiT (Howard and Ruder, arXiv 1801.06146). Returns a state dict.
     """
     known = Dictionary(words).word2idx
     sources = torch.tensor([known.get(word, len(words)) for word in new_words])
