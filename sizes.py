@@ -1,6 +1,6 @@
 """Choose what a run of some minutes is like (`main.py --minutes`): level, sizes, dropouts, batch, learning rate.
 
-The rules come from the measurements in `docs/minutes.md`. What a flag says is not chosen. Shapes are in the alphabet of
+The rules come from the measurements in `docs/rules.md`. What a flag says is not chosen. Shapes are in the alphabet of
 `model.py`.
 """
 

@@ -100,9 +100,10 @@ def test_every_benchmark_is_named_in_their_list(file):
     assert f"`{file}`" in (ROOT / "benchmarks" / "README.md").read_text(encoding="utf-8")
 
 
-def test_every_pair_of_losses_of_minutes_has_its_record():
+def test_every_pair_of_losses_of_minutes_and_its_rules_has_its_record():
     """Validation and test, as a perplexity or in bits per character. Count models have no records."""
-    text = " ".join((ROOT / "docs" / "minutes.md").read_text(encoding="utf-8").split())
+    pages = [ROOT / "docs" / name for name in ("minutes.md", "rules.md")]
+    text = " ".join(word for page in pages for word in page.read_text(encoding="utf-8").split())
     recorded = set()
     for path in (ROOT / "benchmarks" / "results").rglob("*.metrics.jsonl"):
         for line in path.read_text(encoding="utf-8").splitlines():
