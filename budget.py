@@ -144,7 +144,7 @@ class Budget:
         planned = f" of {self.planned:.2f} planned" if self.planned is not None else ""
         what, flag = ("epochs", "--epochs") if epochs >= self.epochs else ("time", "--minutes")
         return (f"| end of {what} | {epochs:.2f} epochs{planned} in {self.spent() / 60:.2f} of {self.limit / 60:g} "
-                f"minutes; --resume with more {flag} goes on")
+                f"minutes; --resume with a larger {flag} goes on")
 
 
 def scoring_seconds(model, source, bptt):

@@ -32,7 +32,8 @@ MAGIC, PROTOCOL = 0x1950A86A20F9469CFC6C, 1001  # how PyTorch's files before 1.6
 class Contents:
     """Hold what a file has: `root`, the pickled object, and a way to the values of its tensors.
 
-    Reads values when they are asked for: storages of as many bytes as the file has, tensors of at most twice as many.
+    Reads values when they are asked for: storages of as many bytes as the file has, and one beyond that before it is
+    refused, tensors of at most twice as many.
     """
 
     def __init__(self, path, root, load_storage, size):
@@ -56,7 +57,7 @@ class Contents:
             raise BadInput(f"{self.path}: damaged: tensors of more values than it has")
         if storage.key not in self.loaded:
             with reading(self.path):
-                whole = self.load_storage(storage.key)  # of which `storage` may be a part
+                whole = self.load_storage(storage.key)  # all of it, though `storage` may be a part
             self.room -= whole.nbytes
             if self.room < 0:  # the entries of an archive may lie in each other
                 raise BadInput(f"{self.path}: damaged: storages of more values than it has")

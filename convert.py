@@ -78,7 +78,7 @@ def renamed(words, pairs, path):
             notes.append(f"the word {shown(old)} is {shown(new)}")
         elif old and new and old not in words:
             notes.append(f"there is no word {shown(old)} to be {shown(new)}")
-        elif old and new:
+        elif old and new and old != new:
             notes.append(f"the word {shown(old)} keeps its name, since there is a word {shown(new)}")
     return words, notes
 

@@ -6,9 +6,9 @@ A corpus is a folder with train.txt, valid.txt and test.txt. Or it is a single t
 The vocabulary is that of all three splits, numbered by first appearance, unless `vocabulary.Rules` choose another or
 the vocabulary of a model is given. Then what is not in it becomes <unk>.
 
-A corpus of more than CACHE_TOKENS tokens is read once and kept (`corpus_cache.py`): that of a file as
-`.NAME.LEVEL.cache` beside it, that of a folder as `.LEVEL.cache` in it. Its ids are mapped from there. With another
-vocabulary they are mapped from a file without a name, which ends with the process.
+A corpus of more than CACHE_TOKENS tokens is read once and kept (`corpus_cache.py`): beside a file as
+`.NAME.LEVEL.cache`, in a folder as `.LEVEL.cache`. Its ids are mapped from there. With another vocabulary they are
+mapped from a file without a name, which ends with the process.
 """
 
 import math

@@ -210,6 +210,7 @@ class Scores:
         further = {"tokens": len(source) - 1, **self.description}
         settings = [setting | dict(zip(cache, values)) for values in product(*cache.values())]
         lines = [self.find(kind, {"split": split, **one, **further}) for one in settings]
+        # A loss that is recorded as not finite is computed again where it is an error, which says in which chunk.
         if any(line is None or (line["loss"] is None and not may_diverge) for line in lines):
             start = time.perf_counter()
             try:

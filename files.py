@@ -47,7 +47,7 @@ def replacing(path, mode="wb", **how):
 
 
 def partial_name(path):
-    """Name the file that is written for `path`, as no other process does: in containers many have the same number."""
+    """Name the file that is written for `path`: at random, since in containers many processes have the same number."""
     return f"{path}.{secrets.token_hex(4)}{PARTIAL}"
 
 
@@ -126,13 +126,14 @@ def check_writable(*paths):
 
 
 def try_to_write(path):
-    """Raise OSError unless a file can be written at `path`: one of the longest name that it will have is, and goes.
+    """Raise OSError unless a file can be written at `path`.
 
-    `tempfile` asks Windows for name after name, up to 2^31, in a folder where nobody may write (Python 3.10 to 3.13).
+    Writes an empty one, of the longest name that `path` will have, and removes it. `tempfile` does not do: in a folder
+    where nobody may write it asks Windows for name after name, up to 2^31 (Python 3.10 to 3.13).
     """
     partial = partial_name(path)
     open(partial, "xb").close()
-    with suppress(PermissionError):  # a virus scanner may have it; `remove_partial` knows the name
+    with suppress(PermissionError):  # on Windows a virus scanner may have it; then it stays, empty
         os.unlink(partial)
 
 

@@ -21,7 +21,7 @@ CORPORA="sample penn pennchar wikitext-2 wikitext-103 enwik8"
 DATA_DIR=${DATA_DIR:-data}
 if [ -z "${PYTHON:-}" ]; then
     PYTHON=python3
-    python3 -c "" 2>/dev/null || PYTHON=python  # on Windows python3 may be there only to name its shop
+    python3 -c "" >/dev/null 2>&1 || PYTHON=python  # on Windows python3 may be a stub that opens the Microsoft Store
 fi
 
 # md5 (32 digits), sha256 (64) or git's blob name (40)
@@ -230,7 +230,7 @@ for corpus in "$@"; do
     [[ " $CORPORA " == *" $corpus "* ]] || fail "unknown corpus '$corpus'; there are: $CORPORA"
 done
 mkdir -p "$DATA_DIR" 2>/dev/null && [ -w "$DATA_DIR" ] || fail "$DATA_DIR: cannot be written"
-"$PYTHON" -c "" 2>/dev/null || fail "needs Python: '$PYTHON' does not run"
+"$PYTHON" -c "" >/dev/null 2>&1 || fail "needs Python: '$PYTHON' does not run"
 scratch=$(mktemp -d "$DATA_DIR/.getdata.XXXXXX")
 trap 'rm -rf "$scratch"' EXIT
 for corpus in "$@"; do

@@ -88,7 +88,8 @@ def start(args, argv, device):
     """
     args.when = [epoch for epoch in args.when if epoch != NEVER]
     if not args.dry_run:
-        run_files.check_free(args.save, args.overwrite, args.when)
+        run_files.check_free(args.save, args.overwrite)
+        run_files.check_copies(args.save, args.when, args.overwrite)
     given = make_parser().given(argv)
     if "shares" in given:
         check_shares(args.data)

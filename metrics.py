@@ -257,11 +257,11 @@ def read_metrics(path):
 def git_commit(digits=40):
     """Return the commit that runs, with "-dirty" where files differ; None outside of a checkout, or without git."""
     try:
-        told = subprocess.run(["git", "describe", "--always", "--dirty", f"--abbrev={digits}", "--exclude=*"],
-                              cwd=Path(__file__).parent, capture_output=True, check=True)
+        result = subprocess.run(["git", "describe", "--always", "--dirty", f"--abbrev={digits}", "--exclude=*"],
+                                cwd=Path(__file__).parent, capture_output=True, check=True)
     except (OSError, subprocess.CalledProcessError):
         return None
-    return told.stdout.decode("ascii").strip()  # what git complains of names paths, in no encoding of the locale's
+    return result.stdout.decode("ascii").strip()  # stderr may name paths that the locale cannot read
 
 
 def describe_run(flags, parameters, device):

@@ -58,6 +58,8 @@ def resume(parse, argv, stage, device):
     if progress.best_loss < math.inf:
         best_stage = checkpoint.load(best)["stage"]  # it will be needed in the end
     if not args.dry_run:
+        to_come = [epoch for epoch in getattr(args, "when", []) if epoch > progress.epoch]
+        run_files.check_copies(args.save, to_come, args.overwrite or same_file(args.save, best))
         carry_on(path, best, args.save, stage, best_stage)
     differences = [f"{name} {saved} -> {given}" for name, (saved, given) in changed.items()]
     if args.overwrite and same_file(args.save, best):
@@ -119,7 +121,7 @@ def carry_on(path, best, save, stage, best_stage):
     """
     untuned, from_untuned = run_files.untuned_path(best), stage == "train" and best_stage == "finetune"
     if from_untuned:
-        checkpoint.load(untuned)  # nothing is removed or written where it is not there
+        checkpoint.load(untuned)  # raises before anything is removed or written
     if not same_file(best, save):
         run_files.remove_run(save)  # which may be overwritten
         for old, new in ((path, run_files.last_path(save, stage)),

@@ -20,7 +20,7 @@ from splitcross import splits_for
 from steps import MIN_SEQ_LEN
 from vocabulary import Rules
 
-SHORT = 8  # a --bptt below which the length of a batch, and with it the learning rate, varies several times over
+SHORT = 8  # a --bptt below which batches may be several times as long, with as much larger a learning rate
 
 # With --minutes, of validation and test: rows that a column should have, so that its beginning without a hidden state
 # counts for little, and columns beyond which a batch is no faster.

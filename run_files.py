@@ -111,18 +111,10 @@ def all_files(save):
     return Path(save), *states, metrics_path(save), untuned_path(save), statistics_path(save)
 
 
-def check_free(save, overwrite=False, epochs=()):
-    """Raise BadInput when a run or a model lies at `save`, unless it may be overwritten; other files never are.
-
-    The same goes for the places of the copies that are kept after `epochs`.
-    """
+def check_free(save, overwrite=False):
+    """Raise BadInput when a run or a model lies at `save`, unless it may be overwritten; other files never are."""
     if os.path.exists(save) and not is_checkpoint(save):
         raise BadInput(f"--save {save}: what lies there is no model")
-    for epoch in epochs:
-        copy = epoch_path(save, epoch)
-        if os.path.lexists(copy) and not (overwrite and is_checkpoint(copy)):
-            raise BadInput(f"--when {epoch}: a copy of the model goes to {copy}, where something lies already; "
-                           "--overwrite puts it in the place of a model")
     if overwrite:
         return
     for stage in STATES:
@@ -131,6 +123,19 @@ def check_free(save, overwrite=False, epochs=()):
                            "--overwrite begins anew in its place")
     if os.path.lexists(save):
         raise BadInput(f"--save {save}: a model lies there already; --overwrite puts another in its place")
+
+
+def check_copies(save, epochs, overwrite=False):
+    """Raise BadInput when a model lies where a copy of the one at `save` is kept after one of `epochs`.
+
+    It may be overwritten where that is asked for. Other files never are.
+    """
+    for epoch in epochs:
+        copy = epoch_path(save, epoch)
+        if os.path.lexists(copy) and not is_checkpoint(copy):
+            raise BadInput(f"--when {epoch}: a copy of the model goes to {copy}, and what lies there is no model")
+        if os.path.lexists(copy) and not overwrite:
+            raise BadInput(f"--when {epoch}: a model lies at {copy} already; --overwrite replaces it")
 
 
 def remove_run(save, keep_model=False):

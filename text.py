@@ -172,7 +172,7 @@ def split_lines(text):
 def cut_long_rest(block, start, path, number):
     """Find where to cut a block of bytes that ends in a long part without a space.
 
-    The part begins at `start` and has no white space of ASCII's but a CR at its end. That stays for the next block,
+    The part begins at `start` and has no LF, space or tab, and no CR but one at its end. That stays for the next block,
     which may begin with the LF that belongs to it.
     """
     rest = block[start:].removesuffix(b"\r").decode("utf-8", errors="ignore")

@@ -323,7 +323,7 @@ def report_test(run, stop):
         log(f"| end of training | best epoch {progress.best_epoch:3d} | {shown}")
         if run.stage == "finetune" and progress.history and not (progress.best_epoch or stop):
             log("no epoch was better than the model as loaded, which is kept; a smaller --lr may help")
-    if end := run.budget.describe_end(run.epochs()):
+    if not stop and (end := run.budget.describe_end(run.epochs())):
         log(end)
     return 128 + stop if stop else 0
 

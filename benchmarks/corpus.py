@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # the scripts of the project are no package
+from files import check_writable
 from flags import Parser, non_negative_float, positive_int
 from process import run_script
 
@@ -106,6 +107,8 @@ def main():
     args = parser.parse_args()
     if args.keep and not args.folder:
         parser.error("--keep: in which --folder?")
+    if args.folder:
+        check_writable(Path(args.folder, "words"))
     with tempfile.TemporaryDirectory(dir=args.folder) as temporary:
         print("| text  |        tokens |   types | of MiB | load          | seconds |  of CPU | peak MiB | idle | "
               "cache, MiB |")

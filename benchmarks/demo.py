@@ -24,7 +24,7 @@ import main as train_script
 from data import Corpus, load_split
 from device import set_up_device
 from errors import BadInput
-from files import check_writable
+from files import check_writable, try_to_write
 from flags import Parser
 from metrics import log, read_metrics
 from model import ARCHITECTURE, DROPOUTS, RNNModel
@@ -55,7 +55,7 @@ def make_sample(folder):
     log(f"demo: making the sample corpus in {folder}")
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        check_writable(folder.parent / "sample.txt")
+        try_to_write(folder)
         with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
             write_sample(temporary)
             folder.mkdir(exist_ok=True)

@@ -1,5 +1,6 @@
 """Run a script of the project in a process of its own, so that it can write its state when it is stopped."""
 
+import os
 import shlex
 import signal
 import subprocess
@@ -31,6 +32,8 @@ def run(arguments, deadline=None, folder=None):
         except subprocess.TimeoutExpired:
             process.terminate()
             status = process.wait()
+            if os.name == "nt":  # where that kills the script, with status 1
+                status = 128 + signal.SIGTERM
     except KeyboardInterrupt:  # the script has received it too, unless it was sent to this process alone
         try:
             process.wait(GRACE)

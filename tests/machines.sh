@@ -9,7 +9,7 @@ set -uo pipefail
 cd "$(dirname "$0")/.."
 PYTHON=$(realpath -s "${PYTHON:-.venv/bin/python}")
 PART=(tests/test_reference.py tests/test_rnn.py tests/test_qrnn.py tests/test_products.py tests/test_splitcross.py)
-SCRIPTS=(tests/test_systems.py tests/test_finetune.py tests/test_bad_input.py)
+SCRIPTS=(tests/test_systems.py tests/test_files.py tests/test_finetune.py tests/test_bad_input.py)
 
 scratch=$(mktemp -d)
 trap 'rm -rf "$scratch"' EXIT

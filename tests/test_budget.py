@@ -253,11 +253,22 @@ def test_a_run_says_whether_its_time_or_its_epochs_came_to_an_end_and_what_goes_
     train(tmp_path / "m.pt", "--minutes", "5", "--epochs", "1")
     out = capsys.readouterr().out
     assert "| end of epochs | 1.00 epochs of 1.00 planned" in out
-    assert out.endswith("; --resume with more --epochs goes on\n")
+    assert out.endswith("; --resume with a larger --epochs goes on\n")
     train(tmp_path / "n.pt", "--minutes", "1")
     out = capsys.readouterr().out
     assert "| end of time |" in out
-    assert out.endswith("; --resume with more --minutes goes on\n")
+    assert out.endswith("; --resume with a larger --minutes goes on\n")
+
+
+@pytest.mark.usefixtures("clock")
+def test_of_a_run_that_was_stopped_no_end_is_told(train, tmp_path, capsys, monkeypatch):
+    step = training.train_step
+    monkeypatch.setattr(training, "train_step", lambda *args, **flags: (signal.raise_signal(signal.SIGINT),
+                                                                        step(*args, **flags))[1])
+    assert train(tmp_path / "m.pt", "--minutes", "5")[0] == 130
+    out = capsys.readouterr().out
+    assert "stopped by SIGINT" in out
+    assert "| end of time |" not in out
 
 
 def test_a_run_that_goes_on_has_no_second_rise(clock):

@@ -98,6 +98,7 @@ def test_a_word_whose_new_name_is_taken_keeps_its_own(run):
     out = run("in.pth", "--vocabulary", "itos.pkl", "--save", "new.pt")[1]
     assert "the word xxunk keeps its name, since there is a word <unk>" in out
     assert restored()[1]["vocabulary"] == words
+    assert "keeps its name" not in run("in.pth", "--vocabulary", "itos.pkl", "--unk", "<unk>", "--save", "again.pt")[1]
 
 
 def test_other_commands_take_converted_models(run, train, tmp_path, capsys):

@@ -187,7 +187,7 @@ def test_what_a_killed_run_left_is_removed_and_what_another_is_writing_is_not(tm
 
 
 def test_processes_of_one_number_write_a_file_each(tmp_path):
-    """... as in containers, where many are process 1. A mapped file that another one cuts ends its reader."""
+    """... as in containers, where many are process 1. If one cut a file that another has mapped, that one would die."""
     path = tmp_path / "cache"
     with replacing(path, "w+b") as file:
         file.write(b"first")

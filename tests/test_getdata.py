@@ -141,7 +141,7 @@ def test_a_python_of_windows_gives_the_same_files(getdata, served, tmp_path, mon
 @pytest.mark.parametrize("python, status, said", [
     (f'exec "{sys.executable}" "$@"', 0, ""), ("exit 49", 2, "needs Python: 'python' does not run")])
 def test_a_python3_that_does_not_run_is_not_taken(getdata, served, tmp_path, python, status, said):
-    """Windows may have one that only names its shop."""
+    """Windows may have a stub of that name."""
     (tmp_path / "bin").mkdir()
     for name, does in (("python3", "exit 49"), ("python", python)):
         (tmp_path / "bin" / name).write_text(f"#!/bin/sh\n{does}\n")

@@ -56,14 +56,25 @@ def test_a_text_is_never_overwritten(train, tmp_path):
 
 
 def test_no_copy_of_a_model_takes_the_place_of_another_file(train, tmp_path):
+    first, anew, on = ["--when", "1"], ["--overwrite"], ["--epochs", "2", "--resume", str(tmp_path / "m.pt")]
     (tmp_path / "m.pt.e1").write_text("a diary")
-    for flags in ([], ["--overwrite"]):
-        with pytest.raises(BadInput, match=r"--when 1: a copy of the model goes to .*m\.pt\.e1"):
-            train(tmp_path / "m.pt", "--epochs", "1", "--when", "1", *flags)
-    assert (tmp_path / "m.pt.e1").read_text() == "a diary"
+    for flags in ([], anew):
+        with pytest.raises(BadInput, match=r"--when 1: a copy .*m\.pt\.e1, and what lies there is no model"):
+            train(tmp_path / "m.pt", "--epochs", "1", *first, *flags)
     (tmp_path / "m.pt.e1").unlink()
-    for _ in range(2):
-        train(tmp_path / "m.pt", "--epochs", "1", "--when", "1", "--overwrite")
+    train(tmp_path / "m.pt", "--epochs", "1", *first)
+    for name, epoch in (("m.pt", 2), ("n.pt", 2)):
+        (tmp_path / f"{name}.e{epoch}").write_text("a diary")
+        with pytest.raises(BadInput, match="what lies there is no model"):
+            train(tmp_path / name, *on, "--when", "1", "2")
+        assert (tmp_path / f"{name}.e{epoch}").read_text() == "a diary"
+        (tmp_path / f"{name}.e{epoch}").unlink()
+    assert not list(tmp_path.glob("n.*"))
+    (tmp_path / "m.pt").unlink()
+    (tmp_path / "m.last.pt").unlink()
+    with pytest.raises(BadInput, match=r"--when 1: a model lies at .*m\.pt\.e1 already; --overwrite replaces it"):
+        train(tmp_path / "m.pt", "--epochs", "1", *first)
+    train(tmp_path / "m.pt", "--epochs", "1", *first, *anew)
     assert checkpoint.load(tmp_path / "m.pt.e1")["epoch"] == 1
 
 

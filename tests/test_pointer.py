@@ -49,7 +49,7 @@ def test_without_the_cache_it_is_the_model():
 
 
 def test_similarities_too_large_for_exp_are_weighed_as_any_others():
-    """exp(710) is none of float64's numbers; these products reach thousands."""
+    """exp(710) overflows float64; these products reach thousands."""
     ((outputs, *rest),) = stream(60, 60)
     loss = cache.mixture_losses([(40 * outputs, *rest)], [20], [1.0], [0.2]).item()
     assert loss == pytest.approx(naive_loss(40 * outputs, *rest, 20, 1.0, 0.2), abs=1e-12)

@@ -165,6 +165,17 @@ def test_plateau_rule_by_hand(history, nonmono, expected):
     assert optimizers.at_plateau(history, nonmono) is expected
 
 
+def test_after_the_switch_the_schedule_is_over(train, tmp_path, monkeypatch):
+    """The rate has been divided when ASGD starts with the first one. Later plateaus and epochs of --when do nothing."""
+    monkeypatch.setattr(training, "at_plateau", lambda history, _: len(history) >= 2)
+    _, metrics = train(tmp_path / "m.pt", "--epochs", "4", "--when", "1", "3", "--lr", "20", "--log-interval", "1")
+    assert [line["epoch"] for line in metrics["switch"]] == [2]
+    assert [line["epoch"] for line in metrics["decay"]] == [1]
+    rates = [{line["lr"] for line in metrics["batch"] if line["epoch"] == epoch} for epoch in (1, 2, 3, 4)]
+    assert rates == [{20.0}, {2.0}, {20.0}, {20.0}]
+    assert not (tmp_path / "m.pt.e3").exists()
+
+
 # --- evaluation ------------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("bptt", [1, 7, 1000])

@@ -201,17 +201,6 @@ def test_the_copy_of_when_and_the_start_rate_in_the_epoch_of_the_switch(train, t
     assert (tmp_path / f"n.pt.e{switch}").exists()
 
 
-def test_after_the_switch_the_schedule_is_over(train, tmp_path, monkeypatch):
-    """The rate has been divided when ASGD starts with the first one. Later plateaus and epochs of --when do nothing."""
-    monkeypatch.setattr(training, "at_plateau", lambda history, _: len(history) >= 2)
-    _, metrics = train(tmp_path / "m.pt", "--epochs", "4", "--when", "1", "3", "--lr", "20", "--log-interval", "1")
-    assert [line["epoch"] for line in metrics["switch"]] == [2]
-    assert [line["epoch"] for line in metrics["decay"]] == [1]
-    rates = [{line["lr"] for line in metrics["batch"] if line["epoch"] == epoch} for epoch in (1, 2, 3, 4)]
-    assert rates == [{20.0}, {2.0}, {20.0}, {20.0}]
-    assert not (tmp_path / "m.pt.e3").exists()
-
-
 def test_the_epoch_line_has_the_mean_training_loss(train, tmp_path):
     """... of that epoch alone."""
     _, metrics = train(tmp_path / "m.pt", "--epochs", "2", "--log-interval", "1")
