@@ -58,8 +58,9 @@ def resume(parse, argv, stage, device):
     if progress.best_loss < math.inf:
         best_stage = checkpoint.load(best)["stage"]  # it will be needed in the end
     if not args.dry_run:
-        to_come = [epoch for epoch in getattr(args, "when", []) if epoch > progress.epoch]
-        run_files.check_copies(args.save, to_come, args.overwrite or same_file(args.save, best))
+        if stage == "train":
+            to_come = [epoch for epoch in args.when if epoch > progress.epoch]
+            run_files.check_copies(args.save, to_come, args.overwrite or same_file(args.save, best))
         carry_on(path, best, args.save, stage, best_stage)
     differences = [f"{name} {saved} -> {given}" for name, (saved, given) in changed.items()]
     if args.overwrite and same_file(args.save, best):
