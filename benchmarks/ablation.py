@@ -235,8 +235,11 @@ def percents(scores, name):
 
 
 def sign(found):
-    """Say whether a part helps in all the differences `found`, as published for every part, or harms in all."""
-    values = [value for pair in found.values() for value in pair]
+    """Say whether a part helps in all the differences `found`, as published for every part, or harms in all.
+
+    A difference that the table shows as 0 is none.
+    """
+    values = [round(value, 2) for pair in found.values() for value in pair]
     if not values:
         return ""
     return "same" if min(values) > 0 else "other" if max(values) < 0 else "unclear"

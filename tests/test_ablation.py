@@ -248,6 +248,13 @@ def test_the_table_has_the_differences_of_the_records(tmp_path):
     assert lines["− AR/TAR"] == "| − AR/TAR |  |  |  |  | +2.0 / +1.5 |  |"
 
 
+@pytest.mark.parametrize("found, expected", [
+    ({1: (0.5, 0.1), 2: (2.0, 0.02)}, "same"), ({1: (-0.5, -0.1)}, "other"), ({1: (0.5, -0.1)}, "unclear"),
+    ({1: (-1e-9, -1e-9)}, "unclear"), ({}, "")])
+def test_a_sign_needs_differences_that_the_table_shows(found, expected):
+    assert ablation.sign(found) == expected
+
+
 def test_what_a_part_is_worth_is_a_share_of_the_perplexity_in_the_picture(tmp_path):
     """Ten points of 140 are less than ten of 60."""
     write_record(tmp_path, "full", 1, train=(150, 140), finetune=(148, 139))
