@@ -1,13 +1,13 @@
-"""Keep the ids of a corpus: in memory, or those of a long text in a file that is mapped into memory.
+"""Keep the token ids of a corpus: in memory, or for a long text in a memory-mapped file.
 
-A long corpus that was read has a cache beside its text, so that the next run need not read it again. Its parts:
+A long corpus has a cache beside its text, so that the next run need not read the text again. Its parts:
 
     ids      those of the text
     JSON     the vocabulary and the checksum of the text
     end      the length of the JSON, and a checksum of all that is before the checksum
 
-It is written while the text is read, in memory that does not grow with the text. It is made anew when the text has
-changed or the file is not whole.
+It is written while the text is read, in memory that does not grow with the text. It is made again when the text has
+changed or the cache is damaged.
 """
 
 import errno
@@ -33,10 +33,7 @@ SIZE, CHECKSUM = 16, 64  # digits at the end of the cache
 # --- checksums -------------------------------------------------------------------------------------------------------
 
 def checksum_of_files(paths):
-    """Compute a checksum of what the files hold.
-
-    Raises BadInput when a file cannot be read.
-    """
+    """Compute a checksum of the contents of files; raises BadInput when one cannot be read."""
     total = hashlib.sha256()
     for path in paths:
         if os.path.exists(path) and not os.path.isfile(path):
@@ -50,7 +47,7 @@ def checksum_of_files(paths):
 
 
 def checksum_of_file(path):
-    """Compute a checksum of what a file holds; raises OSError when it cannot be read."""
+    """Compute a checksum of the contents of a file; raises OSError when it cannot be read."""
     total = hashlib.sha256()
     with open(path, "rb") as file:
         while block := file.read(BLOCK):
@@ -61,7 +58,7 @@ def checksum_of_file(path):
 # --- ids -------------------------------------------------------------------------------------------------------------
 
 def id_blocks(ids, start=0, stop=None):
-    """Yield `ids` (tokens,) from `start` to `stop` in blocks. What is mapped from a file does not stay in memory."""
+    """Yield `ids` (tokens,) from `start` to `stop` in blocks; those mapped from a file do not stay in memory."""
     stop = len(ids) if stop is None else stop
     for first in range(start, stop, BLOCK_IDS):
         yield ids[first:min(first + BLOCK_IDS, stop)]
@@ -70,7 +67,7 @@ def id_blocks(ids, start=0, stop=None):
 
 
 def map_file(file, dtype, length):
-    """Map the first `length` ids of an open file; what is written to the array does not reach the file."""
+    """Map the first `length` ids of an open file into memory, copy-on-write."""
     file.flush()
     return numpy.memmap(file, dtype, "c", shape=(length,))
 
@@ -102,7 +99,7 @@ class IdStore:
         self.memory = None
 
     def widen(self, dtype):
-        """Give the ids in the file another dtype, from the last to the first, so that none is lost on the way."""
+        """Convert the ids in the file to a wider dtype, from the last to the first, so that none is overwritten."""
         if dtype == self.dtype:
             return
         for start in reversed(range(0, self.length, BLOCK_IDS)):
@@ -124,8 +121,8 @@ class IdStore:
 def look_up(ids, table, limit, folder):
     """Look each of `ids` (tokens,) up in `table`.
 
-    More than `limit` go to a file without a name in `folder`, which ends with the process. Raises OSError where that
-    cannot be written.
+    More than `limit` go to an unnamed file in `folder`, which vanishes with the process. Raises OSError if it cannot be
+    written.
     """
     if len(ids) <= limit:
         return table[ids]
@@ -135,15 +132,15 @@ def look_up(ids, table, limit, folder):
         return map_file(file, table.dtype, len(ids))
 
 
-def count_ids(ids, lengths, types):
-    """Count how often each of so many `types` is in each split; `ids` (tokens,) are those of splits of `lengths`.
+def count_ids(ids, lengths, ntoken):
+    """Count how often each of `ntoken` ids is in each split; returns (splits, V).
 
-    Returns (splits, types).
+    `ids` (tokens,) are those of the splits one after the other, which have these `lengths`.
     """
-    counts, start = numpy.zeros((len(lengths), types), numpy.int64), 0
+    counts, start = numpy.zeros((len(lengths), ntoken), numpy.int64), 0
     for row, length in zip(counts, lengths):
         for block in id_blocks(ids, start, start + length):
-            row += numpy.bincount(block, minlength=types)
+            row += numpy.bincount(block, minlength=ntoken)
         start += length
     return counts
 
@@ -210,7 +207,7 @@ def load_cache(path, key):
             return None
         return ids, lengths, words
     except (OSError, ValueError, LookupError, TypeError, RecursionError):
-        return None  # it will be made anew
+        return None  # the caller makes it again
 
 
 def check_ids(ids, about):

@@ -1,14 +1,14 @@
 """Hold a corpus: its vocabulary, and its splits laid out as batches.
 
-A corpus is a folder with train.txt, valid.txt and test.txt. Or it is a single text file, cut into these splits by
-`shares`. `text.py` says what a token is. A file named `level` in the folder says which level the folder is made for.
+A corpus is a folder with train.txt, valid.txt and test.txt, or a single text file, which `shares` cut into these
+splits. `text.py` says what a token is. A file named `level` in the folder says which level the folder is made for.
 
-The vocabulary is that of all three splits, numbered by first appearance, unless `vocabulary.Rules` choose another or
-the vocabulary of a model is given. Then what is not in it becomes <unk>.
+The vocabulary has all words of the three splits, numbered by first appearance. `vocabulary.Rules` may choose another,
+or that of a model is given. Then a token that is not in it becomes <unk>.
 
 A corpus of more than CACHE_TOKENS tokens is read once and kept (`corpus_cache.py`): beside a file as
 `.NAME.LEVEL.cache`, in a folder as `.LEVEL.cache`. Its ids are mapped from there. With another vocabulary they are
-mapped from a file without a name, which ends with the process.
+mapped from an unnamed file, which vanishes with the process.
 """
 
 import math
@@ -33,14 +33,14 @@ class Corpus:
 
     `train`, `valid` and `test` are tensors (tokens,) of integer ids.
 
-    - `level` None: the level that the folder says, else "word".
+    - `level`: None takes the level that the folder says, else "word".
     - `shares`: the parts of a single file that the splits get; two leave no test split.
     - `cache`: whether a cache may be written.
     - `rules`: how to choose the vocabulary.
     - `words`: a vocabulary to take as it is, that of a model.
     - `cache_error`: why there is no cache where there should be one.
     - `unknown`: how many tokens of each split are not in the vocabulary.
-    - `ends_unknown`: whether the ends of lines are among them, so are <unk>.
+    - `ends_unknown`: whether the ends of lines are among these, and so <unk>.
 
     Raises BadInput when a split is missing, empty or not text at that level.
     """
@@ -87,7 +87,7 @@ class Corpus:
         return loaded or read_and_keep(paths, self.level, math.inf, cached, self.checksum)
 
     def renumber(self, ids, table, folder):
-        """Look `ids` up in `table`, by way of a file in `folder` (None: in memory) where they are many."""
+        """Look `ids` up in `table`; many ids go to a file in `folder` (None: all stay in memory)."""
         try:
             return look_up(ids, table, math.inf if folder is None else CACHE_TOKENS, folder)
         except OSError as error:
@@ -122,7 +122,7 @@ class Corpus:
 def load_split(corpus, split, batch_size, device, rows=2):
     """Lay a split of `corpus` out as `utils.batchify` does.
 
-    Raises BadInput that names the split when it is too short, or has words that a model without <unk> does not know.
+    Raises BadInput when the split is too short, or has words that a model without <unk> does not know.
     """
     if split in corpus.first_unknown:
         raise BadInput(f"{corpus.path}, {split}: the model does not know {corpus.unknown[split]} of its tokens and has "
@@ -135,7 +135,7 @@ def load_split(corpus, split, batch_size, device, rows=2):
 
 
 def folder_level(path):
-    """Return the level that the file `level` of the folder `path` says, None where there is no such file."""
+    """Return the level in the file `level` of the folder `path`, or None if there is none; raises BadInput."""
     try:
         level = (Path(path) / "level").read_text(encoding="utf-8-sig", errors="replace").strip()
     except OSError:
@@ -152,7 +152,7 @@ def check_shares(path):
 
 
 def check_level(path, level, model):
-    """Raise BadInput when the folder `path` says another level than that of the model at `model`."""
+    """Raise BadInput when the folder `path` is made for another level than that of the model at `model`."""
     made_for = folder_level(path)
     if made_for not in (None, level):
         raise BadInput(f"{path} is made for --level {made_for}, and {model} is a model at {level} level; with --level "

@@ -37,7 +37,7 @@ def set_up_device(cuda, cuda_graphs=False):
 
 @cache
 def cpuinfo():
-    """Return what Linux says of the processor, elsewhere nothing."""
+    """Return the text of Linux's /proc/cpuinfo; "" on other systems."""
     try:
         with open("/proc/cpuinfo", encoding="utf-8") as file:
             return file.read()
@@ -65,9 +65,9 @@ def computes_in(precision, device):
 
 
 def lacks_memory(error):
-    """Return whether a RuntimeError of PyTorch says that there is no memory; others that speak of memory are bugs."""
-    told = ("out of memory", "allocate memory", "not enough memory", "ALLOC_FAILED")
-    return any(words in str(error) for words in told)
+    """Return whether a RuntimeError of PyTorch means out of memory; others that mention memory are bugs."""
+    phrases = ("out of memory", "allocate memory", "not enough memory", "ALLOC_FAILED")
+    return any(phrase in str(error) for phrase in phrases)
 
 
 def peak_memory(device="cpu"):
@@ -95,7 +95,7 @@ def peak_memory(device="cpu"):
 def use_onednn():
     """Let oneDNN compute the fp32 matrix products on the CPU, where that pays and is exact.
 
-    By default PyTorch uses MKL, which runs at half speed on processors of AMD. The one public way to oneDNN is the
+    By default PyTorch uses MKL, which runs at half speed on AMD processors. The one public way to oneDNN is the
     precision "medium". It allows bfloat16 but does not demand it.
     """
     if "AuthenticAMD" in cpuinfo():
@@ -123,7 +123,7 @@ def medium_is_exact():
 def keep_memory(freed=-1):
     """Let glibc keep `freed` bytes of freed memory (-1: all) for the next training step.
 
-    Other C libraries are left alone. By default glibc returns most of the memory to the system after each step. It then
+    Other C libraries are left alone. By default glibc returns most of the memory to the system after each step, then
     takes it back a page at a time, filled with zeros. That costs about a tenth of the step.
 
     Blocks of more than LARGEST_KEPT bytes still go back. Their sizes change with the length of the batch. Kept blocks
@@ -138,19 +138,19 @@ def keep_memory(freed=-1):
 
 
 def allow_tf32(on):
-    """Say whether a GPU may compute products of fp32 tensors in TF32.
+    """Set whether a GPU may compute products of fp32 tensors in TF32.
 
-    TF32 has 10 bits of mantissa instead of 23. By default PyTorch allows it to cuDNN, so to recurrent layers. It does
-    not allow it to matrix products.
+    TF32 has 10 bits of mantissa instead of 23. By default PyTorch allows it in cuDNN, so in recurrent layers, but not
+    in matrix products.
     """
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = on
 
 
 @contextmanager
 def tf32(on):
-    """Let a GPU compute products of fp32 tensors in TF32 inside `with tf32(on)`.
+    """Allow a GPU products of fp32 tensors in TF32 inside `with tf32(on)`, or forbid them if `on` is false.
 
-    If `on` is false, it does not. After the block TF32 is off.
+    After the block TF32 is off.
     """
     allow_tf32(on)
     try:

@@ -1,4 +1,4 @@
-"""Drop whole words from a batch, at every place where they stand (embedding dropout).
+"""Drop whole words from a batch, wherever they occur (embedding dropout).
 
 Paper: Merity, Keskar, Socher, "Regularizing and Optimizing LSTM Language Models" (arXiv 1708.02182), section 4.3. It
 follows Gal and Ghahramani (2016). Shapes are in the alphabet of `model.py`.
@@ -9,7 +9,7 @@ from torch.nn import functional
 
 from locked_dropout import dropout_mask
 
-UNSAFE = range(2017, 3073)  # tokens of one lookup whose gradient has a race on a GPU
+UNSAFE = range(2017, 3073)  # numbers of tokens whose lookup has a race in its gradient on a GPU
 
 
 def look_up(weight, tokens):
@@ -27,8 +27,8 @@ def look_up(weight, tokens):
 def embedded_dropout(weight, tokens, p, training=True):
     """Look up `tokens` (T, B) in `weight` (V, E), with rows dropped at rate `p`.
 
-    Returns (T, B, E). One mask (V, 1) is drawn for the whole vocabulary. It is applied only to the rows that were
-    looked up. Values and gradients are as if the matrix were masked first. No V x E product is needed.
+    Returns (T, B, E). One mask (V, 1) is drawn for the whole vocabulary, and applied only to the rows that were looked
+    up. Values and gradients are as if the matrix were masked first, without its V x E product.
     """
     embedded = look_up(weight, tokens)
     if not training or p == 0:

@@ -1,8 +1,8 @@
-"""Define the error for what a person handed over that cannot be used.
+"""Define the error for input that cannot be used: a flag, a file, a text.
 
-Imports nothing, so that scripts can have it before torch.
+Imports nothing, so that scripts can import it before torch.
 """
 
 
 class BadInput(ValueError):
-    """Say that something cannot be used; the message is one line that says what and why."""
+    """Report input that cannot be used; the message is one line that says what and why."""

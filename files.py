@@ -20,15 +20,15 @@ except ImportError:  # Windows
         import msvcrt
 
 PARTIAL = ".partial"  # ends the name of a file that is being written
-PATIENCE, PAUSE = 30, 0.2  # seconds that Windows is asked again whether a file can be replaced, and between two tries
+PATIENCE, PAUSE = 30, 0.2  # seconds: how long replacing a file is tried again on Windows, and between two tries
 
 
 @contextmanager
 def replacing(path, mode="wb", **how):
     """Write a file at `path` whole, or not at all if the block raises.
 
-    Use it as `with replacing(path) as file`. The file is written under another name in the same folder. It is flushed
-    to the disk, then renamed. A link stays a link.
+    Use it as `with replacing(path) as file`. The file is written under another name in the same folder, flushed to the
+    disk, then renamed. A link stays a link.
     """
     path = os.path.realpath(path)
     partial = partial_name(path)
@@ -47,15 +47,15 @@ def replacing(path, mode="wb", **how):
 
 
 def partial_name(path):
-    """Name the file that is written for `path`: at random, since in containers many processes have the same number."""
+    """Name the temporary file for `path`: at random, since in containers many processes have the same id."""
     return f"{path}.{secrets.token_hex(4)}{PARTIAL}"
 
 
 def rename(partial, path):
-    """Put the file `partial` at `path`, in place of what lies there.
+    """Rename the file `partial` to `path`, in place of what lies there.
 
-    On Windows that fails while another program has the old file open. OneDrive and virus scanners have it for a moment
-    whenever it was written, so there it is tried again.
+    On Windows this fails while another program has the old file open. OneDrive and virus scanners open a file for a
+    moment after each write, so it is tried again.
     """
     end = time.monotonic() + PATIENCE
     while True:
@@ -68,12 +68,12 @@ def rename(partial, path):
 
 
 def disk_error(error):
-    """Return the error of the disk behind what `torch.save` raised: PyTorch's own error hides it."""
+    """Return the disk's error behind an error of `torch.save`, which may hide it in one of PyTorch."""
     return error if isinstance(error, OSError) else error.__context__
 
 
 def remove_partial(*paths):
-    """Remove what processes that were killed had written of `paths`; other files with such an end are left alone."""
+    """Remove the unfinished files of `paths` that killed processes left; other files with this ending stay."""
     for path in paths:
         folder, name = os.path.split(os.path.realpath(path))
         with suppress(OSError):
@@ -94,7 +94,7 @@ def remove_unless_open(path):
 
 
 def copy_file(source, target):
-    """Copy a file so that all of it or nothing appears at `target`; raises BadInput when that cannot be done."""
+    """Copy a file to `target` whole or not at all; raises BadInput when it cannot be copied."""
     try:
         with open(source, "rb") as old, replacing(target) as new:
             shutil.copyfileobj(old, new)
@@ -103,9 +103,9 @@ def copy_file(source, target):
 
 
 def same_file(path, other):
-    """Return whether two paths lead to one place, whether a file is there or not.
+    """Return whether two paths lead to the same place; no file needs to be there.
 
-    Names that differ in case are one place where the disk finds the same file by both.
+    Names that differ only in case are the same place if the disk finds the same file by both.
     """
     path, other = os.path.realpath(path), os.path.realpath(other)
     if path.casefold() != other.casefold():
@@ -128,8 +128,8 @@ def check_writable(*paths):
 def try_to_write(path):
     """Raise OSError unless a file can be written at `path`.
 
-    Writes an empty one, of the longest name that `path` will have, and removes it. `tempfile` does not do: in a folder
-    where nobody may write it asks Windows for name after name, up to 2^31 (Python 3.10 to 3.13).
+    Writes an empty file, with the longest name that `path` will need, and removes it. `tempfile` is no substitute: in a
+    read-only folder on Windows it tries up to 2^31 names (Python 3.10 to 3.13).
     """
     partial = partial_name(path)
     open(partial, "xb").close()
@@ -138,23 +138,23 @@ def try_to_write(path):
 
 
 def nameless(folder):
-    """Open a file without a name in `folder`, which ends with the process; raises OSError where none can be written."""
+    """Open an unnamed file in `folder`, which vanishes with the process; raises OSError if it cannot be written."""
     try_to_write(os.path.join(folder, "ids"))
     return tempfile.TemporaryFile(dir=folder)
 
 
 # --- locks -----------------------------------------------------------------------------------------------------------
 
-FAR = 2**30  # a byte beyond what a lock file holds, so that others can read who has it
-TRIES = 100  # then the disk cannot tell which file lies at a name
+FAR = 2**30  # the byte locked on Windows: beyond the content, so that others can read who has the lock
+TRIES = 100  # after so many, the disk cannot tell which file lies at a name
 
 
 @contextmanager
 def locked(path, required=True):
-    """Keep `path` for this process inside `with locked(path)`; raises BadInput when another one has it.
+    """Lock `path` for this process inside `with locked(path)`; raises BadInput when another one has it.
 
     The lock is on a hidden file beside it that names the process. The system lifts it when the process ends, however
-    that happens. Where no file can be written there is no lock, which is BadInput if it is `required`.
+    that happens. If no file can be written there is no lock, which raises BadInput if it is `required`.
     """
     real = os.path.realpath(path)
     name = os.path.join(os.path.dirname(real), f".{os.path.basename(real)}.lock")
@@ -189,7 +189,7 @@ def locked(path, required=True):
 
 
 def take(file):
-    """Lock an open file, if no other process has; on a file system without locks nobody has."""
+    """Lock an open file; returns False when another process has it, True also on a file system without locks."""
     try:
         if fcntl:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -199,7 +199,7 @@ def take(file):
     except BlockingIOError:
         return False
     except OSError:
-        return fcntl is not None  # Windows says so in this way
+        return fcntl is not None  # Windows raises this where another process has the lock
     return True
 
 

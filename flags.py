@@ -12,7 +12,7 @@ AS_TRAINED = "as the model was trained"  # what help says of a flag that comes f
 
 
 class Parser(argparse.ArgumentParser):
-    """Parse flags, and raise BadInput for a flag that cannot be taken. Without a type of its own none may be empty."""
+    """Parse flags; raises BadInput for an invalid one, also for an empty value of a flag without a type."""
 
     def __init__(self, **options):
         super().__init__(**options)
@@ -55,7 +55,7 @@ def command_line(name, value):
 # --- types -----------------------------------------------------------------------------------------------------------
 
 def not_empty(text):
-    """Refuse what a shell makes of a variable that is not set."""
+    """Refuse an empty value, which a shell makes of an unset variable."""
     if not text:
         raise argparse.ArgumentTypeError("must not be empty")
     return text
@@ -81,7 +81,7 @@ def number(kind, low, below=math.inf, exclusive=False):
 
 
 NO_LIMIT = 8000  # epochs that nobody waits for: the default of --epochs
-LARGEST_INT, LARGEST_FLOAT = 2**31, 1e30  # times the length of a batch still a number, in int64 and in fp32
+LARGEST_INT, LARGEST_FLOAT = 2**31, 1e30  # times the length of a batch they still fit int64 and fp32
 positive_int, non_negative_int = number(int, 1, LARGEST_INT), number(int, 0, LARGEST_INT)
 positive_float = number(float, 0, LARGEST_FLOAT, exclusive=True)
 non_negative_float = number(float, 0, LARGEST_FLOAT)
@@ -94,7 +94,7 @@ CACHE_DEFAULTS = {"window": 3785, "theta": 0.6625523432485668, "lambdasm": 0.127
 
 
 class Shares(argparse.Action):
-    """Take two or three values."""
+    """Take a flag of two or three values."""
 
     def __call__(self, _parser, namespace, values, _option=None):
         if len(values) not in (2, 3):
@@ -111,7 +111,7 @@ def add_device_flags(parser):
 
 
 def add_data_flags(parser, trained=False, default="data/penn"):
-    """Add the flags that say what the text is; with `trained`, help says that they come from a model unless given."""
+    """Add the flags of the text; with `trained`, the help says that they come from a model unless given."""
     data, level, shares = [AS_TRAINED] * 3 if trained else [
         default or "none", "what the folder's file 'level' says, else word", "90 5 5"]
     parser.add_argument("--data", default=default, metavar="PATH",
@@ -138,7 +138,7 @@ def add_vocabulary_flags(group):
 def add_cache_flags(group, optional=False):
     """Add the flags of the neural cache, each with several values for a grid.
 
-    If it is `optional`, they are None where they are not given.
+    If `optional`, a flag that is not given is None.
     """
     for name, kind, metavar, what, off in (
             ("window", positive_int, "N", "words that the cache remembers", ""),
@@ -150,9 +150,9 @@ def add_cache_flags(group, optional=False):
 
 
 def add_training_flags(parser, max_bptt, plateau, save, lr="30", trained=False):
-    """Add the flags of training.
+    """Add the flags of training, which main.py and finetune.py share.
 
-    They are the same for main.py and finetune.py, except for words of help.
+    The other arguments are words of the help.
     """
     group = parser.add_argument_group("data")
     add_data_flags(group, trained)

@@ -36,7 +36,7 @@ def fill_mask(mask, p):
     """Fill `mask` with fresh values and return it.
 
     This is the one source of random masks, so another can replace it. Small masks draw as `Tensor.bernoulli_` does.
-    Large masks on the CPU use a faster source. So the same seed gives other values there.
+    Large masks on the CPU use a faster source, so there the same seed gives other values.
     """
     if mask.numel() >= MIN_MASK_VALUES and not mask.is_cuda:
         return fill_from_bits(mask, p)
@@ -50,8 +50,8 @@ def fill_from_bits(mask, p):
     1. Kept values are scaled by the rounded `p`.
     """
     seed = torch.randint(2**63 - 1, (2,)).tolist()
-    words = numpy.random.SFC64(seed).random_raw(-(-mask.numel() // 4))
-    bits = torch.from_numpy(words.view("int16"))[:mask.numel()].view(mask.shape)
+    raw = numpy.random.SFC64(seed).random_raw(-(-mask.numel() // 4))
+    bits = torch.from_numpy(raw.view("int16"))[:mask.numel()].view(mask.shape)
     kept = min(max(round((1 - p) * 2**16), 1), 2**16 - 1)
     return torch.lt(bits, kept - 2**15, out=mask).mul_(2**16 / kept)
 

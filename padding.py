@@ -1,7 +1,7 @@
 """Pad sizes to what a GPU multiplies fast, and copy weights there.
 
 The fast kernels of cuBLAS and cuDNN, and the wide loads of Triton, want rows that begin at multiples of 16 bytes. Sizes
-like 1150 units or 33,278 words miss them. So training on a GPU pads with zeros. The pads stay zero through an LSTM, a
+like 1150 units or 33,278 words miss them, so training on a GPU pads with zeros. The pads stay zero through an LSTM, a
 GRU and a QRNN, and so do their gradients. Parameters, masks, hidden states and checkpoints have no pads.
 
 Shapes are in the alphabet of `model.py`.
@@ -22,7 +22,7 @@ def padded_size(size):
 
 
 def pad(x, size):
-    """Fill the last dimension of `x` with zeros up to `size`."""
+    """Pad the last dimension of `x` with zeros to `size`."""
     return functional.pad(x, (0, size - x.size(-1))) if x.size(-1) < size else x
 
 
@@ -45,7 +45,7 @@ class GPULayer:
     """Mark a recurrent layer that trains on a GPU with `PaddedWeights`.
 
     There, its `forward` takes the mask of weight drop as its last argument. PyTorch's own pass of an LSTM or GRU moves
-    the parameters into one buffer whenever one of them was exchanged, and weight drop exchanges one in every pass. With
+    the parameters into one buffer whenever one of them was replaced. Weight drop replaces one in every pass. With
     copies no parameter moves. A CUDA graph needs that, since it goes on using the old addresses.
     """
 
@@ -55,7 +55,7 @@ class GPULayer:
 
 
 class PaddedWeights(torch.autograd.Function):
-    """Copy the weights of a layer into one buffer. Each is masked, cast and padded on the way.
+    """Copy the weights of a layer into one buffer, each masked, cast and padded on the way.
 
     Takes:
 

@@ -60,7 +60,7 @@ def transposed(matrix):
     """Copy the transpose of `matrix` to a `padded` matrix.
 
     The copy is several times as fast as `matrix.t().contiguous()`. It is for products like grad.t() @ x, whose left
-    factor oneDNN would transpose. They are nearly twice as fast with it, the copy included.
+    factor oneDNN would transpose: they are nearly twice as fast, the copy included.
     """
     result = padded(matrix, *matrix.shape[::-1], matrix.dtype)
     for source, target in zip(matrix.split(BAND), result.split(BAND, 1)):
@@ -92,9 +92,9 @@ class Linear(torch.autograd.Function):
 
 
 def packs_fp32():
-    """Return whether `Packed` packs in fp32: with MKL, on a processor of Intel.
+    """Return whether `Packed` packs in fp32: with MKL, on an Intel processor.
 
-    On a processor of AMD, packing makes the LSTM's pass slower than PyTorch's.
+    On an AMD processor packing makes the LSTM's pass slower than PyTorch's.
     """
     return torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available() and "GenuineIntel" in cpuinfo()
 
@@ -111,8 +111,8 @@ class Packed:
     reads it. Without it both reorder the weight at every product. A product of few rows then takes more than one and a
     half times as long. Packing takes as long as several products.
 
-    PyTorch's own compiler packs by these functions. There are no public ones. Where they do not fit the machine or the
-    dtype, this is the plain product.
+    PyTorch's own compiler packs by these functions. There are no public ones. Where packing does not fit the machine or
+    the dtype, the plain product is computed.
     """
 
     def __init__(self, weight, rows=1):
@@ -142,8 +142,8 @@ class Packed:
 class PackedLinear:
     """Compute `functional.linear` without gradient, by packed bfloat16 copies of `weight` and `bias`.
 
-    It is about twice as fast on a CPU for a single token. That holds against fp32 and against bfloat16 in the usual
-    order. The copies have the values as they are now. They take half the memory of the weights.
+    On a CPU it is about twice as fast for a single token as fp32, and as bfloat16 in the usual order. The copies have
+    the values as they are now. They take half the memory of the weights.
     """
 
     def __init__(self, weight, bias):

@@ -36,7 +36,7 @@ SIGNATURES = (  # how a file begins, what it then is, and what to do
 def decode_prompt(text):
     """Decode a prompt, of the command line or bytes, as UTF-8, whatever the locale is.
 
-    A byte order mark at its beginning is left out, as it is of a corpus. Raises BadInput when it is not UTF-8.
+    A byte order mark at its beginning is left out, as in a corpus. Raises BadInput when it is not UTF-8.
     """
     try:
         return prompt_bytes(text).decode("utf-8-sig")
@@ -60,7 +60,7 @@ def tokenize(text, level):
     *ended, last = split_lines(decode_prompt(text))
     for line in ended:
         line = line.split() if level == "word" else list(line)
-        tokens += line if line[-1:] == ["<eos>"] else [*line, "<eos>"]  # our own text spells it out
+        tokens += line if line[-1:] == ["<eos>"] else [*line, "<eos>"]  # text that this toolkit wrote spells it out
     return tokens + (last.split() if level == "word" else list(last))
 
 
@@ -199,7 +199,7 @@ def decode(block, path, number):
 
 
 def check_head(path):
-    """Raise BadInput when a file begins as no UTF-8 text does, with many zero bytes among the first."""
+    """Raise BadInput when many of the first bytes of a file are 0, as in no UTF-8 text."""
     with open(path, "rb") as file:
         head = file.read(4096)
     if head.count(0) * 10 > len(head):
@@ -214,7 +214,7 @@ def not_text(path, where=""):
 
 
 def archive_or_utf16(head):
-    """Say what bytes are that begin with `head` and are not UTF-8, and what to do; None where that does not show."""
+    """Recognise an archive or UTF-16 by its first bytes; returns what it is and what to do, or None."""
     for start, what, remedy in SIGNATURES:
         if head.startswith(start):
             return f"is {what}, not UTF-8 text: {remedy}"
@@ -222,10 +222,7 @@ def archive_or_utf16(head):
 
 
 def read_symbols(path, level, numbering):
-    """Yield arrays (n,) of the ids of a text's characters or bytes.
-
-    The mapping `numbering` gives the ids.
-    """
+    """Yield arrays (n,) of the ids of a text's characters or bytes; the mapping `numbering` gives the ids."""
     if level == "byte":
         how, dtype, spell = {"mode": "rb"}, numpy.uint8, str
     else:

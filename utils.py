@@ -1,4 +1,4 @@
-"""Batches out of a stream of token ids, and hidden states.
+"""Cut a stream of token ids into batches, and handle hidden states.
 
 Shapes are in the alphabet of `model.py`.
 """
@@ -17,8 +17,8 @@ def batchify(ids, batch_size, device="cpu", rows=2):
                                                      c g k
                                                      d h l     (m, the remainder, is left out)
 
-    Returns (N, B), N = len(ids) // B. Columns are independent for the model. So it cannot learn how e follows d: the
-    price of the parallel batch. Raises BadInput when there are fewer than `rows` rows, too few to predict anything.
+    Returns (N, B), N = len(ids) // B. The model takes columns as independent, so it cannot learn that e follows d. This
+    is the price of the parallel batch. Raises BadInput when there are fewer than `rows` rows.
     """
     length = len(ids) // batch_size
     if length < rows:
@@ -56,6 +56,6 @@ def map_hidden(function, hidden):
 def repackage_hidden(hidden):
     """Cut a hidden state off from its history.
 
-    Backpropagation does not go into the history, and memory need not keep it.
+    Backpropagation stops there, and the history need not stay in memory.
     """
     return map_hidden(lambda part: part.detach().clone(), hidden)

@@ -11,7 +11,7 @@ import torch
 from errors import BadInput
 
 UNKNOWN, END = "<unk>", "<eos>"
-BEGINS = (END, "xxbos")  # what comes before a text: the first of these that a vocabulary has; xxbos is fastai's
+BEGINS = (END, "xxbos")  # what comes before a text: the first of these in the vocabulary; xxbos is fastai's
 ALWAYS = (UNKNOWN, END)  # in every vocabulary that is chosen
 
 
@@ -26,11 +26,11 @@ class Dictionary:
         return len(self.idx2word)
 
     def start_id(self):
-        """Return the id of what comes before a text; that of the first word where nothing does."""
+        """Return the id of what comes before a text, or 0 if the vocabulary has no such word."""
         return next((self.word2idx[word] for word in BEGINS if word in self.word2idx), 0)
 
     def encode(self, tokens, where):
-        """Return the ids of `tokens`, and for each whether it is unknown and so taken as <unk>.
+        """Return the ids of `tokens`, and for each whether it is unknown and so becomes <unk>.
 
         Raises BadInput, which begins with `where`, for an unknown token when there is no <unk>.
         """
@@ -61,7 +61,7 @@ class Rules:
         return self.restrict() or self.order != "appearance"
 
     def check(self, level):
-        """Raise BadInput when there is a choice at a `level` that has none."""
+        """Raise BadInput when these rules choose at a `level` whose vocabulary is fixed."""
         if level == "byte" and self.choose():
             raise BadInput("--min-count, --max-vocab and --vocab-order are for words and characters")
 
@@ -101,8 +101,8 @@ def id_table(tokens, words):
 def carry_rows(weights, words, new_words):
     """Carry the weights of a model from the vocabulary `words` to `new_words`.
 
-    Rows of embedding, softmax and its bias follow their words. A new word begins with the mean row, as in
-    fastai's code of ULMFiT (Howard and Ruder, arXiv 1801.06146). Returns a state dict.
+    Rows of embedding, softmax and its bias follow their words. A new word begins with the mean row, as in fastai's code
+    of ULMFiT (Howard and Ruder, arXiv 1801.06146). Returns a state dict.
     """
     known = Dictionary(words).word2idx
     sources = torch.tensor([known.get(word, len(words)) for word in new_words])

@@ -1,7 +1,7 @@
 """Drop weights (DropConnect) of any module, black-box cuDNN recurrences included.
 
 The mask is elementwise Bernoulli on the hidden-to-hidden matrix, rescaled by 1/(1 - p). It is drawn once per forward
-pass. So it is the same at every time step.
+pass, so it is the same at every time step.
 
 Paper: Merity, Keskar, Socher, "Regularizing and Optimizing LSTM Language Models" (arXiv 1708.02182), section 2.
 """
@@ -15,8 +15,8 @@ from padding import GPULayer
 def weight_drop(module, name, p, *inputs):
     """Run `module(*inputs)` with its parameter `name` dropped at rate `p`, in training mode only.
 
-    The parameter itself is neither changed nor renamed. The pass sees `parameter * mask`. Autograd carries the gradient
-    through that product. So it reaches the parameter only where the mask kept it.
+    The parameter itself is neither changed nor renamed. The pass sees `parameter * mask`. The gradient goes through
+    that product, so it reaches the parameter only where the mask kept it.
 
     On a GPU the layers of this project multiply by the mask themselves, while they copy their weights. Elsewhere
     `functional_call` puts the parameter back even when the pass raises. An assignment to the module would not.
