@@ -40,9 +40,9 @@ def cache_logprob(similarities, same, first, window, theta):
 class Cache:
     """Remember the outputs of a text and the words that followed, and mix a model with them.
 
-    It does so for all combinations of `windows`, `thetas` and `lambdasms`, the shares of the cache in the mixture. A
-    cache joins once more than its window of predictions lie behind. Until then the model stands alone. The published
-    numbers were made that way.
+    All combinations of `windows`, `thetas` and `lambdasms` are computed, the last being shares of the cache in the
+    mixture. A cache joins after more predictions than its window has. Until then the model stands alone, as for the
+    published numbers.
     """
 
     def __init__(self, windows, thetas, lambdasms):
@@ -53,8 +53,8 @@ class Cache:
     def mix(self, outputs, targets, logprob):
         """Mix the model's log-probabilities `logprob` (t,), nats, of `targets` (t,) after `outputs` (t, H).
 
-        Returns those of (1 - lambdasm) * model + lambdasm * cache, (windows, thetas, lambdasms, t). The text goes on
-        from what was mixed before.
+        Returns those of (1 - lambdasm) * model + lambdasm * cache, (windows, thetas, lambdasms, t). Each call goes on
+        where the last one ended.
         """
         longest = max(self.windows)
         keys = outputs if self.keys is None else torch.cat([self.keys, outputs])
@@ -83,8 +83,8 @@ class Cache:
 def mixture_losses(chunks, windows, thetas, lambdasms):
     """Compute the mean cross entropy of a model with a Cache over `chunks`.
 
-    Each of `chunks` is what `pointer.scored_chunks` yields. It may come from a model that changes in between. Returns
-    nats per token for all combinations, a tensor (windows, thetas, lambdasms).
+    Each of `chunks` is what `pointer.scored_chunks` yields. The model may change between them. Returns nats per token
+    for all combinations, a tensor (windows, thetas, lambdasms).
     """
     cache, total = Cache(windows, thetas, lambdasms), 0.0
     for outputs, targets, logprob in chunks:

@@ -1,6 +1,6 @@
-"""Measure the gradients of a model over its training text, and keep what was measured beside the checkpoint.
+"""Measure the root mean square of gradients over the training text, and keep it beside the checkpoint.
 
-The RMS rule of dynamic evaluation divides by these figures (arXiv 1709.07432, section 4). Shapes are in the alphabet of
+The RMS rule of dynamic evaluation divides by it (arXiv 1709.07432, section 4). Shapes are in the alphabet of
 `model.py`.
 """
 
@@ -46,10 +46,10 @@ def gradient_rms(model, source, bptt, max_batches=0):
 
 
 def gradient_statistics(model, corpus, checksum, args, device):
-    """Return `gradient_rms` over the training text, from the file beside the checkpoint where that has it.
+    """Return `gradient_rms` over the training text, from the file beside the checkpoint if it is there.
 
-    Else the file is written, so that later settings find it. It holds one set of statistics, the last one. `checksum`
-    is that of the checkpoint.
+    Otherwise it is computed and the file written. The file holds one set of statistics, the last one. `checksum` is
+    that of the checkpoint.
     """
     path = run_files.statistics_path(args.save)
     key = {"checkpoint": checksum, "text": corpus.checksum, "level": corpus.level,
@@ -73,10 +73,7 @@ def gradient_statistics(model, corpus, checksum, args, device):
 
 
 def load_statistics(path, key, model, device):
-    """Load the statistics that were kept under `key`.
-
-    Returns None when there are none, when they are damaged or of another key: then they have to be computed.
-    """
+    """Load the statistics that were kept under `key`; returns None when they are missing, damaged or of another key."""
     try:
         with zipfile.ZipFile(path) as archive:
             if archive.testzip():  # compares checksums; PyTorch would load wrong values silently

@@ -9,8 +9,8 @@ A graph holds the addresses that it was captured with. This has three consequenc
 - Parameters must not move, and in training none does (`padding.GPULayer`).
 - Gradients are zeroed where they lie.
 
-Random numbers are drawn anew in every replay. Optimizer, clipping and the look at the loss stay outside. They change
-with the optimizer and the learning rate. The graphs do not.
+Random numbers are drawn anew in every replay. Clipping, the optimizer and the check of the loss stay outside, so a
+graph serves any optimizer and learning rate.
 """
 
 import torch
@@ -21,7 +21,7 @@ from utils import map_hidden
 class CudaGraphs:
     """Run and capture functions on the GPU, on one stream, with one memory pool for all graphs.
 
-    One graph may write where another left its result. So a result has to be copied before the next replay.
+    One graph may write where another left its result, so a result has to be copied before the next replay.
     """
 
     def __init__(self):
@@ -39,9 +39,9 @@ class CudaGraphs:
         return result
 
     def capture(self, function):
-        """Capture `function`.
+        """Capture `function` as a graph.
 
-        Returns a function that replays it, and its result. Each replay writes the result anew.
+        Returns a function that replays it, and its result, which each replay overwrites.
         """
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self.pool, stream=self.stream):
@@ -52,8 +52,8 @@ class CudaGraphs:
 class GraphedPass:
     """Run forward and backward of one model in training mode as replays of CUDA graphs.
 
-    `function(model, tokens, targets, hidden)` is `steps.forward_backward`. It is bound to its settings, with
-    keep_grads=True. `backend` (default: `CudaGraphs`) runs and captures.
+    `function(model, tokens, targets, hidden)` is `steps.forward_backward` bound to its settings, with keep_grads=True.
+    `backend` (default: `CudaGraphs`) runs and captures.
 
     The first batch of each length runs eagerly as warm-up. The second is captured. Later ones are replayed. The warm-up
     compiles and loads what the length needs, which a capture does not allow. Lengths that come once cost no graph.

@@ -42,7 +42,7 @@ def make_layer(model, input_size, hidden_size, first):
 
 
 def layer_sizes(emsize, nhid, nlayers, tied):
-    """Return the sizes of the layers' inputs and of the last one's output: E, H, ..., H, and E when tied or H."""
+    """Return the L + 1 sizes between the layers: E, H, ..., H, and at the end E when tied, else H."""
     return [emsize] + [nhid] * (nlayers - 1) + [emsize if tied else nhid]
 
 
@@ -124,8 +124,8 @@ class RNNModel(nn.Module):
     def pack(self):
         """Pack copies of the weights, so that a trained model samples text faster on a CPU.
 
-        This concerns single steps and `logprob`, both without gradient. They then multiply in bfloat16
-        (`products.PackedLinear`). The copies are of the weights as they are now. Nothing unpacks them.
+        Single steps and `logprob`, without gradient, then multiply in bfloat16 (`products.PackedLinear`). The copies
+        are of the weights as they are now. Nothing unpacks them.
         """
         for rnn in self.rnns:
             rnn.pack()
@@ -135,7 +135,7 @@ class RNNModel(nn.Module):
         """Run `tokens` (T, B) from `hidden`.
 
         Returns the output, the new hidden state, and the raw output. Both outputs (T, B, E or H) are those of the last
-        layer. The first is dropped, the raw one is not.
+        layer: the first with dropout, the raw one without.
 
         Masks are drawn in this order: embedding rows, input, then each layer's weight and output. The rate of a layer's
         output is `dropouth`. After the last layer it is `dropout`.

@@ -10,10 +10,10 @@ from torch.nn.utils import clip_grads_with_norm_
 
 
 class ASGD(torch.optim.ASGD):
-    """Do on a GPU what PyTorch's ASGD does with lambd = 0, in a third of its passes over memory.
+    """Compute PyTorch's ASGD with lambd = 0 on a GPU, in a third of its passes over memory.
 
-    Step, rate and weight of the average lie on the CPU, as tensors with the rounding of PyTorch's. So no step waits for
-    the GPU. All parameters have made equally many steps.
+    Step, rate and weight of the average lie on the CPU, as tensors that round as PyTorch's do, so no step waits for the
+    GPU. All parameters have made equally many steps.
     """
 
     @torch.no_grad()
@@ -37,7 +37,7 @@ class ASGD(torch.optim.ASGD):
                 state["eta"].fill_(group["lr"])
                 state["mu"].fill_(1 / max(1, state["step"].item() - group["t0"]))
 
-    def __setstate__(self, state):  # by load_state_dict, and where another process takes the optimizer over
+    def __setstate__(self, state):  # called by load_state_dict and by unpickling in another process
         super().__setstate__(state)
         for values in self.state.values():
             values.update({name: values[name].cpu() for name in ("step", "eta", "mu")})
@@ -84,7 +84,7 @@ def is_averaging(optimizer):
 
 @contextmanager
 def restored_weights(parameters):
-    """Yield copies of the `parameters`, and put their values back in the end, also when the block raises."""
+    """Yield copies of the `parameters`, and restore their values at the end, also when the block raises."""
     parameters = list(parameters)
     copies = [parameter.detach().clone() for parameter in parameters]
     try:
@@ -96,9 +96,10 @@ def restored_weights(parameters):
 
 @contextmanager
 def averaged_weights(optimizer):
-    """Let the parameters hold their ASGD averages inside `with averaged_weights(optimizer)`.
+    """Swap in the ASGD averages of the parameters inside `with averaged_weights(optimizer)`.
 
-    Afterwards they hold their own values again, also when the block raises. Under another optimizer nothing changes.
+    Afterwards the parameters have their own values again, also when the block raises. Under another optimizer nothing
+    changes.
     """
     averages = {}
     if is_averaging(optimizer):
@@ -113,8 +114,8 @@ def at_plateau(history, nonmono):
     """Return whether training has stopped getting better: the non-monotonic trigger.
 
     `history` are the validation losses. The last is compared with those at least `nonmono` + 1 epochs older. It is a
-    plateau when the last is worse than the best of these, also where an epoch in between was better than all. The
-    authors corrected Algorithm 1 of 1708.02182 to this in their code.
+    plateau when the last is worse than the best of these, even if an epoch in between was better. The authors corrected
+    Algorithm 1 of 1708.02182 to this in their code.
     """
     earlier = history[:-1]
     return len(earlier) > nonmono and history[-1] > min(earlier[:len(earlier) - nonmono])

@@ -40,14 +40,14 @@ class FoPool(torch.autograd.Function):
     - The state c_{-1} (B, H).
     - `zoneout_mask` (T, B, H), factors of f, or None.
 
-    Returns the output h (T, B, H) and the last c (B, H). The linear map may have a shorter dtype. All else has that of
-    c.
+    Returns the output h (T, B, H) and the last c (B, H). All else has the dtype of c; the linear map
+    may have a shorter one.
 
     A loop of one operation a step is exact in every dtype. Cumulative sums of log(1 - f) need no loop, but overflow.
     """
 
-    # Time steps worked on together, so that each operation finds its data in the cache: STEPS of them, or, if that is
-    # more, as many as have VALUES values.
+    # Time steps worked on together, so that each operation finds its data in the cache: STEPS, or if that is more, as
+    # many as have VALUES values.
     STEPS, VALUES = 4, 2**16
 
     @staticmethod
@@ -164,8 +164,8 @@ if triton is not None:
 class TritonFoPool(torch.autograd.Function):
     """Compute what `FoPool` does on a GPU, in one kernel for all time steps, forward and backward.
 
-    A program has BLOCK units of one column of the batch. The gates are computed again in the backward pass. So only the
-    linear map and the states are kept.
+    A program has BLOCK units of one column of the batch. The backward pass computes the gates again, so only the linear
+    map and the states are kept.
     """
 
     BLOCK, WARPS = 128, 2  # two values a thread: enough bytes for an asynchronous copy in bfloat16 too

@@ -1,11 +1,9 @@
-"""Define the LSTM and GRU layers: PyTorch's, with passes of their own.
-
-They replace PyTorch's passes where those are slow or do not fit.
+"""Define the LSTM and GRU layers: PyTorch's, with passes of their own where PyTorch's are slow or do not fit.
 
 `LSTMFunction` trains an LSTM on a CPU. In fp32 it does so only where the layer is large. On a CPU with AMX it is more
-than twice as fast as PyTorch's pass in bfloat16. In fp32 it is about a tenth faster. The input's product is one matrix
-product for many steps. So are the gradients of the weights. The hidden-to-hidden weight is packed once a pass
-(`products.Packed`), since the loop multiplies by it at each step.
+than twice as fast as PyTorch's pass in bfloat16. In fp32 it is about a tenth faster. The products of the input
+and the gradients of the weights are each one matrix product for many steps. The hidden-to-hidden weight is packed once
+a pass (`products.Packed`), since the loop multiplies by it at each step.
 
 `cudnn_pass` trains both layers on a GPU with copies of their weights (`padding.PaddedWeights`).
 
@@ -36,20 +34,17 @@ class LSTMFunction(torch.autograd.Function):
 
     Returns the outputs (T, B, H) and the last c (B, H).
 
-    Products and their factors have the dtype that autocast says. That includes the gradients of the gates. Gates and
-    cell have the dtype of `c`. So have the gradients carried through time.
+    Products and their factors have the dtype that autocast says, also the gradients of the gates. Gates, cell, and the
+    gradients carried through time have the dtype of `c`.
     """
 
-    # Rows (T x B) of a product that need not wait for the step before, or a little more. It is as fast as one product
-    # of the whole sequence. In bfloat16 its result is small enough for `device.keep_memory`.
+    # Rows (T x B), or a little more, of a product that need not wait for the step before. Such a product is as fast as
+    # one of the whole sequence. In bfloat16 its result is small enough for `device.keep_memory`.
     ROWS_PER_PRODUCT = 2048
 
     @staticmethod
     def blocks(steps, batch_size):
-        """Cut `steps` time steps into slices of ROWS_PER_PRODUCT rows or a little more.
-
-        The last slice has what is left.
-        """
+        """Cut `steps` time steps into slices of ROWS_PER_PRODUCT rows or a little more; the last has the rest."""
         return blocks(steps, -(-LSTMFunction.ROWS_PER_PRODUCT // batch_size))
 
     @staticmethod
@@ -120,9 +115,10 @@ class LSTMFunction(torch.autograd.Function):
 
 
 def cudnn_pass(function, rnn, x, hidden, mask=None):
-    """Train `rnn` over x (T, B, E) from `hidden` by `function`, torch.lstm or torch.gru, with `PaddedWeights`.
+    """Run `rnn` in training on a GPU over x (T, B, E) from `hidden`, with `PaddedWeights`.
 
-    `mask` has factors of W_hh, or is None. Returns what `function` does, in the dtype of the copies.
+    `function` is torch.lstm or torch.gru. `mask` has factors of W_hh, or is None. Returns what `function` does, in the
+    dtype of the copies.
     """
     dtype, size, gates = gpu_dtype(x), rnn.hidden_size, len(rnn.bias_hh_l0) // rnn.hidden_size
     with torch.autocast(x.device.type, enabled=False):
@@ -212,8 +208,8 @@ class LSTM(GPULayer, nn.LSTM):
     def step(self, x, h, c):
         """Compute one step without gradient, for x (1, B, E) and h, c (1, B, H).
 
-        Returns the output and the new (h, c). It takes less than half the time of PyTorch's pass. That pass first
-        brings the weights into another order.
+        Returns the output and the new (h, c). It takes less than half the time of PyTorch's pass, which first brings
+        the weights into another order.
         """
         if self.packed:
             gates = self.packed(torch.cat([x, h], -1))

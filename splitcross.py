@@ -25,14 +25,14 @@ from torch.nn import functional
 from padding import gpu_dtype, pad, padded_size, unpad
 from products import PackedLinear, for_products
 
-MIN_LOGITS = 2**20  # N x V from which on a loss in blocks pays; smaller ones stay in the cache anyway
+MIN_LOGITS = 2**20  # N x V from which on a loss in blocks pays; fewer logits stay in the cache anyway
 MAX_LOGITS = 2**22  # of a block without gradient on a CPU: 16 MiB in fp32
 
 
 def splits_for(ntoken):
-    """Return where the papers' recipes cut a vocabulary of `ntoken` words.
+    """Return the ids at which the papers' recipes split a vocabulary of `ntoken` words.
 
-    Returns [] up to 75,000 words.
+    The list is empty up to 75,000 words.
     """
     if ntoken > 500_000:
         return [4200, 35_000, 180_000]
@@ -47,8 +47,8 @@ class SoftmaxLoss(torch.autograd.Function):
     Takes `hidden` (N, E or H), `weight` (V, E or H), `bias` (V) and `targets` (N,). Products have the dtype that
     autocast says. The loss has that of `bias`.
 
-    It works on a block of rows at a time. So no N x V matrix is written to memory and read again. In bfloat16 there is
-    no fp32 matrix of ROWS x V either. It takes about two thirds of the time of `cross_entropy` on a CPU.
+    It works on a block of rows at a time, so no N x V matrix is written to memory and read again. In bfloat16 there is
+    no fp32 matrix of ROWS x V either. On a CPU it takes about two thirds of the time of `cross_entropy`.
     """
 
     ROWS = 480  # of a block; its logits in bfloat16 are small enough for `device.keep_memory` up to V = 34,000
@@ -120,7 +120,7 @@ class GPUSoftmaxLoss(SoftmaxLoss):
 def linear_logprob(weight, bias, hidden, targets):
     """Compute the log-probability (N,), in nats, of `targets` (N,) after `hidden` (N, E or H), by one softmax.
 
-    Without gradient, a CPU takes a block of rows at a time. That needs less memory, and in a long chunk less time.
+    Without gradient, a CPU takes a block of rows at a time. This needs less memory, and in a long chunk less time.
     """
     blocks = 1 if hidden.is_cuda or torch.is_grad_enabled() else 1 + len(hidden) * len(weight) // MAX_LOGITS
     losses = [functional.cross_entropy(functional.linear(rows, weight, bias), row_targets, reduction="none")
@@ -140,9 +140,9 @@ def padded_matrix(matrix, rows, columns, dtype):
 class SplitCrossEntropy(nn.Module):
     """Compute loss and log-probabilities over V = `ntoken` words from vectors of `hidden_size` (E or H).
 
-    `splits` are the ids at which head and tails end, rising. A split at or past the last word makes no tail. The
-    tombstone of tail i, counted from 1, is the i-th column from the right of the head. Tombstones have vectors and
-    biases of their own. These are `tail_vectors` (tails, E or H) and `tail_bias` (tails,). They begin at 0.
+    `splits` are the rising ids at which the tails begin. A split at or past the last word makes no tail. The tombstone
+    of tail i, counted from 1, is the i-th column from the right of the head. Tombstones have vectors and biases of
+    their own, `tail_vectors` (tails, E or H) and `tail_bias` (tails,), which begin at 0.
     """
 
     packed = None
@@ -175,8 +175,7 @@ class SplitCrossEntropy(nn.Module):
     def target_logprob(self, weight, bias, hidden, targets):
         """Compute the log-probability (...), in nats, of each of `targets` (...) after `hidden` (..., E or H).
 
-        With splits the head takes memory for all targets. Each tail takes it only for its own targets. So it is less
-        than for all V words.
+        With splits the head takes memory for all targets, each tail only for its own, less than all V words would take.
         """
         shape, hidden, targets = targets.shape, hidden.flatten(0, -2), targets.flatten()
         if len(self.sizes) == 1:

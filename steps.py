@@ -1,4 +1,4 @@
-"""Do one step of training, and evaluate.
+"""Take a step of training, and evaluate a model.
 
 Paper: "Regularizing and Optimizing LSTM Language Models" (arXiv 1708.02182), sections 4.1 (variable-length BPTT) and
 4.6 (AR and TAR). Shapes are in the alphabet of `model.py`.
@@ -129,9 +129,9 @@ def choose_pass(model, precision, alpha, beta, cuda_graphs=False, backend=None):
 def evaluate(model, source, bptt):
     """Compute the cross entropy over `source` (N, B), in nats per predicted token.
 
-    The hidden state is carried along, from chunk to chunk of `bptt` rows. On a GPU chunks are as long as MAX_VALUES
-    allows, if that is longer, and the CPU waits once, at the end. The widest activation has as many columns as the
-    longest parameter has rows: the logits, or with few words the gates of a layer.
+    The hidden state is carried along, from chunk to chunk of `bptt` rows. On a GPU chunks are longer if MAX_VALUES
+    allows, and the CPU waits once, at the end. The widest activation has as many columns as the longest parameter has
+    rows: the logits, or with few words the gates of a layer.
 
     No loss of a chunk is kept as a tensor of its own. It would leave a gap in the heap, too small for the next logits.
     """
