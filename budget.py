@@ -15,17 +15,17 @@ from steps import evaluate
 WARM_UP = 0.02     # the share of a run in which the learning rate rises
 SLOW_START = 0.02  # the share of a run in which its speed is not measured
 PLAN_AFTER = 0.02  # the share of a run after which its speed is known
-SPARE = 1.05       # epochs that may fit into the time, for each that fits at the speed so far
+SPARE = 1.05       # epochs that are taken to fit, for each that fits at the speed so far
 MOST_SCORING = 0.75  # the share of the time that validation and test may need
-PIECES = 4         # of --bptt rows: what an evaluation is timed on
+PIECES = 4         # of --bptt rows: so many time an evaluation
 
 
 class Budget:
-    """Hold the time of a run: `minutes` in all (None: no limit), of which `spent` seconds went in earlier parts.
+    """Keep a run within `minutes` (None: no limit), of which earlier parts of it have taken `spent` seconds.
 
-    The clock of this part began when the script did, in a notebook when its `main` did. The run ends after `epochs`
-    too, at once if they are 0. The learning rate falls to the end that comes first. What the last validation and the
-    test take (`valid_seconds`, `test_seconds`) is no time to train.
+    The clock of this part began with the script, in a notebook with its `main`. The run also ends after `epochs`, at
+    once if they are 0. The learning rate falls to the end that comes first. The time of the last validation and the
+    test (`valid_seconds`, `test_seconds`) is not for training.
     """
 
     def __init__(self, minutes=None, spent=0.0, epochs=NO_LIMIT):
@@ -35,11 +35,11 @@ class Budget:
         self.rises_from = 0.0 if spent else None  # the fraction at the first batch
         self.valid_seconds = self.test_seconds = 0.0
         self.first = None         # the fraction after the first batch
-        self.trained_from = None  # (fraction, seconds, epochs) from which on the speed is measured
+        self.trained_from = None  # (fraction, seconds, epochs) from where the speed is measured
         self.planned = None       # epochs
 
     def spent(self):
-        """Return the seconds that went by, those of earlier parts included."""
+        """Return the seconds that the run has taken, its earlier parts included."""
         return time.monotonic() - self.began
 
     def minutes_left(self):
@@ -50,14 +50,14 @@ class Budget:
         return f" | {self.minutes_left():.1f} minutes left" if self.limit < math.inf else ""
 
     def training_seconds(self):
-        """Return the seconds that there are to train."""
+        """Return the seconds of the whole run that are for training."""
         return max(self.limit - self.valid_seconds - self.test_seconds, 1e-9)
 
     def seconds_left(self):
         return max(0.0, self.training_seconds() - self.spent())
 
     def fraction(self, epochs):
-        """Return how much of the training is done, from 0 to 1, after `epochs` epochs and the time that went by.
+        """Return the share of the training that is done, from 0 to 1: that of the time, or of `epochs` if it is larger.
 
         A run without a limit stays at 0.
         """
@@ -79,10 +79,10 @@ class Budget:
         return min((done - self.rises_from) / WARM_UP, 1 - done)
 
     def time_scoring(self, model, batches, bptt):
-        """Estimate what validation and test take, from a few pieces of each.
+        """Estimate the seconds of validation and test, from a few pieces of each.
 
-        Raises BadInput when they leave a new run no time to train, or its start has left none. One that goes on has
-        something to validate and to test.
+        Raises BadInput when they, or the start, leave a new run no time to train. A run that goes on is not refused: it
+        has something to validate and to test.
         """
         if self.limit == math.inf:
             return
@@ -98,9 +98,9 @@ class Budget:
                            f"validation and test take about {scoring:.0f} s")
 
     def plan(self, epochs):
-        """Plan the epochs from the speed so far, once that is known.
+        """Plan the number of epochs from the speed so far, once that is known.
 
-        `epochs` are done. Returns a line for the log, or None when there is nothing to say.
+        `epochs` are those done. Returns a line for the log, or None before there is a plan and after it was returned.
         """
         if self.limit == math.inf or self.planned is not None:
             return None
@@ -120,25 +120,25 @@ class Budget:
                 f"{self.valid_seconds + self.test_seconds:.0f} s for the last validation and the test")
 
     def speed(self, epochs):
-        """Return the epochs a second so far, validation aside."""
+        """Return the epochs per second so far, without validation."""
         _, seconds, before = self.trained_from
         return (epochs - before) / max(self.spent() - seconds, 1e-9)  # some clocks tick rarely
 
     def epochs_left(self, epochs):
-        """Return the epochs that may fit into the time left; infinitely many before the plan."""
+        """Return the epochs that may fit into the time left; infinity before there is a plan."""
         if self.planned is None:
             return math.inf
         return SPARE * self.speed(epochs) * self.seconds_left()
 
     def note_validation(self, seconds):
-        """Take note of what validation took. As to the speed of training it is as if no time had gone by."""
+        """Note the time of a validation, and leave it out of the speed of training."""
         self.valid_seconds = seconds
         if self.trained_from is not None:
             done, began, epochs = self.trained_from
             self.trained_from = done, began + seconds, epochs
 
     def describe_end(self, epochs):
-        """Say how many epochs there were, beside the plan; None for a run without a limit."""
+        """Format how many epochs there were, and how many were planned; None for a run without a limit."""
         if self.limit == math.inf:
             return None
         planned = f" of {self.planned:.2f} planned" if self.planned is not None else ""
@@ -152,7 +152,7 @@ def scoring_seconds(model, source, bptt):
     if source is None:
         return 0.0
     piece = source[:PIECES * bptt + 1]
-    evaluate(model, piece[:bptt + 1], bptt)  # what is slow only once
+    evaluate(model, piece[:bptt + 1], bptt)  # warm-up
     start = time.perf_counter()
     evaluate(model, piece, bptt)
     return (time.perf_counter() - start) * (len(source) - 1) / (len(piece) - 1)

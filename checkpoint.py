@@ -1,7 +1,7 @@
 """Write and read a checkpoint, safely and whole.
 
-A checkpoint is a plain dict of tensors and plain values. It is read with `weights_only=True`. So a stranger's file
-cannot run code. Its keys:
+A checkpoint is a dict of tensors and plain values. It is read with `weights_only=True`, so a stranger's file cannot
+run code. Its keys:
 
     format, version    "awd-lstm" and the number of the layout described here
     flags              the command line that trained the model, by flag name
@@ -48,7 +48,7 @@ CONTENT = {"flags": dict, "vocabulary": list, "model": dict, "loss": float, "epo
 def save(path, model, flags, vocabulary, loss, epoch, stage="train", state=None):
     """Write a checkpoint to `path`.
 
-    At every instant either the old file or the whole new one lies there. Raises BadInput when the disk is full or the
+    At any moment the old file or the whole new one lies there. Raises BadInput when the disk is full or the
     folder is gone.
     """
     content = {"format": FORMAT, "version": VERSION, "flags": flags, "vocabulary": vocabulary,
@@ -98,13 +98,13 @@ def load(path, device="cpu"):
 
 
 def is_cut(path):
-    """Return whether a file begins as a checkpoint does, and does not end so."""
+    """Return whether a file begins like a checkpoint but does not end like one."""
     with open(path, "rb") as file:
         return file.read(4) == b"PK\x03\x04" and not zipfile.is_zipfile(path)
 
 
 def is_plain(value):
-    """Return whether a value, or each of a list of them, is one that a flag may have."""
+    """Return whether a flag can have this value: a number, a str, None, or a list of these."""
     values = value if isinstance(value, list) else [value]
     return all(part is None or isinstance(part, (str, int, float)) for part in values)
 
@@ -121,7 +121,10 @@ def check_tokens(content, path):
 
 
 def load_model(path, device="cpu"):
-    """Read the checkpoint of a trained model; raises BadInput for one to resume from, whose weights are no averages."""
+    """Read the checkpoint of a trained model.
+
+    Raises BadInput for a state to resume from, whose weights are not averaged.
+    """
     content = load(path, device)
     if "state" in content:
         raise BadInput(f"{path}: that is the state to resume from; the model is {best_path(path)}")
@@ -163,7 +166,7 @@ def restore_model(content, path, flags=None, device="cpu"):
 def carry_vocabulary(content, path, words):
     """Return the checkpoint `content` with its model carried to the vocabulary `words`.
 
-    The tombstones of a split softmax stay where it is cut at the same places; else they begin anew.
+    The tombstones of a split softmax are kept if it is split at the same ids; otherwise they begin at 0.
     """
     flags = content["flags"]
     check_weights(content, path, flags)
@@ -178,8 +181,8 @@ def carry_vocabulary(content, path, words):
 def merge_flags(parse, argv, content, path, names, fixed=FIXED):
     """Merge the command line with the flags saved in the checkpoint `content`; the command line wins.
 
-    `parse` reads `argv` (None: sys.argv). Flags in `names` that are not given come from the checkpoint. A flag that is
-    younger than the checkpoint has its default.
+    `parse` reads `argv` (None: sys.argv). Flags in `names` that are not given come from the checkpoint, or have their
+    default if it is older than the flag.
 
     Returns the flags and the changes. Changes are what the command line changes in `names`, as {name: (saved, given)}.
 
@@ -210,16 +213,13 @@ def merge_flags(parse, argv, content, path, names, fixed=FIXED):
 
 
 def check_data(content, path, data):
-    """Raise BadInput when the text that the checkpoint names is not here, and no other was given."""
+    """Raise BadInput when the text that the checkpoint names is missing, and no other was given."""
     if data == content["flags"].get("data") and not os.path.exists(data):
         raise BadInput(f"{path} was trained on {data}, which is not here; --data names it, or another text")
 
 
 def restore_optimizer(optimizer, state):
-    """Load `state` into a fresh optimizer.
-
-    Raises ValueError, or what PyTorch raises, unless it fits.
-    """
+    """Load `state` into a fresh optimizer; raises ValueError, or what PyTorch raises, unless it fits."""
     def types():
         return [{name: type(value) for name, value in group.items()} for group in optimizer.param_groups]
 

@@ -1,12 +1,12 @@
-"""Train one model in several processes, which share the columns of the batch: PyTorch's torchrun starts them.
+"""Train one model in several processes of PyTorch's torchrun, which share the columns of the batch.
 
     torchrun --nproc_per_node=2 main.py --data data/penn --save PTB.pt
 
 Rank 0 reads the flags, makes or resumes the run and hands it to the others. It alone logs, writes and tests. Every
-process draws the masks and lengths of the whole batch, from generators in the same state, and takes its columns of
-them. Loss and gradients are means over columns, so their weighted sums over the processes are those of one process.
+process draws the masks and lengths of the whole batch, from generators in the same state, and takes its columns. Loss
+and gradients are means over columns, so their weighted sums over the processes are those of one process.
 
-In a process that was started otherwise, each function gives back what it is given. Shapes are in the alphabet of
+In a process that torchrun did not start, each function returns what it is given. Shapes are in the alphabet of
 `model.py`.
 """
 
@@ -36,17 +36,17 @@ from run_files import last_path
 from utils import map_hidden
 
 TIMEOUT = timedelta(minutes=10)  # that a process waits for the others in one operation
-POLL = 0.1  # seconds between looks for what may take any time
+POLL = 0.1  # seconds between looks at the store, while waiting for what may take any time
 GONE = 1  # exit status of a process that has lost another
 
-group = None  # this process among those of torchrun; None: it is alone
+group = None  # the Group of this process; None without torchrun
 
 
 class Group:
-    """Connect this process to the others of torchrun, and take part in what they do together.
+    """Connect this process to the others of torchrun, and communicate with them.
 
-    `job` is torchrun's store of keys, which outlives a restart of the processes. `store` is of the present start. This
-    process is `rank`, from 0, of `size`. Tensors on the CPU travel by gloo, those on a GPU by NCCL.
+    `job` is torchrun's key-value store, which outlives a restart of the processes. `store` has the keys of this start.
+    This process is `rank`, from 0, of `size`. Tensors on the CPU travel by gloo, those on a GPU by NCCL.
     """
 
     def __init__(self):
@@ -74,27 +74,27 @@ class Group:
             progress.hidden = map_hidden(lambda part: part[:, self.columns].clone(), progress.hidden)
 
     def part(self, columns):
-        """Return which of so many columns are those of this process: a slice.
+        """Return the slice of so many `columns` that belongs to this process.
 
-        The first ranks have one more where `size` does not divide them, and the last none where there are too few.
+        The first ranks have one more if `size` does not divide them. The last have none if there are too few.
         """
         each, more = divmod(columns, self.size)
         start = self.rank * each + min(self.rank, more)
         return slice(start, start + each + (self.rank < more))
 
-    def reduce(self, tensor, how=None):
-        """Sum `tensor` over the processes, or reduce it as `how` says, where it lies."""
+    def reduce(self, tensor, op=None):
+        """Reduce `tensor` over the processes in place, by `op` (None: the sum), and return it."""
         with self.exchanging():
-            dist.all_reduce(tensor, dist.ReduceOp.SUM if how is None else how)
+            dist.all_reduce(tensor, dist.ReduceOp.SUM if op is None else op)
         return tensor
 
     def of_first(self, number):
-        """Return the number that rank 0 has."""
+        """Return the `number` of rank 0, in every process."""
         return self.reduce(torch.tensor(0.0 if self.rank else number, dtype=torch.float64)).item()
 
     @contextmanager
     def exchanging(self):
-        """End this process, with a line from the first that notices, when another one has gone."""
+        """End this process when another one goes inside `with exchanging()`; the first that notices prints a line."""
         try:
             yield
         except RuntimeError as error:
@@ -117,9 +117,9 @@ class Group:
             return status
 
     def wait(self, key):
-        """Wait until `key` is in the store, for as long as the store is there; returns its number.
+        """Wait until `key` is in the store; returns its number.
 
-        Ends this process when another one has ended with an error.
+        Ends this process when another one has ended with an error. Raises RuntimeError when the store has gone.
         """
         while not self.store.check([key]):
             if self.store.check(["ended"]):
@@ -128,7 +128,7 @@ class Group:
         return int(self.store.get(key))
 
     def end(self, status):
-        """Wait until rank 0 has done what it does alone."""
+        """Wait until rank 0 has finished the work that it does alone, and leave the group."""
         with self.exchanging():
             if self.rank == 0:
                 self.store.set("ended", str(status))
@@ -139,9 +139,9 @@ class Group:
 # --- the command -----------------------------------------------------------------------------------------------------
 
 def in_group(main, train):
-    """Return `main` as each process of torchrun runs it: rank 0 calls it, the others `train` the run it hands over.
+    """Return `main` for processes of torchrun: rank 0 calls it, the others `train` the run that it hands over.
 
-    One process prints the line of what goes wrong, and all exit with its status.
+    Of an error one process prints the line, and all exit with its status.
     """
     if not (dist.is_available() and dist.is_torchelastic_launched()):  # some builds of PyTorch are for one process
         return main
@@ -165,7 +165,7 @@ def in_group(main, train):
 
 
 def check_flags(args):
-    """Raise BadInput for flags that several processes cannot do."""
+    """Raise BadInput for flags that do not go with several processes."""
     if group and group.size > 1 and args.cuda_graphs:
         raise BadInput(f"--cuda-graphs: in one process, not in {group.size}")
     if group and int(os.environ["TORCHELASTIC_MAX_RESTARTS"]) and not (args.save or args.resume):
@@ -186,7 +186,7 @@ def after_restart(argv, save, stage):
 
 
 def hand_over(run):
-    """Give the run that rank 0 has made to the others, without the text, which they read themselves. Returns it."""
+    """Send the run that rank 0 has made to the others, and return it; they read the text themselves."""
     if group is None:
         return run
     check_columns(run.args.batch_size)
@@ -202,9 +202,9 @@ def hand_over(run):
 
 
 def take_over():
-    """Take the run that rank 0 hands over, when it is ready, and read its text.
+    """Receive the run that rank 0 hands over, and read its text.
 
-    Raises BadInput when the text here is another one, or there is no GPU for this process.
+    Raises BadInput when the text here is another one, or this process has no GPU.
     """
     with group.exchanging():
         content = torch.empty(group.wait("bytes"), dtype=torch.uint8)
@@ -255,7 +255,7 @@ def format_speed(tokens, seconds):
 
 
 def my_columns(source):
-    """Return the columns of `source` (N, B) that are those of this process."""
+    """Return the columns of `source` (N, B) that belong to this process."""
     return source if group is None else source[:, group.part(source.size(1))]
 
 
@@ -278,7 +278,7 @@ def note_saved():
 
 
 def agree(stop, *asked):
-    """Return the largest of each of these whole numbers over the processes.
+    """Return the maximum of each of these integers over the processes.
 
     `stop` is the signal that asks this process to stop, 0 if none. It is SIGTERM when torchrun has gone.
     """
@@ -290,7 +290,7 @@ def agree(stop, *asked):
 
 
 def evaluate(model, source, bptt):
-    """Compute what `steps.evaluate` does, each process over its columns of `source` (N, B)."""
+    """Evaluate as `steps.evaluate` does, each process on its columns of `source` (N, B)."""
     if group is None:
         return steps.evaluate(model, source, bptt)
     mine = my_columns(source)
@@ -301,7 +301,7 @@ def evaluate(model, source, bptt):
 def summed(forward_backward):
     """Return `forward_backward` over all columns: gradients, loss and norm are those of the whole batch.
 
-    One tensor carries all gradients, and the loss, through one all-reduce. Afterwards the gradients are parts of it.
+    One tensor carries all gradients and the loss through one all-reduce. Afterwards the gradients are views of it.
     """
     if group is None:
         return forward_backward

@@ -30,14 +30,11 @@ from errors import BadInput
 from files import check_writable
 from flags import NO_LIMIT
 
-NAMED = 10  # lines of a file that are none of a record: so many are named
+NAMED = 10  # bad lines of a file that a message names at most
 
 
 def loss_metrics(loss):
-    """Express a loss in nats per token as the field reads it.
-
-    Returns the loss, the perplexity e^loss and bits per character.
-    """
+    """Convert a loss in nats per token; returns it with the perplexity e^loss and bits per character."""
     return {"loss": loss, "ppl": math.inf if loss >= 700 else math.exp(loss), "bpc": loss / math.log(2)}
 
 
@@ -51,8 +48,8 @@ def format_loss(name, loss):
 class Log:
     """Print the lines of a run, above the progress bar where there is one.
 
-    A line that cannot be written (a full disk, a reader that has gone) interrupts nothing: `error` says so, training
-    stops at the next batch with its state written, and `check` raises in the end.
+    A line that cannot be written (a full disk, a reader that has gone) interrupts nothing. `error` keeps what happened.
+    Training then stops at the next batch with its state written, and `check` raises at the end.
     """
 
     def __init__(self):
@@ -68,7 +65,7 @@ class Log:
             self.error = error
 
     def check(self):
-        """Raise what kept a line from being written, as BadInput unless a reader has gone; then begin anew."""
+        """Raise the error that kept a line from being written, as BadInput unless a reader has gone, and forget it."""
         error, self.error = self.error, None
         if isinstance(error, BrokenPipeError):
             raise error
@@ -80,16 +77,13 @@ log = Log()
 
 
 def progress_bar(total, done, unit, description):
-    """Make a progress bar from `done` to `total`.
-
-    It is silent where the output is no terminal.
-    """
+    """Make a progress bar from `done` to `total`, which is silent where the output is no terminal."""
     shown = sys.stdout is not None and sys.stdout.isatty()
     return tqdm(total=total, initial=done, unit=unit, desc=description, leave=False, file=sys.stdout, disable=not shown)
 
 
 def advance(bar, rows, loss, minutes_left=math.inf):
-    """Move a progress bar on by `rows`, and show the mean loss so far, and the minutes left if there is an end."""
+    """Advance a progress bar by `rows`; show the mean `loss` so far, and `minutes_left` if they are limited."""
     if not bar.disable:
         left = f", {minutes_left:.1f} minutes left" if minutes_left < math.inf else ""
         bar.set_postfix_str(f"loss {loss:.2f}{left}", refresh=False)
@@ -97,10 +91,9 @@ def advance(bar, rows, loss, minutes_left=math.inf):
 
 
 def format_end(seconds, epochs, limit):
-    """Format when a run will end, as one more column of a log line.
+    """Format the estimated end of a run as one more column of a log line; "" without a limit or after the last epoch.
 
-    The guess is that each epoch up to `limit` takes what the first `epochs` took on average, `seconds` in all. There is
-    no column when no limit was set, or after the last epoch.
+    Each epoch up to `limit` is taken to need what the first `epochs` needed on average, `seconds` in all.
     """
     end = time.time() + seconds / epochs * (limit - epochs)
     if limit >= NO_LIMIT or epochs >= limit or end >= 2**32:
@@ -120,7 +113,7 @@ def import_writer():
 
 
 def check_board(folder, dry_run=False):
-    """Raise BadInput unless figures can go to `folder` (None: they go nowhere). A dry run makes no folder."""
+    """Raise BadInput unless TensorBoard can write to `folder` (None: it is not used); a dry run makes no folder."""
     if folder is None:
         return
     import_writer()
@@ -135,8 +128,8 @@ def check_board(folder, dry_run=False):
 class Board:
     """Send the figures of metrics lines to TensorBoard, in a folder for each stage.
 
-    The step of each figure is the number of tokens trained. A run that goes on, or begins anew, takes back what was
-    sent beyond its `step`.
+    The step of each figure is the number of tokens trained. A run that goes on, or begins anew, removes what was sent
+    beyond its `step`.
     """
 
     def __init__(self, folder, stage, step):
@@ -168,10 +161,11 @@ def open_board(folder, stage, step):
 # --- the file --------------------------------------------------------------------------------------------------------
 
 class Metrics:
-    """Add lines to the metrics file at `path`. A last line without its end, left by a crash or an editor, gets one.
+    """Append lines to the metrics file at `path`.
 
-    Given `keep`, the file is cut to so many bytes first: a run that is resumed at `stage` writes again what came after
-    them. Nothing is cut where lines of another run or of a score would be lost, or a line would be cut in two.
+    A last line without a line end, left by a crash or an editor, gets one. Given `keep`, the file is first cut to so
+    many bytes: a run that is resumed at `stage` writes the rest again. Nothing is cut where lines of another run or of
+    a score would be lost, or a line would be cut in two.
     """
 
     OF_A_RUN = ("batch", "epoch", "switch", "decay", "test")  # kinds that are written again when a run goes on
@@ -225,7 +219,7 @@ def read_at(file, place, count):
 
 
 def parse_lines(lines):
-    """Parse the lines of a metrics file, bytes; returns the records, and the numbers of lines that are none, from 1."""
+    """Parse the lines of a metrics file, bytes; returns the records, and the numbers of bad lines, from 1."""
     records, bad = [], []
     for number, line in enumerate(lines, 1):
         try:
@@ -239,7 +233,7 @@ def parse_lines(lines):
 
 
 def read_metrics(path):
-    """Read the records of a metrics file; lines that are none are skipped and named on stderr.
+    """Read the records of a metrics file; bad lines are skipped and named on stderr.
 
     Raises BadInput when there is no such file.
     """
@@ -255,7 +249,7 @@ def read_metrics(path):
 
 
 def git_commit(digits=40):
-    """Return the commit that runs, with "-dirty" where files differ; None outside of a checkout, or without git."""
+    """Return the commit that runs, with "-dirty" if files differ; None outside of a checkout, or without git."""
     try:
         result = subprocess.run(["git", "describe", "--always", "--dirty", f"--abbrev={digits}", "--exclude=*"],
                                 cwd=Path(__file__).parent, capture_output=True, check=True)

@@ -1,4 +1,7 @@
-"""Begin and end a script: streams, signals, exit status. Needs no torch, so that it can come first."""
+"""Begin and end a script: streams, signals, exit status.
+
+Needs no torch, so that it can be imported first.
+"""
 
 import builtins
 import os
@@ -12,14 +15,15 @@ from errors import BadInput
 
 INTERRUPTED = 130  # exit status after Ctrl-C, 128 + SIGINT, as shells have it
 BROKEN_PIPE = 141  # 128 + SIGPIPE
-began = None  # when the script did, by the monotonic clock; in a notebook when its `main` did
+began = None  # when the script began, by the monotonic clock; in a notebook, when its `main` did
 STOP, SAVE = ("SIGINT", "SIGTERM", "SIGHUP"), ("SIGUSR1",)  # not every system has all of them
 
 
 def begin(alone=True):
-    """Prepare a script before torch is imported, which takes seconds: Ctrl-C is one line, SIGUSR1 ends nothing.
+    """Prepare a script before torch is imported, which takes seconds.
 
-    A script that runs `alone` ends here when torchrun has started it in several processes.
+    Ctrl-C prints one line. SIGUSR1 is ignored. A script that runs `alone` ends here when torchrun has started it in
+    several processes.
     """
     global began
     if hasattr(builtins, "__IPYTHON__"):  # %run in a notebook, whose process began before and is not to end
@@ -36,7 +40,7 @@ def begin(alone=True):
 
 @contextmanager
 def timed():
-    """Count the time of --minutes from here on where no script has begun: in a notebook, or a program's call."""
+    """Start the clock of --minutes unless a script has: in a notebook, or when a program calls `main`."""
     global began
     if began is not None:
         yield
@@ -54,7 +58,7 @@ def refuse_torchrun():
         tell(f"{sys.argv[0]}: error: torchrun: this script runs in one process, with python; main.py and finetune.py "
              "run in several")
     else:
-        time.sleep(10)  # torchrun ends all when the first has ended, which has a line to print
+        time.sleep(10)  # torchrun ends all processes when the first has ended: let rank 0 print
     sys.exit(2)
 
 
@@ -113,7 +117,7 @@ def flush(stream):
 
 
 def abandon(stream):
-    """Send what a stream still holds nowhere, if it cannot be written, so that the end of the process does not fail."""
+    """Discard what a stream still holds if it cannot be written, so that the end of the process does not fail."""
     try:
         flush(stream)
     except (BadInput, BrokenPipeError):
@@ -121,7 +125,7 @@ def abandon(stream):
 
 
 class StopSignals:
-    """Let the code go on to where it can stop or save, inside `with StopSignals() as signals`.
+    """Turn signals into requests that code looks at, inside `with StopSignals() as signals`.
 
     SIGINT, SIGTERM and SIGHUP set `signals.stop` to their number, SIGUSR1 sets `signals.save`. A second signal to stop
     ends the process at once. A signal to stop that is ignored stays so (nohup). Outside of the main thread, and for

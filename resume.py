@@ -15,15 +15,15 @@ from optimizers import at_plateau, make_optimizer
 from run import Progress, Run, open_batches, open_corpus
 from utils import map_hidden
 
-# They belong to the command, not to the run.
+# Flags of the command, not of the run.
 NOT_RESUMED = {"save", "resume", "cuda", "cuda_graphs", "tensorboard", "dry_run", "overwrite"}
 
 
 def resume(parse, argv, stage, device):
     """Restore the run that the flag `--resume` names, and return it as a Run.
 
-    `parse` reads the flags from `argv`. They win over the run's own. Raises BadInput when there is no such state, or
-    a flag or the corpus contradicts it.
+    `parse` reads the flags from `argv`, which win over those of the run. Raises BadInput when there is no such state,
+    or a flag or the corpus contradicts it.
     """
     args = parse(argv)
     best = Path(run_files.follow(run_files.best_path(args.resume)))
@@ -49,14 +49,14 @@ def resume(parse, argv, stage, device):
         raise BadInput(f"{path}: damaged checkpoint: its state cannot be restored") from error
     if progress.row and "batch_size" in changed:
         raise BadInput(f"--batch_size cannot change in the middle of an epoch, which is where {path} stopped")
-    progress.skipped = progress.skipped * columns // args.batch_size  # rows of now
+    progress.skipped = progress.skipped * columns // args.batch_size  # in rows of the new batch size
     for group in optimizer.param_groups:
         group["weight_decay"] = args.wdecay
         if "lr" in changed:
             group["lr"] = args.lr
     best_stage = None
     if progress.best_loss < math.inf:
-        best_stage = checkpoint.load(best)["stage"]  # it will be needed in the end
+        best_stage = checkpoint.load(best)["stage"]  # read now, since the end of the run needs it
     if not args.dry_run:
         if stage == "train":
             to_come = [epoch for epoch in args.when if epoch > progress.epoch]
@@ -115,7 +115,7 @@ def check_corpus(state, path, corpus, given, saved):
 
 
 def carry_on(path, best, save, stage, best_stage):
-    """Copy what the run has at `best` to where it goes on, at `save`: model, state (at `path`) and record.
+    """Copy a run from `best` to `save`, where it goes on: model, state (at `path`) and record.
 
     Training that goes on after fine-tuning in place takes the untuned model back. The tuned one is kept. `best_stage`
     is the stage of the best model, None when there is no model yet.
@@ -124,7 +124,7 @@ def carry_on(path, best, save, stage, best_stage):
     if from_untuned:
         checkpoint.load(untuned)  # raises before anything is removed or written
     if not same_file(best, save):
-        run_files.remove_run(save)  # which may be overwritten
+        run_files.remove_run(save)  # `resume` has checked that it may be overwritten
         for old, new in ((path, run_files.last_path(save, stage)),
                          (run_files.metrics_path(best), run_files.metrics_path(save))):
             if old.exists():
@@ -151,7 +151,7 @@ def keep_tuned(best):
 
 
 def restore_progress(values, hidden):
-    """Make Progress of its saved values.
+    """Build Progress from its saved values.
 
     Raises TypeError or ValueError unless they have the types of a fresh Progress, and the hidden state the form of
     `hidden`.

@@ -1,4 +1,4 @@
-"""Hold what a run of training is: its flags, its text, its model, its optimizer, and how far it has come.
+"""Hold a run of training: flags, text, model, optimizer, and how far it has come.
 
 Shapes are in the alphabet of `model.py`.
 """
@@ -20,10 +20,10 @@ from splitcross import splits_for
 from steps import MIN_SEQ_LEN
 from vocabulary import Rules
 
-SHORT = 8  # a --bptt below which batches may be several times as long, with as much larger a learning rate
+SHORT = 8  # a --bptt below which batches may be several times as long, and their learning rate as much larger
 
-# With --minutes, of validation and test: rows that a column should have, so that its beginning without a hidden state
-# counts for little, and columns beyond which a batch is no faster.
+# With --minutes, in validation and test: the fewest rows of a column, so that its start without a hidden state counts
+# for little, and the most columns, beyond which a batch is no faster.
 MIN_ROWS, MOST_COLUMNS = 10_000, 100
 
 Batches = namedtuple("Batches", "train valid test")  # the splits, each (N, B); test None where there is none
@@ -101,14 +101,14 @@ class Run:
     budget: Budget = field(default_factory=Budget)  # of time
 
     def epochs(self):
-        """Return the epochs trained, with the part that is done of one that has begun, less what was left out."""
+        """Return the epochs trained, with the fraction of one that has begun, less the rows that were left out."""
         progress = self.progress
         rows = len(self.batches.train) - 1
         part = (min(progress.row, rows) - progress.skipped) / rows
         return progress.epoch + part if part else progress.epoch
 
     def set_budget(self):
-        """Begin, or go on, to count the time of --minutes; raises BadInput when they leave none to train."""
+        """Start the Budget of --minutes, or go on with it; raises BadInput when it leaves no time to train."""
         self.budget = Budget(self.args.minutes, self.progress.spent, self.args.epochs)
         self.budget.time_scoring(self.model, self.batches, self.args.bptt)
 
@@ -119,7 +119,7 @@ class Run:
 
 
 def remarks(args):
-    """Yield a line on each of the flags `args` that does not do what one may expect."""
+    """Yield a line for the log about each flag in `args` whose effect may surprise."""
     if args.bptt < SHORT:
         yield (f"--bptt {args.bptt}: as in the original a batch has {MIN_SEQ_LEN} time steps or more, and the learning "
                f"rate is scaled by steps / bptt: up to {(args.bptt + 20) / args.bptt:.0f} times")
@@ -129,9 +129,9 @@ def remarks(args):
 
 
 def open_corpus(args, words=None):
-    """Read the corpus that the flags say.
+    """Read the corpus that the flags name.
 
-    `words` is the vocabulary of a model, to take as it is. Sets `args.level` to what the corpus has, so that it travels
+    `words` is the vocabulary of a model, to take as it is. Sets `args.level` to that of the corpus, so that it travels
     with the model. Raises BadInput when a split is missing or malformed.
     """
     rules = Rules(args.min_count, args.max_vocab, args.vocab_order)

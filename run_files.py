@@ -1,4 +1,4 @@
-"""Name the files of a run, and keep runs from each other's files.
+"""Name the files of a run, and protect them from other runs.
 
 A run keeps the best model at `--save`, the state to resume from beside it, one for each stage, and the metrics.
 """
@@ -42,7 +42,7 @@ def old_last_paths(path):
 
 
 def follow(path):
-    """Return where a link leads, so that a run has one name whatever it is called by; else the path as it is."""
+    """Resolve a link, so that a run has one name whatever it is called by; other paths stay as they are."""
     return os.path.realpath(path) if path and os.path.islink(path) else path
 
 
@@ -60,7 +60,7 @@ def best_path(path):
 
 
 def untuned_path(path):
-    """Return where the model is kept that fine-tuning in place began with."""
+    """Return where fine-tuning in place keeps the model that it began with."""
     return beside(path, "untuned")
 
 
@@ -75,7 +75,7 @@ def statistics_path(path):
 
 
 def finetuned_path(path, number=1):
-    """Return where a model fine-tuned in place is kept when training goes on from the untuned one, the n-th time."""
+    """Return where a fine-tuned model is kept when training goes on from the untuned one, the `number`-th time."""
     return beside(path, "finetuned" if number == 1 else f"finetuned{number}")
 
 
@@ -92,9 +92,9 @@ def files_of_run(path, stage="train"):
 
 @contextmanager
 def claimed(save, stage="train", dry_run=False):
-    """Keep the files of a run for this process inside `with claimed(save)`.
+    """Lock the files of a run for this process inside `with claimed(save)`.
 
-    Raises BadInput when another process has them, or they cannot be written, or are those of another run.
+    Raises BadInput when another process has them, they cannot be written, or they belong to another run.
     """
     if dry_run:
         yield
@@ -106,13 +106,13 @@ def claimed(save, stage="train", dry_run=False):
 
 
 def all_files(save):
-    """Return the paths of all that a run may leave at `save`."""
+    """Return the paths of all files that a run may leave at `save`, the model first."""
     states = [last_path(save, stage) for stage in STATES]
     return Path(save), *states, metrics_path(save), untuned_path(save), statistics_path(save)
 
 
 def check_free(save, overwrite=False):
-    """Raise BadInput when a run or a model lies at `save`, unless it may be overwritten; other files never are."""
+    """Raise BadInput when a run, a model or another file lies at `save`; with `overwrite` only for another file."""
     if os.path.exists(save) and not is_checkpoint(save):
         raise BadInput(f"--save {save}: what lies there is no model")
     if overwrite:
@@ -128,7 +128,7 @@ def check_free(save, overwrite=False):
 def check_copies(save, epochs, overwrite=False):
     """Raise BadInput when a model lies where a copy of the one at `save` is kept after one of `epochs`.
 
-    It may be overwritten where that is asked for. Other files never are.
+    With `overwrite` a model may lie there, but no other file.
     """
     for epoch in epochs:
         copy = epoch_path(save, epoch)
@@ -139,8 +139,9 @@ def check_copies(save, epochs, overwrite=False):
 
 
 def remove_run(save, keep_model=False):
-    """Remove what a run left at `save`, but the model where another is about to take its place."""
-    for path in all_files(save)[keep_model:]:
+    """Remove the files of the run at `save`; with `keep_model` the model stays."""
+    model, *others = all_files(save)
+    for path in others if keep_model else [model, *others]:
         path.unlink(missing_ok=True)
 
 

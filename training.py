@@ -70,7 +70,7 @@ def poll_requests(run, signals, due=False):
 def is_finished(run):
     """Return whether the epochs or the minutes are over, or fine-tuning has come to a plateau.
 
-    Batches that were trained before a stop are validated first, though resuming has taken the rest of the minutes.
+    Batches that were trained before a stop are validated, even if resuming has taken the rest of the minutes.
     """
     progress = run.progress
     plateau = run.stage == "finetune" and at_plateau(progress.history, run.args.nonmono)
@@ -80,9 +80,9 @@ def is_finished(run):
 
 
 def is_due(run):
-    """Return whether the state is to be saved after an epoch: always on a CPU, on a GPU if the last is old enough.
+    """Return whether to save the state after an epoch: always on a CPU, on a GPU if the last save is old enough.
 
-    There an epoch may take seconds, saving a tenth of that. After the first one there is a model, so also a state.
+    On a GPU an epoch may take seconds, and saving a tenth of that. The first epoch leaves a model, so also a state.
     """
     is_old = time.monotonic() >= run.saved_at + GPU_SAVE_SECONDS
     return is_old or run.progress.epoch <= 1 or not run.batches.train.is_cuda
@@ -98,7 +98,7 @@ def begin(run):
     set_pass(run)
     run.saved_at = time.monotonic()
     if run.stage == "finetune" and not resumed:
-        save_state(run)  # from the start there is one to resume from, as there is a model
+        save_state(run)  # there is a model already, so also a state to resume from
 
 
 def set_pass(run):
@@ -120,7 +120,7 @@ def open_record(run, resumed):
     if run.stage == "finetune" and not resumed:
         run.metrics.write("loaded", **loss_metrics(progress.best_loss))
     log(f"{run.stage}: {' '.join(f'{name}={value}' for name, value in vars(args).items())}")
-    processes = ", {processes} processes".format_map(description) if "processes" in description else ""
+    processes = f", {description['processes']} processes" if "processes" in description else ""
     log(f"model: {args.model}, {model.parameter_count():,} parameters, on {description['device']}{processes}")
     for line in remarks(args):
         log(line)
@@ -188,7 +188,7 @@ def train_batches(run):
 
 @contextmanager
 def explained(run, words):
-    """Turn what can go wrong on the batch `words` (T, B) into BadInput.
+    """Turn a loss that is not finite, or a lack of memory, on the batch `words` (T, B) into BadInput.
 
     The message says where it happened and what may help.
     """
@@ -231,8 +231,8 @@ def log_batch(run, rows, loss, seconds, scale):
 def end_epoch(run):
     """Validate, keep the model if it is the best so far, and turn to the next epoch.
 
-    Where the time ended within an epoch, the run stays in it. With more minutes it can go on from there. Raises
-    BadInput when the validation loss is not finite.
+    If the time ended within an epoch, the run stays in it, and can go on from there with more minutes. Raises BadInput
+    when the validation loss is not finite.
     """
     progress, start = run.progress, time.perf_counter()
     train_loss, seconds = progress.epoch_loss / max(1, progress.epoch_rows), progress.epoch_seconds
@@ -329,9 +329,9 @@ def report_test(run, stop):
 
 
 def dry_run(run):
-    """Run one training batch and one validation batch.
+    """Run one training batch and one validation batch, and log what they need; writes nothing.
 
-    Logs what they need and writes nothing. Returns the exit status.
+    Returns the exit status.
     """
     args, batches = run.args, run.batches
     set_pass(run)
