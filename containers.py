@@ -10,7 +10,7 @@ Three containers are read, and none runs code (`unpickle.py`):
 - What PyTorch wrote before: five pickles in a row (magic number, protocol, system, object, keys of the storages), then
   each storage after its number of values.
 
-A size that a file claims is held against the file's own before memory is taken.
+A size that a file claims is compared with that of the file before memory is allocated.
 """
 
 import io
@@ -32,8 +32,8 @@ MAGIC, PROTOCOL = 0x1950A86A20F9469CFC6C, 1001  # how PyTorch's files before 1.6
 class Contents:
     """Hold what a file has: `root`, the pickled object, and a way to the values of its tensors.
 
-    Reads values when they are asked for: storages of as many bytes as the file has, and one beyond that before it is
-    refused, tensors of at most twice as many.
+    Values are read when they are asked for. Storages may take as many bytes as the file has, tensors twice as many. The
+    storage that goes beyond is read before it is refused.
     """
 
     def __init__(self, path, root, load_storage, size):
@@ -59,14 +59,14 @@ class Contents:
             with reading(self.path):
                 whole = self.load_storage(storage.key)  # all of it, though `storage` may be a part
             self.room -= whole.nbytes
-            if self.room < 0:  # the entries of an archive may lie in each other
+            if self.room < 0:  # the entries of an archive may overlap
                 raise BadInput(f"{self.path}: damaged: storages of more values than it has")
             self.loaded[storage.key] = whole
         return self.loaded[storage.key].as_strided(shape, stride, storage.first + where.offset).contiguous()
 
 
 class Cautious(io.BufferedReader):
-    """Read a file whose directory, at its end, may claim any length."""
+    """Read a zip archive, and refuse to read more than MAX_DIRECTORY bytes at once, which its directory may claim."""
 
     def read(self, size=-1):
         if size is not None and size > MAX_DIRECTORY:
@@ -76,7 +76,7 @@ class Cautious(io.BufferedReader):
 
 @contextmanager
 def reading(path):
-    """Turn what goes wrong with a file inside `with reading(path)` into a BadInput that names it."""
+    """Turn any error inside `with reading(path)` into a BadInput that names the file."""
     try:
         yield
     except BadInput:
@@ -105,7 +105,7 @@ def read(path):
 
 
 def no_pickle(head):
-    """Say what a file is that begins with `head` and can be no pickle, and what to do; None for any other."""
+    """Recognise by its first bytes a file that is no pickle; returns what it is and what to do, or None."""
     if not head:
         return "is empty"
     if head[8:9] == b"{" and int.from_bytes(head[:8], "little") < 2**32:  # the length of a header, and the header
@@ -176,7 +176,7 @@ def read_stream(path, file, size):
 
 
 def as_tensor(data, storage):
-    """Make a tensor (size,) of the bytes of a storage."""
+    """Make a tensor (size,) from the bytes of a storage."""
     if len(data) != storage.size * storage.dtype.itemsize:
         raise Malformed("damaged: it is cut short")
     return torch.frombuffer(bytearray(data), dtype=storage.dtype)
@@ -191,7 +191,7 @@ def read_words(path):
 
 
 def what_instead(value):
-    """Say which form of fastai's vocabulary a pickled value is that is no list of words, and how to get the list."""
+    """Recognise another form of fastai's vocabulary; returns what it is and how to get the list of words, or ""."""
     if isinstance(value, Record):
         return f" but an object, {ascii(value.name):.60}; pickle list(dls.vocab), or in fastai 1 data.vocab.itos"
     if isinstance(value, dict):

@@ -4,7 +4,7 @@
     python convert.py lstm_fwd.pth --vocabulary itos_wt103.pkl --save NEW.pt           (of fastai, ULMFiT)
     python convert.py NEW.pt --to fastai --save x.pth --vocabulary x.pkl
 
-What kind of file comes in is seen, not asked for. No code in it runs (`containers.py`, `unpickle.py`).
+The kind of file that comes in is recognised, not asked for. No code in it runs (`containers.py`, `unpickle.py`).
 
 Shapes are in the alphabet of `model.py`.
 """
@@ -38,7 +38,7 @@ from unpickle import Record
 from vocabulary import END, UNKNOWN
 
 XXUNK = "xxunk"    # fastai's <unk>
-FILLER = "xxfake"  # fastai fills vocabularies up with it, so it may come several times
+FILLER = "xxfake"  # fastai fills vocabularies up with it, so it may occur several times
 
 
 def make_parser():
@@ -84,7 +84,7 @@ def renamed(words, pairs, path):
 
 
 def shown(word):
-    """Return a word as a line of the log has it; fastai has words such as a new line."""
+    """Format a word for a line of the log; fastai has words such as a new line."""
     return word[:60] if word.isprintable() else ascii(word[:60])
 
 
@@ -119,9 +119,9 @@ def read_vocabulary(args):
 # --- the model of this toolkit ---------------------------------------------------------------------------------------
 
 def architecture(found, path):
-    """Return the flags that fix the shapes of the weights of `found`, and the weights in fp32.
+    """Return the flags that fix the shapes of the ForeignModel `found`, and its weights in fp32.
 
-    Raises BadInput when they are those of no model of this toolkit, or not finite.
+    Raises BadInput when no model of this toolkit has these shapes, or a weight is not finite.
     """
     weights = {name: value.float() for name, value in found.weights.items()}
     broken = [name for name, value in weights.items() if not value.isfinite().all()]
@@ -154,7 +154,7 @@ def architecture(found, path):
 
 
 def default_flags():
-    """Return the flags of training at their defaults, so that a later run finds what it asks the model for."""
+    """Return the flags of training at their defaults, which later runs on the model ask for."""
     parser = Parser()
     add_training_flags(parser, max_bptt=0, plateau="", save="")
     return vars(parser.parse_args([]))

@@ -1,4 +1,4 @@
-"""Read what the records of runs say, stage by stage and epoch by epoch, as curves need it.
+"""Read the records of runs as curves need them: stage by stage and epoch by epoch.
 
 A record may hold several stages, one after the other, and stages that were stopped and went on. Losses are in nats per
 token. Bad lines are skipped and named.
@@ -12,7 +12,7 @@ from errors import BadInput
 from metrics import read_metrics
 
 X_AXES = ("epochs", "hours", "minutes", "tokens")  # tokens in millions
-LARGEST = 1e100  # figure of a record: the margins of an axis, and sums, are numbers too
+LARGEST = 1e100  # figure of a record, so that sums and the margins of an axis are finite too
 
 
 @dataclass
@@ -36,7 +36,7 @@ class Stage:
     scores: dict = field(default_factory=dict)     # loss of "pointer" and "dynamic", by kind and split
 
     def forget_from(self, epoch):
-        """Drop the epochs that a run does once more when it goes on in `epoch`."""
+        """Drop the epochs from `epoch` on, which a run that goes on there repeats."""
         for entries in (self.epochs, self.events):
             for number in [number for number in entries if number >= epoch]:
                 del entries[number]
@@ -44,7 +44,7 @@ class Stage:
     def positions(self, x):
         """Compute where the epochs end on the axis `x`; returns a dict by epoch.
 
-        Older records say the tokens of log intervals alone. What followed the last interval of an epoch is missing.
+        Older records count the tokens of log intervals only, so those after the last interval of an epoch are missing.
         """
         places, hours, tokens = {}, 0.0, 0
         for number, epoch in sorted(self.epochs.items()):
@@ -61,7 +61,7 @@ class Stage:
 
 
 def figure_of(record, name, low=-math.inf):
-    """Return the number `name` of a record; raises ValueError when it is none from `low` to LARGEST."""
+    """Return the figure `name` of a record; raises ValueError unless it is a number from `low` to LARGEST."""
     value = record.get(name)
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= LARGEST:
         raise ValueError(name)
@@ -71,8 +71,8 @@ def figure_of(record, name, low=-math.inf):
 def read_stages(path):
     """Read the stages of a record.
 
-    What a run that goes on does once more replaces what it had done. Records without the figures that they should have
-    are skipped and named on stderr. Raises BadInput when no epoch is left.
+    Epochs that a run repeats when it goes on replace those before. Records that lack a figure are skipped and named on
+    stderr. Raises BadInput when no epoch is left.
     """
     stages, bad = [], []
     for number, record in enumerate(read_metrics(path), 1):
@@ -89,7 +89,7 @@ def read_stages(path):
 
 
 def add_record(stages, record):
-    """Add a record to the stage that it belongs to, the last one or, where a run goes on, the one of that name."""
+    """Add a record to its stage: the last one, or where a run goes on, the last of that name."""
     kind, stage = record["kind"], stages[-1] if stages else None
     if kind in ("run", "resume"):
         same = [old for old in stages if kind == "resume" and old.name == record.get("stage")]
@@ -107,7 +107,7 @@ def add_record(stages, record):
 
 
 def follow(stage, name):
-    """Make the Stage `name` that begins where `stage` (None: nothing) ends. Fine-tuning begins with its best model."""
+    """Make the Stage `name` that follows `stage` (None: it is the first); fine-tuning begins with its best model."""
     if stage is None:
         return Stage(str(name))
     best = min((epoch.valid for epoch in stage.epochs.values()), default=None)

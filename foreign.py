@@ -1,4 +1,4 @@
-"""Name the weights of models of other toolkits as this toolkit does, and back.
+"""Translate models of other toolkits to the names of this one, and back.
 
 Two toolkits are known:
 
@@ -28,10 +28,10 @@ RAW = ("{}.weight_hh_l0_raw", "{}.module.weight_hh_l0_raw", "{}.module.weight_hh
 
 
 @dataclass
-class Found:
-    """Hold what a file has: weights by this toolkit's names, and flags as far as the file says them.
+class ForeignModel:
+    """Hold a model of another toolkit: weights by this toolkit's names, and flags as far as its file says them.
 
-    `notes` are lines for the log.
+    `source` names the toolkit. `notes` are lines for the log.
     """
 
     source: str
@@ -42,14 +42,14 @@ class Found:
 
 # --- the original toolkit --------------------------------------------------------------------------------------------
 
-def attribute(record, name, default=None):
-    """Return what an object of the file has under `name`."""
+def attribute(record, name):
+    """Return the attribute `name` of an object of the file, or None."""
     state = record.state if isinstance(record, Record) else None
-    return state.get(name, default) if isinstance(state, dict) else default
+    return state.get(name) if isinstance(state, dict) else None
 
 
 def part(record, *names):
-    """Return a module within a module, or None."""
+    """Return the module that `names` lead to, each within the one before, or None."""
     for name in names:
         modules = attribute(record, "_modules")
         record = modules.get(name) if isinstance(modules, dict) else None
@@ -57,13 +57,12 @@ def part(record, *names):
 
 
 def parameters(module):
-    """Return the parameters of a module by name; where weight drop acts, the raw weight has the name of the weight."""
-    inner = part(module, "module") or module
-    found = attribute(inner, "_parameters")
-    found = {name: value for name, value in (found.items() if isinstance(found, dict) else ())
-             if isinstance(name, str) and len(name) <= MAX_NAME and isinstance(value, Tensor)}
-    raw = {name.removesuffix("_raw"): value for name, value in found.items() if name.endswith("_raw")}
-    return {name: value for name, value in found.items() if not name.endswith("_raw")} | raw
+    """Return the parameters of a module by name; the raw weight of weight drop is named as the weight itself."""
+    saved = attribute(part(module, "module") or module, "_parameters")
+    tensors = {name: value for name, value in (saved.items() if isinstance(saved, dict) else ())
+               if isinstance(name, str) and len(name) <= MAX_NAME and isinstance(value, Tensor)}
+    raw = {name.removesuffix("_raw"): value for name, value in tensors.items() if name.endswith("_raw")}
+    return {name: value for name, value in tensors.items() if not name.endswith("_raw")} | raw
 
 
 def read_original(contents):
@@ -91,23 +90,23 @@ def read_original(contents):
     splits = attribute(criterion, "splits")  # from 0 to a number past the last word
     if tails and not (isinstance(splits, list) and splits[1:-1] == splits_for(len(weights["encoder.weight"]))):
         raise BadInput(f"{contents.path}: its softmax is split where this toolkit does not split that of so many words")
-    flags = {name: value for name, value in flags.items() if is_rate(value) or name == "nhid"}
+    flags = {name: value for name, value in flags.items() if is_probability(value) or name == "nhid"}
     notes = []
     if isinstance(optimizer, Record):
-        kind = optimizer.name.rpartition(".")[2]
-        averaged = "; the averaged weights of ASGD are those in the model" if kind == "ASGD" else ""
-        notes = [f"its optimizer, {kind:.30}, is left out{averaged}"]
-    return Found("the original toolkit", weights, flags, notes)
+        name = optimizer.name.rpartition(".")[2]
+        averaged = "; the averaged weights of ASGD are those in the model" if name == "ASGD" else ""
+        notes = [f"its optimizer, {name:.30}, is left out{averaged}"]
+    return ForeignModel("the original toolkit", weights, flags, notes)
 
 
-def is_rate(value):
+def is_probability(value):
     return type(value) in (int, float) and 0 <= value < 1
 
 
 # --- fastai ----------------------------------------------------------------------------------------------------------
 
 def fastai_state(root):
-    """Return the state dict of fastai's language model in a file's object, with or without optimizer, or None."""
+    """Return the state dict of fastai's language model in the object of a file, or None."""
     if isinstance(root, dict) and isinstance(root.get("model"), dict) and "format" not in root:
         root = root["model"]
     keys = [key for key in root if isinstance(key, str)] if isinstance(root, dict) else []
@@ -115,10 +114,10 @@ def fastai_state(root):
 
 
 def other_kind(root):
-    """Say which file of fastai's is in `root` that holds no language model, and what to do; None for any other."""
+    """Recognise a file of fastai that holds no language model; returns what it is and what to do, or None."""
     if isinstance(root, Record):
-        kind = root.name.rpartition(".")[2]
-        return "a Learner that was exported; learn.save writes its model" if kind.endswith("Learner") else None
+        is_learner = root.name.rpartition(".")[2].endswith("Learner")
+        return "a Learner that was exported; learn.save writes its model" if is_learner else None
     if isinstance(root, list) and root and all(isinstance(word, str) for word in root):
         return "a list of words, which goes to --vocabulary"
     if isinstance(root, dict) and isinstance(root.get("model"), dict):
@@ -145,8 +144,9 @@ def read_fastai(contents):
 
     weights = {"encoder.weight": tensor("0.encoder.weight")}
     keys = [key for key in state if isinstance(key, str)]
-    layers = {int(found[1]) for key in keys if (found := re.match(r"0\.rnns\.(\d{1,3})\.", key))}
-    for layer in range(len(layers)):
+    matches = [re.match(r"0\.rnns\.(\d{1,3})\.", key) for key in keys]
+    nlayers = len({int(match[1]) for match in matches if match})
+    for layer in range(nlayers):
         raw = [form.format(f"0.rnns.{layer}") for form in RAW]
         weights[f"rnns.{layer}.weight_hh_l0"] = tensor(*raw)
         for name in ("weight_ih_l0", "bias_ih_l0", "bias_hh_l0"):
@@ -158,11 +158,11 @@ def read_fastai(contents):
     if splits_for(ntoken):
         raise BadInput(f"{contents.path}: {ntoken:,} words have a split softmax here, which fastai's model lacks")
     notes = ["its dropouts are not in the file: fastai's own for a language model are kept with it"]
-    return Found("fastai", weights, dict(FASTAI_DROPOUTS), notes + ([] if has_bias else ["no softmax bias: 0"]))
+    return ForeignModel("fastai", weights, dict(FASTAI_DROPOUTS), notes + ([] if has_bias else ["no softmax bias: 0"]))
 
 
 def to_fastai(weights, path):
-    """Return fastai's state dict of the weights of this toolkit."""
+    """Return fastai's state dict of the weights of this toolkit; raises BadInput as `narrowed` does."""
     layers = sum(name.endswith(".weight_hh_l0") for name in weights)
     embedding, last = weights["encoder.weight"], f"rnns.{layers - 1}."
     state = OrderedDict([("0.encoder.weight", embedding), ("0.encoder_dp.emb.weight", embedding)])
@@ -177,17 +177,18 @@ def to_fastai(weights, path):
     return state
 
 
-# A softmax that is not tied takes the last layer's H units here, E units in fastai. So E units become H with weights of
-# 0. Such units stay at 0: an LSTM's state moves by the tanh of a sum that is 0. And they get no gradient.
+# A softmax that is not tied takes the last layer's H units here, E units in fastai. So a layer of E units is widened to
+# H, with weights of 0. The added units stay at 0, since an LSTM's state moves by the tanh of a sum that is 0, and they
+# get no gradient.
 
-LAST = ("weight_ih_l0", "weight_hh_l0", "bias_ih_l0", "bias_hh_l0")  # what the last layer's size concerns
+PARAMETERS = ("weight_ih_l0", "weight_hh_l0", "bias_ih_l0", "bias_hh_l0")  # of an LSTM layer
 
 
 def widened(weights, last, nhid):
-    """Return LSTM weights whose last layer, of the prefix `last`, has `nhid` units, those added of weights 0."""
+    """Widen the last layer of LSTM weights, whose names have the prefix `last`, to `nhid` units with weights of 0."""
     size = weights[last + "weight_hh_l0"].size(1)
     added, result = nhid - size, dict(weights)
-    for name in LAST:
+    for name in PARAMETERS:
         gates = weights[last + name].unflatten(0, (4, size))
         columns = added if name == "weight_hh_l0" else 0
         padding = (0, columns, 0, added) if gates.dim() == 3 else (0, added)
@@ -197,9 +198,9 @@ def widened(weights, last, nhid):
 
 
 def narrowed(weights, last, path):
-    """Return LSTM weights whose last layer, of the prefix `last`, has E units.
+    """Narrow the last layer of LSTM weights, whose names have the prefix `last`, to E units.
 
-    Raises BadInput unless those left out have weights of 0.
+    A layer of fewer is widened. Raises BadInput unless the units that are left out have weights of 0.
     """
     emsize, nhid = weights["encoder.weight"].size(1), weights[last + "weight_hh_l0"].size(1)
     if nhid < emsize:
@@ -207,7 +208,7 @@ def narrowed(weights, last, path):
     if nhid == emsize:
         return weights
     result = dict(weights)
-    for name in LAST:
+    for name in PARAMETERS:
         gates = weights[last + name].unflatten(0, (4, nhid))[:, :emsize]
         result[last + name] = (gates[..., :emsize] if name == "weight_hh_l0" else gates).flatten(0, 1)
     result["decoder.weight"] = weights["decoder.weight"][:, :emsize].contiguous()

@@ -56,9 +56,9 @@ def log_idle(kind, windows, **splits):
 
 
 def report(kind, split, setting, loss, seconds, **further):
-    """Log the loss of a setting, which is a dict by the names of its flags.
+    """Log the loss of a `setting`, a dict by the names of its flags.
 
-    Returns kind and values of its line in the metrics file, `further` ones among them.
+    Returns the kind and the values of its line in the metrics file, `further` ones among them.
     """
     named = " | ".join(f"{name} {value:6.4g}" for name, value in setting.items())
     log(f"| {kind:7} | {named} | {format_loss(split, loss)}")
@@ -66,7 +66,7 @@ def report(kind, split, setting, loss, seconds, **further):
 
 
 def record(save, lines):
-    """Add lines, each a kind and its values, to the record of the model at `save`; returns whether that was possible.
+    """Add lines, each a kind and its values, to the record of the model at `save`; returns whether it could.
 
     A read-only folder is not an error: its model can still be scored.
     """

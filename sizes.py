@@ -25,19 +25,19 @@ from steps import choose_pass, train_step
 
 LADDER = (64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536)  # units of a layer
 TOKENS_PER_WEIGHT = 2      # of the layers; with fewer a smaller model gets further in the time
-OF_THE_TIME = 0.9          # that is left after the start is for training; the rest is for validation and test
+OF_THE_TIME = 0.9          # share for training of what is left after the start; the rest is for validation and test
 PASSES = 3                 # forward, and backward with twice the products
 WORD_EMSIZE = 400          # the largest embedding of words
-ENOUGH_STEPS = {"adam": 2000, "sgd": 3000}  # of training; rather than fewer, each has fewer tokens
+ENOUGH_STEPS = {"adam": 2000, "sgd": 3000}  # of training; if there would be fewer, batches are made smaller
 FEWEST_COLUMNS = 4         # of a process
 BPTT = 64
 MANY_EPOCHS = {"word": 6, "char": 8, "byte": 8}  # from which on there are two layers
 SGD_EPOCHS = {"word": 3, "char": 12, "byte": 12}  # from which on SGD, with AR and TAR, gets further than Adam
 SGD_LR, LEAST_SGD_LR = 20.0, 0.5  # a smaller one that is given is meant for Adam
 MOST_EPOCHS = {"word": 100, "char": 30, "byte": 30}  # with more, only the text itself would be learned better
-# The strain of a text is its epochs times the weights of the layers for each of its tokens, 0 if it is read once.
-# Weak dropouts are for one from the first number to the second, strong ones from STRONG_FROM on. Between them ever more
-# is dropped.
+# The strain of a text is its epochs times the weights of the layers for each of its tokens, 0 if it is read once. Weak
+# dropouts are for a strain from WEAK_FROM to WEAK_TO, strong ones from STRONG_FROM on. Between these two, dropouts grow
+# with its logarithm.
 WEAK_DROPOUTS = {"dropout": 0.2, "dropouth": 0.2, "dropouti": 0.05, "dropoute": 0.0, "wdrop": 0.1}
 WEAK_FROM, WEAK_TO = 10, 60
 STRONG_DROPOUTS = {"word": {"dropout": 0.5, "dropouth": 0.3, "dropouti": 0.5, "dropoute": 0.1, "wdrop": 0.5},
@@ -53,9 +53,9 @@ MOST_PROBING = 0.02        # the share of the time after which no further step i
 
 
 def choose_level(args, given):
-    """Set the level of a text that is one file to characters, unless it is given: every text has few different ones.
+    """Set the level of a text in one file to characters, unless it is given.
 
-    A folder says its level itself.
+    Every text has few different characters. A folder says its level itself.
     """
     if "level" not in given and os.path.isfile(args.data):
         args.level = "char"
@@ -64,8 +64,8 @@ def choose_level(args, given):
 def choose_flags(args, given, corpus, device, processes=1):
     """Set the flags of `args` that are not in `given` to what suits the text, the minutes and the `processes`.
 
-    A small model does fewer multiply-adds a second than a large one. So the one that was chosen is timed, and with its
-    speed all is chosen anew.
+    A small model does fewer multiply-adds a second than a large one. So the chosen model is timed, and all is chosen
+    again at its speed.
     """
     ntoken, tokens = len(corpus.dictionary), max(1, len(corpus.train))  # no text at all is refused later
     asked, probed = dict(vars(args)), {**PROBED, "bptt": BPTT, "batch_size": batch_size(tokens)}
@@ -139,7 +139,7 @@ def weights(args, ntoken, recurrent=False):
 
 
 def batch_size(tokens):
-    """Choose the columns: so many that they are long."""
+    """Choose the columns of a batch: fewer for a short text, so that they are long."""
     return 16 if tokens < 2**22 else 32
 
 
@@ -187,10 +187,9 @@ def probe(args, ntoken, device):
 
 
 def step_seconds(model, tokens, args):
-    """Return the seconds of the fastest of some training steps of `model` on `tokens` (T, B), without the first.
+    """Time training steps of `model` on `tokens` (T, B); returns the seconds of the fastest but the first.
 
-    There are fewer steps where they would take much of the time. Nothing is learned, so that no learning rate is too
-    large.
+    There are fewer steps if they take much of the time. The learning rate is 0, so that none is too large.
     """
     optimizer = make_optimizer(args.optimizer, model, 0.0, args.wdecay)
     precision = args.precision if computes_in(args.precision, tokens.device) else "fp32"
@@ -207,7 +206,7 @@ def step_seconds(model, tokens, args):
 
 
 def describe(args, given):
-    """Spell the command that says by flags what was chosen."""
+    """Spell the command whose flags say what was chosen."""
     names = ["data", "minutes", "level", *ARCHITECTURE, *DROPOUTS, "alpha", "beta", "optimizer", "lr", "clip",
              *(["nonmono"] if args.optimizer == "sgd" else []), "batch_size", "bptt", "epochs"]
     names += sorted(given - {*names, "overwrite", "resume", "dry_run"})

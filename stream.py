@@ -18,9 +18,9 @@ Line = namedtuple("Line", "number tokens ids unknown")  # unknown: where its tok
 
 
 def split_stream(file, level):
-    """Yield the lines of a binary file as they come, each with whether an end of line follows it.
+    """Yield the lines of a binary file as they come, each with whether a line end follows it.
 
-    It is LF at byte level, else what `text.split_lines` takes for one.
+    A line end is LF at byte level, LF, CR LF or CR at the others.
     """
     parts, after_cr = [], False
     while block := file.read1(BLOCK):
@@ -57,12 +57,12 @@ def read_lines(file, dictionary, level, no_eos):
 
 
 def weight(item):
-    """Return what a line counts for in a queue: its tokens, and one so that no line counts for nothing."""
+    """Return the size of a line in a queue: its tokens, and one, so that no line is free."""
     return 1 + len(item.ids) if isinstance(item, Line) else 1
 
 
 class Ahead(queue.Queue):
-    """Hold the lines that are read ahead: full when they have `maxsize` tokens."""
+    """Queue the lines that are read ahead; it is full when they have `maxsize` tokens."""
 
     def _init(self, _):
         self.queue, self.tokens = deque(), 0

@@ -10,8 +10,8 @@ calls nothing. It makes:
 - A `Record` for an object of any other class, or a call of any other function: the name, the arguments, the state.
 
 Memory and time are bounded. An opcode takes a byte or more of the file, and makes one object. There are at most
-MAX_STEPS of them, in at most MAX_BYTES. Nothing recurses. A length that a file claims is held against what the file has
-before memory is taken.
+MAX_STEPS of them, in at most MAX_BYTES. Nothing recurses. A length that a file claims is compared with what the
+file has before memory is allocated.
 """
 
 import codecs
@@ -24,7 +24,7 @@ import torch
 MAX_STEPS = 2**21  # opcodes and copied items; a vocabulary of a million words has fewer
 MAX_BYTES = 2**26  # of all pickles of a file; tensors are not counted
 MAX_LINE = 2**20  # bytes of an argument in a text opcode
-MAX_NAME = 1000  # bytes of a name, or of a number as text: reading that takes time in their square
+MAX_NAME = 1000  # bytes of a name, or of a number as text, which takes quadratic time to read
 MAX_INT_BYTES = 255  # of an integer; PyTorch's magic number has ten
 LARGEST_KEY = 2**60  # of an int as key of a dict: larger ones can be made to collide
 
@@ -35,16 +35,16 @@ DTYPES = {"FloatStorage": torch.float32, "DoubleStorage": torch.float64, "HalfSt
 
 
 class Malformed(ValueError):
-    """Say that a pickle is damaged, or larger than that of a model."""
+    """Report a pickle that is damaged, or larger than that of a model."""
 
 
 # --- what a pickle holds ---------------------------------------------------------------------------------------------
 
 class Record:
-    """Stand for an object, a function or a class that is not made.
+    """Stand in for an object, a function or a class that is not made.
 
-    `name` is what the file calls it, "module.name". `args` are those it was called with, `state` is what was put into
-    it. A function or class itself has neither.
+    `name` is its name in the file, "module.name". `args` are those that it was called with, `state` is what was put
+    into it. A function or class itself has neither.
     """
 
     __slots__ = ("name", "args", "state")
@@ -267,9 +267,9 @@ PARAMETERS = {"torch._utils._rebuild_parameter", "torch._utils._rebuild_paramete
 
 
 def checked_key(key):
-    """Return the key of a dict, if it is of a type whose hash takes no time that a file could choose."""
-    if key is None or isinstance(key, (str, bytes, Record, Tensor)) or (isinstance(key, int) and
-                                                                        abs(key) < LARGEST_KEY):
+    """Return the key of a dict; raises Malformed for one that a hostile file could make slow to hash."""
+    is_small = isinstance(key, int) and abs(key) < LARGEST_KEY
+    if key is None or is_small or isinstance(key, (str, bytes, Record, Tensor)):
         return key
     raise Malformed("a dict with keys that are not read")
 
