@@ -53,7 +53,7 @@ from utils import get_batch, repackage_hidden
 
 FAST_WORDS = 30_000  # of validation, on which --fast searches
 NO_CACHE = {"window": [1], "theta": [0.0], "lambdasm": [0.0]}  # a share of 0 leaves the model alone
-RMS_ONLY = {"epsilon", "batch_size", "max_batches"}  # flags
+RMS_ONLY = {"epsilon", "batch_size", "max_batches"}  # flags of that rule alone
 # The flags of each rule, with their defaults.
 RULES = {"rms": {"lr": 5e-5, "lamb": 0.002, "epsilon": 2e-5}, "sgd": {"lr": 0.2, "lamb": 0.002}}
 
@@ -89,8 +89,8 @@ def parse_flags(argv):
     add_cache_flags(parser.add_argument_group("neural cache on top, if any of these is given"), optional=True)
     add_device_flags(parser)
     args, given = parser.parse_args(argv), parser.given(argv)
-    if args.rule != "rms" and (own := given & RMS_ONLY):
-        parser.error(f"--{' --'.join(sorted(own)).replace('_', '-')}: of --rule rms only")
+    if args.rule != "rms" and (unused := given & RMS_ONLY):
+        parser.error(f"--{' --'.join(sorted(unused)).replace('_', '-')}: of --rule rms only")
     for name, default in RULES[args.rule].items():
         if getattr(args, name) is None:
             setattr(args, name, [default])
@@ -102,7 +102,7 @@ def parse_flags(argv):
 
 
 class Diverged(BadInput):
-    """Say that the loss of a setting is not finite: where, and with which learning rate."""
+    """Report that the loss of a setting is not finite: where, and with which learning rate."""
 
 
 # --- a pass over a text ----------------------------------------------------------------------------------------------
@@ -124,7 +124,7 @@ def make_update(model, trained, statistics, lr, lamb, epsilon=None):
 
         w += lamb * rate * (trained - w) - lr * gradient / (rms + epsilon)
 
-    `rms` are the `statistics`. The rate is rms over its mean. That is the mean over the parameters of the mean of each.
+    `rms` are the `statistics`. The rate is rms over its mean, which is the mean over parameters of the mean of each;
     lamb * rate is at most 1. With `statistics` None it is the SGD rule: rate and divisor are 1.
     """
     def weights_and_gradients():
@@ -192,8 +192,8 @@ def score_split(model, source, split, bptt, statistics, setting, cache):
 class Scores:
     """Score a trained model, and print and record each score as it comes, so that a stop loses none.
 
-    `description` is what lines of the record say besides the setting: of which model, text and flags a score is. What
-    has been scored once is not computed again. Given --resume, neither is what the record has.
+    `description` is what lines of the record say besides the setting: the model, the text and the flags. No score is
+    computed twice. Given --resume, those in the record are not computed again either.
     """
 
     def __init__(self, model, args, statistics, description):
@@ -208,9 +208,9 @@ class Scores:
         raises Diverged.
         """
         further = {"tokens": len(source) - 1, **self.description}
-        settings = [setting | dict(zip(cache, values)) for values in product(*cache.values())]
-        lines = [self.find(kind, {"split": split, **one, **further}) for one in settings]
-        # A loss that is recorded as not finite is computed again where it is an error, which says in which chunk.
+        combinations = [setting | dict(zip(cache, values)) for values in product(*cache.values())]
+        lines = [self.find(kind, {"split": split, **combination, **further}) for combination in combinations]
+        # A recorded loss that is not finite is computed again where it is an error: the message says in which chunk.
         if any(line is None or (line["loss"] is None and not may_diverge) for line in lines):
             start = time.perf_counter()
             try:
@@ -219,19 +219,19 @@ class Scores:
                 if not may_diverge:
                     raise
                 log(f"| {kind:7} | {error}")
-                losses = [math.inf] * len(settings)
+                losses = [math.inf] * len(combinations)
             seconds = time.perf_counter() - start
             lines = [{"kind": None, "loss": loss, "seconds": seconds} for loss in losses]
         losses = [math.inf if line["loss"] is None else line["loss"] for line in lines]
-        for one, loss, line in zip(settings, losses, lines):
-            _, values = report(kind, split, one, loss, line["seconds"], **further)
+        for combination, loss, line in zip(combinations, losses, lines):
+            _, values = report(kind, split, combination, loss, line["seconds"], **further)
             if line["kind"] != kind:
                 self.known.append({"kind": kind, **values})
                 self.recording = self.recording and record(self.args.save, [(kind, values)])
-        return list(zip(losses, settings))
+        return list(zip(losses, combinations))
 
     def find(self, kind, values):
-        """Return the known score that has these `values`, of this `kind` if there is one, or None."""
+        """Return the line of a known score with these `values`, if possible of this `kind`; None if there is none."""
         values = dict.fromkeys(CACHE_DEFAULTS) | values
         same = [line for line in self.known if all(line.get(name) == value for name, value in values.items())]
         return max(same, key=lambda line: line["kind"] == kind, default=None)
@@ -258,7 +258,7 @@ def score(argv, device):
     without_dropout(model)
     checksum = checksum_of_file(args.save)
     statistics = gradient_statistics(model, corpus, checksum, args, device) if args.rule == "rms" else None
-    names = [*RULES[args.rule]]
+    names = list(RULES[args.rule])
     settings = [dict(zip(names, values)) for values in product(*(getattr(args, name) for name in names))]
     cache = {name: getattr(args, name) for name in CACHE_DEFAULTS} if args.window else {}
     if cache:

@@ -1,6 +1,4 @@
-"""Fine-tune a trained model with averaged SGD from the first step.
-
-Training goes on until it stops getting better.
+"""Fine-tune a trained model with averaged SGD from the first step, until it stops getting better.
 
     python finetune.py --data data/penn --save PTB.pt                    (fine-tunes PTB.pt in place)
     python finetune.py --data data/penn --load PTB.pt --save PTB.tuned.pt --epochs 300 --seed 404

@@ -89,8 +89,8 @@ def parse_flags(argv):
 def sample(model, context, length, temperature=1.0, top_k=0, batch_size=1, top_p=1.0, never=()):
     """Sample continuations of `context` (t,), t > 0. Yields `length` lists of B = `batch_size` token ids.
 
-    Each is drawn from p(w)^(1 / temperature), normalised; temperature 0 takes the likeliest. It is drawn among the
-    `top_k` likeliest words (0: all), and of these among the likeliest that together have the probability `top_p`
+    Each is drawn from p(w)^(1 / temperature), normalised. Temperature 0 takes the likeliest word. The draw is among the
+    `top_k` likeliest words (0: all). Of these, `top_p` leaves the likeliest that together have this probability
     (Holtzman et al., arXiv 1904.09751, section 3.1). The ids in `never` are not drawn. Leaves the model in evaluation
     mode. Raises BadInput when the probabilities are not finite.
     """
@@ -112,7 +112,7 @@ def sample(model, context, length, temperature=1.0, top_k=0, batch_size=1, top_p
 
 
 def nucleus(weights, top_p):
-    """Set to 0 the columns of each row of `weights` (B, V) but the largest that have a share of `top_p` together."""
+    """Keep the largest values in each row of `weights` (B, V) that together have the share `top_p`, zero the others."""
     ordered, places = weights.sort(-1, descending=True)
     before = ordered.cumsum(-1) - ordered  # the weight of all that are larger
     ordered[before >= top_p * ordered.sum(-1, keepdim=True)] = 0
@@ -122,7 +122,7 @@ def nucleus(weights, top_p):
 def sample_rows(weights):
     """Sample a column for each row of `weights` (B, V).
 
-    The probability of a column is in proportion to its weight. Returns columns (B, 1). Uses the cumulative sum. That is
+    The probability of a column is in proportion to its weight. Returns columns (B, 1). The cumulative sum is
     much faster than `torch.multinomial`, which draws a random number for each column. Raises BadInput when the sum is
     not finite.
     """
@@ -170,7 +170,7 @@ def encode(tokens, dictionary):
 # --- the script ------------------------------------------------------------------------------------------------------
 
 def logged(steps, total, interval):
-    """Yield the same steps, with a progress line after each `interval` of them."""
+    """Yield `steps`, `total` in all, and log a line after each `interval` of them."""
     for done, tokens in enumerate(steps, 1):
         yield tokens
         if done % interval == 0:
@@ -178,7 +178,7 @@ def logged(steps, total, interval):
 
 
 def until(steps, end, batch_size):
-    """Yield the steps until each of `batch_size` texts has had the id `end`; None stands for what comes after it."""
+    """Yield `steps` until each of `batch_size` texts has had the id `end`; what follows it in a text is None."""
     over = [False] * batch_size
     for tokens in steps:
         yield [None if done else token for done, token in zip(over, tokens)]
@@ -188,10 +188,7 @@ def until(steps, end, batch_size):
 
 
 def write_texts(file, prompt, steps, batch_size, dictionary, level):
-    """Write the texts that `steps` make, each after the prompt's tokens.
-
-    A single text is written as it comes.
-    """
+    """Write the texts that `steps` make, each after the prompt's tokens; a single text is written as it comes."""
     only = (tokens[0] for tokens in steps)  # each token is sampled when it is written
     texts = [only] if batch_size == 1 else zip(*steps)
     for place, text in enumerate(texts):

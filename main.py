@@ -82,9 +82,10 @@ def main(argv=None):
 
 
 def start(args, argv, device):
-    """Begin a run: text, model and optimizer as the flags say. Raises BadInput where a run lies at --save.
+    """Begin a run: text, model and optimizer as the flags say.
 
-    With --minutes, what `argv` does not say is chosen to suit the text and the time.
+    With --minutes, what `argv` does not say is chosen to suit the text and the time. Raises BadInput when a run lies at
+    --save.
     """
     args.when = [epoch for epoch in args.when if epoch != NEVER]
     if not args.dry_run:
@@ -109,7 +110,7 @@ def start(args, argv, device):
     if not args.dry_run:
         run.set_budget()
         log.check()
-        if args.overwrite:  # nothing before this has to be bad input
+        if args.overwrite:  # last, when no more bad input can turn up
             run_files.remove_run(args.save)
     return run
 

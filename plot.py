@@ -39,17 +39,17 @@ MARKS = {"switch": ("A", "ASGD begins"), "decay": ("R", "learning rate drops"), 
 # Of the runs, in turn. The colours differ for colour-blind readers too (Okabe and Ito), the first ones also in grey.
 COLOURS = ("#000000", "#d55e00", "#0072b2", "#009e73", "#cc79a7", "#e69f00")
 DASHES = ("-", (0, (5, 1.5)), (0, (5, 1.5, 1, 1.5)), (0, (1.5, 1)))
-MARKERS = ("o", "s", "^", "D", "v", "X", "P")  # 84 runs differ, since 4, 6 and 7 of a kind meet again no sooner
+MARKERS = ("o", "s", "^", "D", "v", "X", "P")  # 84 runs differ: the least common multiple of 6, 4 and 7
 
 TICKS = ((1, 1.2, 1.4, 1.6, 1.8, 2, 2.5, 3, 3.5, 4, 5, 6, 7, 8, 9), (1, 1.5, 2, 3, 4, 5, 6, 7, 8),
          (1, 2, 3, 4, 6, 8), (1, 2, 5), (1,))
 MAX_TICKS = 12      # of a logarithmic axis: the first of TICKS, in each decade, that has no more
 LOG_RANGE = 3       # largest value / smallest, from which on an axis is logarithmic
 MAX_NAME = 40       # letters of a run's name; the middle of a longer one is left out
-INSIDE = 5          # runs, up to which the legend stands inside the axes
+INSIDE = 5          # runs at most whose legend stands inside the axes
 LETTER = 14         # points, the size of a letter in its circle
 UP, ASIDE = 15, 18  # points from the curve, and from letter to letter
-MAX_STEPS = 8       # of them; a letter that finds no place by then shares the first
+MAX_STEPS = 8       # from letter to letter; one that finds no place by then shares the first
 SPACING = 0.03      # of the markers of a line: a share of the diagonal of the axes
 
 
@@ -111,7 +111,7 @@ def draw(paths, out, x="epochs", metric="ppl", log_axis=None, log_x=False):
 
 
 def run_names(paths):
-    """Name each run after its file; with the folders where names would be the same, and a number where that fails too.
+    """Name each run after its file, with folders if names would be the same, and numbers if they still are.
 
     The middle of a long name is left out.
     """
@@ -146,9 +146,9 @@ def draw_runs(axes, runs, x, metric, log_axis, log_x=False, y_range=None):
         for stage in stages:
             values += draw_stage(axes, stage, x, metric, name, marker, style)
             trained |= any(epoch.train is not None for epoch in stage.epochs.values())
-            marks += [Mark(kind, name, style["color"], point, place) for kind, point, place in (
-                *stage_events(stage, x, metric), *stage_scores(stage, x, metric))
-                if math.isfinite(point[1]) and math.isfinite(place[1]) and (place[0] > 0 or not log_x)]
+            for kind, point, place in (*stage_events(stage, x, metric), *stage_scores(stage, x, metric)):
+                if math.isfinite(point[1]) and math.isfinite(place[1]) and (place[0] > 0 or not log_x):
+                    marks.append(Mark(kind, name, style["color"], point, place))
     values += [mark.place[1] for mark in marks]
     handles.append((axes.plot([], [], color="black", linewidth=2)[0], "validation (thick)"))
     if trained:
@@ -208,13 +208,13 @@ def draw_stage(axes, stage, x, metric, name, marker, style):
 
 
 def value_of(loss, metric):
-    """Express a loss in nats as what is drawn: infinite, which has no place, beyond what an axis can take."""
+    """Express a loss in nats by the `metric` drawn; infinity, which is not drawn, if it is too large for an axis."""
     value = loss_metrics(loss)[metric]
     return value if value <= LARGEST else math.inf
 
 
 def stage_events(stage, x, metric):
-    """Yield (kind, point, place) of what happened in a stage, each place on the curve of validation."""
+    """Yield (kind, point, place) of each event of a stage; both are its place on the curve of validation."""
     places = stage.positions(x)
     if stage.name == "finetune":
         first = min(places)
@@ -230,7 +230,7 @@ def stage_events(stage, x, metric):
 
 
 def stage_scores(stage, x, metric):
-    """Yield (kind, point, place) of the ways in which the best model of a stage was scored, besides training.
+    """Yield (kind, point, place) of each score of the best model of a stage, with the cache or dynamic evaluation.
 
     The point is where the stage ends, at its best loss. The place is the score on validation.
     """
@@ -340,7 +340,7 @@ def log_ticks(low, high):
 def main(argv=None):
     args = parse_flags(argv)
     draw(args.files, args.out, args.x, args.metric, args.log, args.log_x)
-    log(f"plot: {len(args.files)} run{'s' * (len(args.files) > 1)} drawn into {args.out}")
+    log(f"plot: {len(args.files)} run{'s' if len(args.files) > 1 else ''} drawn into {args.out}")
     log.check()
 
 

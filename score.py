@@ -33,7 +33,7 @@ from process import run_script
 from stream import batches, read_lines
 from vocabulary import END, Dictionary
 
-BATCHES = 16  # batches that are scored before they are written: more lines of one length
+BATCHES = 16  # batches scored before they are written, so that more lines of one length meet
 LOGITS = 2**22  # most values of a softmax at a time: they stay in the cache
 
 
@@ -78,9 +78,9 @@ def make_cache(values):
 
 @torch.no_grad()
 def logprobs(model, columns, hidden, pad, cache=None):
-    """Compute the log-probabilities, nats, of all but the first of the ids of each column.
+    """Compute the log-probabilities, in nats, of the ids of each column after its first.
 
-    Columns of unlike length are filled up with the id `pad`. Long ones are read in pieces, in memory that does not grow
+    Shorter columns are filled up with the id `pad`. Long ones are read in pieces, in memory that does not grow
     with them. A `cache` is for one column. Returns a list of floats for each column, and the last hidden state.
     """
     lengths = [len(ids) - 1 for ids in columns]
@@ -138,9 +138,9 @@ class Scorer:
 
 
 def groups(lengths, size):
-    """Yield lists of up to `size` indices of lines, by rising length, cut too where padding would be much of the work.
+    """Yield lists of up to `size` indices of lines, by rising length.
 
-    Lines without a token are left out.
+    A list also ends where padding would be much of the work. Lines without a token are left out.
     """
     group, written = [], [i for i, length in enumerate(lengths) if length]
     for i in sorted(written, key=lambda i: lengths[i]):
@@ -163,12 +163,13 @@ class Totals:
     known_tokens: int = 0
 
     def add(self, scores, unknown):
-        for score, strange in zip(scores, unknown):
+        for score, is_unknown in zip(scores, unknown):
             if score is not None:
                 self.logprob += score
                 self.tokens += 1
-                self.known_logprob += 0.0 if strange else score
-                self.known_tokens += not strange
+                if not is_unknown:
+                    self.known_logprob += score
+                    self.known_tokens += 1
 
     @property
     def unknown(self):
@@ -185,7 +186,7 @@ class Totals:
 
 
 def perplexity(logprob, tokens):
-    """Compute e^(-log-probability / tokens); NaN of no token, infinity where it is too large."""
+    """Compute e^(-log-probability / tokens); NaN without tokens, infinity if it is too large."""
     if not tokens:
         return math.nan
     return loss_metrics(-logprob / tokens)["ppl"]
