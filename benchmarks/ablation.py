@@ -6,9 +6,9 @@
 
 The rows are those of table 4 of arXiv 1708.02182, each by flags alone. The text is the first 100,000 words of the
 training text, with the whole of validation and test. Every row is trained for the same number of epochs, well beyond
-its switch to ASGD. The full model is also fine-tuned, which is the first row; all rows below the second are compared
-with the second. A run that is finished is not begun again, nor one whose record was copied into the folder; one that
-was stopped goes on. The table comes from the records and from nothing else.
+its switch to ASGD. The full model is also fine-tuned, which is the first row. All rows below the second are compared
+with the second. A finished run is not repeated, nor one whose record was copied into the folder. A stopped run goes on.
+The table comes from the records and from nothing else.
 """
 
 import os
@@ -66,7 +66,7 @@ TRAINED = [name for name, row in ABLATION.items() if row.flags is not None]
 
 
 def source(name):
-    """Return the row whose run has the figures of the row `name`, and the stage that they are of."""
+    """Return the row whose run has the figures of the row `name`, and their stage."""
     return name if name in TRAINED else "full", "finetune" if name == "full" else "train"
 
 
@@ -230,19 +230,21 @@ def percents(scores, name):
 
     The perplexities here are more than twice the published ones, so points of perplexity are not comparable.
     """
-    found = [100 * pair[1] / scores[base(name)][seed][1] for seed, pair in differences(scores, name).items()]
-    return found, 100 * published_difference(name)[1] / ABLATION[base(name)].published[1]
+    measured = [100 * pair[1] / scores[base(name)][seed][1] for seed, pair in differences(scores, name).items()]
+    return measured, 100 * published_difference(name)[1] / ABLATION[base(name)].published[1]
 
 
-def sign(found):
-    """Say whether a part helps in all the differences `found`, as published for every part, or harms in all.
+def sign(by_seed):
+    """Say whether the differences `by_seed` have the published sign: "same", "other" or "unclear"; "" without any.
 
-    A difference that the table shows as 0 is none.
+    As published, every part helps. A difference that the table shows as 0 is none.
     """
-    values = [round(value, 2) for pair in found.values() for value in pair]
+    values = [round(value, 2) for pair in by_seed.values() for value in pair]
     if not values:
         return ""
-    return "same" if min(values) > 0 else "other" if max(values) < 0 else "unclear"
+    if min(values) > 0:
+        return "same"
+    return "other" if max(values) < 0 else "unclear"
 
 
 def table(scores):
@@ -251,14 +253,14 @@ def table(scores):
         f"difference, seed {seed}" for seed in SEEDS) + " | published | sign |"
     yield "|---|" + "---:|" * (2 * len(SEEDS) + 1) + "---|"
     for name, row in ABLATION.items():
-        found = differences(scores, name)
-        cells = [pair_of(scores.get(name, {}).get(seed), "{:.2f}") for seed in SEEDS]
-        cells += [pair_of(found.get(seed), "{:+.2f}") for seed in SEEDS]
-        cells += [pair_of(published_difference(name) if name != "full" else None, "{:+.1f}"), sign(found)]
+        by_seed = differences(scores, name)
+        cells = [format_pair(scores.get(name, {}).get(seed), "{:.2f}") for seed in SEEDS]
+        cells += [format_pair(by_seed.get(seed), "{:+.2f}") for seed in SEEDS]
+        cells += [format_pair(published_difference(name) if name != "full" else None, "{:+.1f}"), sign(by_seed)]
         yield f"| {row.title if name == 'full' else f'− {row.title}'} | {' | '.join(cells)} |"
 
 
-def pair_of(pair, form):
+def format_pair(pair, form):
     return " / ".join(map(form.format, pair)) if pair else ""
 
 
@@ -280,8 +282,8 @@ def draw(folder, out):
     curves, bars = figure.subplots(2, 1, height_ratios=(3, 2))
     names = [name for name in ABLATION if name != "full"][::-1]
     for place, name in enumerate(names):
-        found, published = percents(scores, name)
-        bars.plot(found, [place] * len(found), "ko", markersize=6)
+        measured, published = percents(scores, name)
+        bars.plot(measured, [place] * len(measured), "ko", markersize=6)
         bars.plot([published], [place], "kD", markersize=8, markerfacecolor="none")
     bars.plot([], [], "ko", label="here, a dot a seed")
     bars.plot([], [], "kD", markerfacecolor="none", label="published (PTB, the large model)")
@@ -291,7 +293,7 @@ def draw(folder, out):
     bars.grid(axis="x", color="0.88", linewidth=0.6)
     bars.set_axisbelow(True)
     bars.legend(fontsize="small")
-    best = min(loss.valid for stages in runs.values() for stage in stages for loss in stage.epochs.values())
+    best = min(epoch.valid for stages in runs.values() for stage in stages for epoch in stage.epochs.values())
     low = loss_metrics(best)["ppl"]
     curves.set_title(f"Validation and training, seed {seed}")
     plot.draw_runs(curves, runs, "epochs", "ppl", log_axis=False, y_range=(0.9 * low, 1.6 * low))

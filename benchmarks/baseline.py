@@ -1,7 +1,12 @@
 """Define the baseline of the benchmarks: model, cache and corpus in plain PyTorch, as in the original.
 
-`nn.LSTM` in fp32, weight masks by `F.dropout` over whole matrices, embedding dropout on the whole matrix, softmax and
-loss unfused, the forget-mult a step at a time under autograd, the cache a token at a time over one-hot vectors.
+It has:
+
+- `nn.LSTM` in fp32, with weight masks by `F.dropout` over whole matrices.
+- Embedding dropout on the whole matrix.
+- Softmax and loss unfused.
+- The forget-mult a step at a time under autograd.
+- The cache a token at a time over one-hot vectors.
 """
 
 from collections import namedtuple
@@ -22,8 +27,8 @@ def locked(x, p):
 class PlainQRNN(nn.Module):
     def __init__(self, input_size, hidden_size, window):
         super().__init__()
-        self.hidden_size, self.window, self.linear = hidden_size, window, nn.Linear(window * input_size,
-                                                                                    3 * hidden_size)
+        self.hidden_size, self.window = hidden_size, window
+        self.linear = nn.Linear(window * input_size, 3 * hidden_size)
 
     def forward(self, x, hidden):
         source = torch.cat([x, torch.cat([torch.zeros_like(x[:1]), x[:-1]])], -1) if self.window == 2 else x
@@ -45,17 +50,16 @@ class PlainModel(nn.Module):
         self.splits = SplitCrossEntropy(args.emsize, ntoken, splits_for(ntoken)) if splits_for(ntoken) else None
         nn.init.uniform_(self.encoder.weight, -0.1, 0.1)
         sizes = [args.emsize] + [args.nhid] * (args.nlayers - 1) + [args.emsize]
-        self.rnns = nn.ModuleList(nn.LSTM(n, m) if args.model == "LSTM" else PlainQRNN(n, m, 1 + (layer == 0))
+        self.rnns = nn.ModuleList(nn.LSTM(n, m) if args.model == "LSTM" else PlainQRNN(n, m, 2 if layer == 0 else 1)
                                   for layer, (n, m) in enumerate(zip(sizes, sizes[1:])))
 
     def init_hidden(self, batch_size):
-        return [(self.decoder.bias.new_zeros(1, batch_size, rnn.hidden_size),) * (1 + (self.args.model == "LSTM"))
-                for rnn in self.rnns]
+        zeros = [self.decoder.bias.new_zeros(1, batch_size, rnn.hidden_size) for rnn in self.rnns]
+        return [(state, state) if self.args.model == "LSTM" else (state,) for state in zeros]
 
     def forward(self, words, hidden):
-        args, weight, dropped = self.args, self.encoder.weight, "linear.weight"
-        if self.args.model == "LSTM":
-            dropped = "weight_hh_l0"
+        args, weight = self.args, self.encoder.weight
+        dropped = "weight_hh_l0" if args.model == "LSTM" else "linear.weight"
         if self.training and args.dropoute:
             weight = weight * weight.new_empty(len(weight), 1).bernoulli_(1 - args.dropoute).expand_as(weight).div(
                 1 - args.dropoute)
@@ -108,7 +112,7 @@ Splits = namedtuple("Splits", "train valid test")
 
 
 def load_corpus(folder):
-    """Read the token ids of a folder of text, the lines read twice, a token at a time."""
+    """Read the token ids of a folder of text, each file twice, a token at a time."""
     word2idx, splits = {}, []
     for split in Splits._fields:
         tokens = 0

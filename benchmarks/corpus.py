@@ -1,4 +1,4 @@
-"""Measure how large corpora are loaded: seconds, peak memory, and disk, at several sizes.
+"""Measure the loading of large corpora: seconds, peak memory and disk, at several sizes.
 
     python benchmarks/corpus.py                                        (20 and 100 million words, 100 million bytes)
     python benchmarks/corpus.py --words 20e6 100e6 200e6 1e9 --bytes 0     (13 GB of disk, 20 minutes)
@@ -41,7 +41,7 @@ LINE, BLOCK, POOL = 25, 2_000_000, 50  # words of a line, words of a block, bloc
 
 
 def draw_block(random, within, last):
-    """Draw the text of BLOCK words, of rank r with a probability near 1 / r."""
+    """Draw the text of BLOCK words; the word of rank r has a probability near 1 / r."""
     ids = numpy.minimum((len(within) + 1) ** random.random(BLOCK) - 1, len(within) - 1).astype(int)
     words = within[ids]
     words[LINE - 1::LINE] = last[ids[LINE - 1::LINE]]
@@ -87,8 +87,8 @@ def measure(name, folder, loads):
     text = sum(path.stat().st_size for path in folder.glob("*.txt"))
     for load in loads:
         command = [sys.executable, "-c", LOAD.format(rules=LOADS[load] or None), folder]
-        seconds, cpu, peak, base, tokens, types = map(float, subprocess.run(
-            command, cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True).stdout.split())
+        output = subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True).stdout
+        seconds, cpu, peak, base, tokens, types = map(float, output.split())
         disk = sum(path.stat().st_size for path in folder.glob(".*"))
         print(f"| {name} | {tokens:13,.0f} | {types:7,.0f} | {text / 2**20:6,.0f} | {load:13} | {seconds:7,.1f} | "
               f"{cpu:7,.1f} | {peak:8,.0f} | {base:4,.0f} | {disk / 2**20:6,.0f} |", flush=True)

@@ -1,15 +1,15 @@
 """Check whether the toolkit is right and fast on this machine's GPU.
 
-First the tests that need one, then the training step of four recipes beside a plain baseline (`baseline.py`) and beside
-what the hardware allows; one table of all at the end.
+First come the tests that need one, then the training step of four recipes beside a plain baseline (`baseline.py`) and
+beside what the hardware allows. One table of all comes at the end.
 
     python benchmarks/gpu_check.py --json gpu.json         (make gpu-check; needs CUDA and pytest; 10 minutes)
     python benchmarks/gpu_check.py --part tests            (5 minutes at most)
     python benchmarks/gpu_check.py --part speed --only ptb-lstm --minutes 3
 
-Each file of tests, and each way to train a recipe, has a process and a time limit of its own (`gpu_parts.py`): what
-goes wrong in one is a row of the table and no end of the others. After each of them the JSON is written. Exit status 1
-when anything went wrong. Text is random, its words as frequent as in language.
+Each file of tests, and each way to train a recipe, has a process and a time limit of its own (`gpu_parts.py`). What
+goes wrong in one is a row of the table, and the others go on. After each of them the JSON is written. The exit status
+is 1 if anything went wrong. Text is random, its words as frequent as in language.
 """
 
 import json
@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 from gpu_parts import (
-    EPOCHS,
+    CORPUS_TOKENS,
     PRECISIONS,
     TESTS,
     attempt,
@@ -102,7 +102,7 @@ def check_speed(check, recipes, repetitions):
 
 def rows(recipe, results, peak):
     """Yield what, result and detail of each figure of a recipe; `results` has what `measure_variant` returned."""
-    per_epoch = {name: EPOCHS[recipe] / found["tokens"] for name, found in results.items()}
+    per_epoch = {name: CORPUS_TOKENS[recipe] / found["tokens"] for name, found in results.items()}
     baselines = [found["baseline"] for found in results.values() if "baseline" in found]
     if baselines:
         name, baseline = next(iter(results)), sorted(baselines)[len(baselines) // 2]
@@ -137,22 +137,22 @@ def table(rows):
 
 
 def heading(found):
-    """Say on what all was measured, as far as it is known."""
+    """Format the line above the table: the GPU, the versions, and what the hardware can do as far as it is known."""
     peak = found["peaks"]
     parts = [f"{name} {peak[name] / 1e12:,.0f} TFLOP/s" for name in PRECISIONS if name in peak]
     if "copy" in peak:
         parts.append(f"copy {peak['copy'] / 1e12:.2f} TB/s")
     parts += [f"{name} {peak[name] * 1e6:.1f} us" for name in ("launch", "graphed launch") if name in peak]
-    return "; ".join([f"{found['gpu']}, torch {found['torch']}, commit {found['commit']}", *filter(None, [
-        ", ".join(parts)])])
+    line = f"{found['gpu']}, torch {found['torch']}, commit {found['commit']}"
+    return f"{line}; {', '.join(parts)}" if parts else line
 
 
 def main():
     parser = Parser(description="Test and time the toolkit on the GPU.")
     parser.add_argument("--part", nargs="+", choices=["tests", "speed"], default=["tests", "speed"], metavar="PART",
                         help="what to do: tests, speed (default: both)")
-    parser.add_argument("--only", nargs="+", choices=list(EPOCHS), default=list(EPOCHS), metavar="RECIPE",
-                        help=f"recipes to time: {', '.join(EPOCHS)} (default: all)")
+    parser.add_argument("--only", nargs="+", choices=list(CORPUS_TOKENS), default=list(CORPUS_TOKENS), metavar="RECIPE",
+                        help=f"recipes to time: {', '.join(CORPUS_TOKENS)} (default: all)")
     parser.add_argument("--repetitions", type=positive_int, default=5, metavar="N",
                         help="turns of each candidate (default: %(default)s)")
     parser.add_argument("--minutes", type=positive_float, default=4.8, metavar="N",
@@ -161,7 +161,8 @@ def main():
     args = parser.parse_args()
     if not torch.cuda.is_available():
         raise BadInput("PyTorch finds no CUDA device on this machine")
-    check_writable(*filter(None, [args.json]))
+    if args.json:
+        check_writable(args.json)
     check = Check(args.json, args.minutes)
     check.found |= {**machine(), "gpu": torch.cuda.get_device_name()}
     if "tests" in args.part:

@@ -1,6 +1,6 @@
 """Measure the parts of `gpu_check.py`, each in a process of its own.
 
-What a part returns is plain values, with what went wrong among them: an error costs its own figure, not the others.
+A part returns plain values, with its errors among them: an error costs its own figure, not the others.
 """
 
 import sys
@@ -34,7 +34,8 @@ from training import train_batches
 from utils import batchify
 
 TESTS = Path(__file__).parent.parent / "tests"
-EPOCHS = {"ptb-lstm": 929_589, "ptb-qrnn": 929_589, "wt2-lstm": 2_088_628, "wt103-qrnn": 103_227_021}  # tokens of each
+# Tokens of the training text of each recipe, so of an epoch.
+CORPUS_TOKENS = {"ptb-lstm": 929_589, "ptb-qrnn": 929_589, "wt2-lstm": 2_088_628, "wt103-qrnn": 103_227_021}
 REAL_EPOCHS = dict.fromkeys(("ptb-lstm", "ptb-qrnn"), ("fp32", "fp32, graphs", "tf32, graphs", "bf16, graphs"))
 PRECISIONS = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16}
 GRACE = 10  # seconds that a process has to end after its answer
@@ -43,7 +44,7 @@ GRACE = 10  # seconds that a process has to end after its answer
 # --- a process of its own --------------------------------------------------------------------------------------------
 
 class Failed(Exception):
-    """Say what went wrong in another process, in one line."""
+    """Report what went wrong in another process, in one line."""
 
 
 def describe(error):
@@ -104,7 +105,7 @@ def attempt(errors, name, function):
 # --- the tests -------------------------------------------------------------------------------------------------------
 
 class Outcomes:
-    """Count how many tests passed, failed and skipped under each name in a `cuda` mark: a plugin of pytest."""
+    """Count, as a plugin of pytest, how many tests passed, failed and skipped under each name in a `cuda` mark."""
 
     def __init__(self):
         self.names, self.counts, self.seconds = {}, defaultdict(lambda: defaultdict(int)), defaultdict(float)
@@ -123,7 +124,9 @@ class Outcomes:
     def rows(self):
         """Yield what, result and detail of each name."""
         for name, count in self.counts.items():
-            result = "FAILED" if count["failed"] else "passed" if count["passed"] else "skipped"
+            result = "passed" if count["passed"] else "skipped"
+            if count["failed"]:
+                result = "FAILED"
             detail = ", ".join(f"{number} {outcome}" for outcome, number in count.items() if number)
             yield name, result, f"{detail}; {self.seconds[name]:.1f} s"
 
@@ -170,30 +173,30 @@ def launches(repetitions, graphed):
 def peaks(repetitions):
     """Measure what the hardware can do; returns the figures by name and the errors."""
     errors = {}
-    found = {name: attempt(errors, name, lambda name=name: products(name, repetitions)) for name in PRECISIONS}
-    found["copy"] = attempt(errors, "copy", lambda: copies(repetitions))
-    found["launch"] = attempt(errors, "launch", lambda: launches(repetitions, graphed=False))
-    found["graphed launch"] = attempt(errors, "graphed launch", lambda: launches(repetitions, graphed=True))
-    return {name: value for name, value in found.items() if value}, errors
+    peak = {name: attempt(errors, name, lambda name=name: products(name, repetitions)) for name in PRECISIONS}
+    peak["copy"] = attempt(errors, "copy", lambda: copies(repetitions))
+    peak["launch"] = attempt(errors, "launch", lambda: launches(repetitions, graphed=False))
+    peak["graphed launch"] = attempt(errors, "graphed launch", lambda: launches(repetitions, graphed=True))
+    return {name: value for name, value in peak.items() if value}, errors
 
 
 def floors(recipe, tokens, kernels, peak):
-    """Compute the seconds that a step takes at least for its arithmetic, for the traffic of weights, for launches.
+    """Compute the least seconds that a step takes for its arithmetic, for the traffic of weights and for launches.
 
-    Each is left out where the peak, or the number of kernels, could not be measured.
+    Each is left out if the peak, or the number of kernels, could not be measured.
     """
     args = flags_of(recipe)
     with torch.device("meta"):
         model = RNNModel(RECIPES[recipe][0], model=args.model, emsize=args.emsize, nhid=args.nhid, nlayers=args.nlayers)
     multiplied = sum(p.numel() for p in model.rnns.parameters()) + args.emsize * model.softmax.sizes[0]
-    found = {f"arithmetic {name}": 6 * multiplied * tokens / peak[name] for name in PRECISIONS if name in peak}
+    floor = {f"arithmetic {name}": 6 * multiplied * tokens / peak[name] for name in PRECISIONS if name in peak}
     if "copy" in peak:
         # Read forward, backward and to be updated, written once; gradients written once, read for norm and update.
-        found["traffic of weights"] = 7 * 4 * model.parameter_count() / peak["copy"]
+        floor["traffic of weights"] = 7 * 4 * model.parameter_count() / peak["copy"]
     for name, each in (("launches from Python", "launch"), ("launches in a graph", "graphed launch")):
         if kernels and each in peak:
-            found[name] = kernels * peak[each]
-    return found
+            floor[name] = kernels * peak[each]
+    return floor
 
 
 def count_kernels(step):
@@ -211,13 +214,13 @@ def words_like_language(shape, ntoken):
 
 def variants(recipe):
     """Return the ways to train that are compared, each with the flags that it changes."""
-    found = {"no regularisation": NO_REGULARISATION}
+    ways = {"no regularisation": NO_REGULARISATION}
     for graphs in (False, True):
         for precision in PRECISIONS:
             if not (graphs and splits_for(RECIPES[recipe][0])):
                 name = f"{precision}, graphs" if graphs else precision
-                found[name] = {"precision": precision, "cuda_graphs": graphs}
-    return found
+                ways[name] = {"precision": precision, "cuda_graphs": graphs}
+    return ways
 
 
 def as_pytorch(step):
@@ -232,8 +235,8 @@ def as_pytorch(step):
 def measure_variant(recipe, name, device, repetitions):
     """Measure one way to train a recipe, in turns with the baseline.
 
-    Returns tokens of a step, seconds of a step of each, bytes of memory, kernels of a step, shares of its parts,
-    seconds of a whole epoch, and errors by what they kept from being measured.
+    Returns a dict. "tokens", "kernels" and "shares" (of its parts) are those of a step, "seconds" and "baseline" the
+    times of one. "memory" is in bytes, "epoch" in seconds. "errors" are by what they kept from being measured.
     """
     seed_everything(0)
     args, changes, errors = flags_of(recipe), variants(recipe)[name], {}
@@ -270,13 +273,13 @@ def measure_variant(recipe, name, device, repetitions):
 def measure_epoch(recipe, device, **changes):
     """Measure the seconds of a real epoch over as many random words as the corpus has.
 
-    It is the second one, whose graphs are there.
+    It is the second epoch, which finds its graphs captured.
     """
     seed_everything(0)
     args = flags_of(recipe, **changes)
     model = our_model(recipe, args).to(device)
     optimizer = make_optimizer(args.optimizer, model, args.lr, args.wdecay)
-    source = batchify(words_like_language(EPOCHS[recipe], RECIPES[recipe][0]), args.batch_size, device)
+    source = batchify(words_like_language(CORPUS_TOKENS[recipe], RECIPES[recipe][0]), args.batch_size, device)
     run = Run("train", args, [], Batches(source, None, None), model, optimizer)
     run.forward_backward = choose_pass(model, args.precision, args.alpha, args.beta, args.cuda_graphs)
 

@@ -1,12 +1,13 @@
-"""Score count models, to stand beside a neural one: unigrams, bigrams, and Kneser-Ney of some order.
+"""Score count models, to compare with a neural one: unigrams, bigrams, and Kneser-Ney of some order.
 
     python benchmarks/ngrams.py --data data/pennchar
     python benchmarks/ngrams.py --data book.txt --min-count 2 --order 5
 
-Counted on the training text, scored on validation and test. As in the papers the first token is not predicted.
+They are counted on the training text and scored on validation and test. As in the papers, the first token is not
+predicted.
 
 - Unigram: p(w) = (n(w) + 1) / (N + V).
-- Bigram: p(w | v) = (n(v w) + p(w)) / (n(v) + 1), so that each context has one token more, spread as the unigrams are.
+- Bigram: p(w | v) = (n(v w) + p(w)) / (n(v) + 1). Each context has one token more, spread as the unigrams are.
 - Kneser-Ney: interpolated, one discount an order, of Chen and Goodman, "An Empirical Study of Smoothing Techniques for
   Language Modeling" (1998), section 2.7.
 """
@@ -30,8 +31,8 @@ UNSEEN = -1
 class Grams:
     """Count the n-grams of one order: all grams that occur, in the order of their codes.
 
-    The code of a gram is (index of its first n - 1 tokens) * V + last token. `counts` are numbers of occurrences or,
-    given `of_longer`, of different tokens before it, which is what Kneser-Ney counts below the highest order.
+    The code of a gram is (index of its first n - 1 tokens) * V + last token. `counts` are numbers of occurrences.
+    KneserNey, below its highest order, makes them numbers of different tokens before the gram.
     """
 
     def __init__(self, contexts, tokens, ntoken):

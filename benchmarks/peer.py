@@ -3,9 +3,9 @@
     python benchmarks/peer.py --data shakespeare.txt --save peer.metrics.jsonl
 
 Written anew in plain PyTorch from the recipe's published settings: 4 layers, 4 heads, 128 wide, 64 characters of
-context, batches of 12, 2,000 steps of AdamW, no dropout, the first 90% of the text for training. Its loss is that of
-the whole rest of the text, each piece of 64 characters read by itself, as its own estimate samples it. Its time is the
-unit that `quality.py` counts budgets in.
+context, batches of 12, 2,000 steps of AdamW, no dropout. The first 90% of the text are for training. The loss is that
+of all the rest, each piece of 64 characters read by itself, as the recipe's own estimate samples it. The time of
+training is the unit of budgets in `quality.py`.
 """
 
 import math

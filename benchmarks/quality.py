@@ -81,6 +81,10 @@ def scored(path, kind):
     return losses[-1] if losses else None
 
 
+def format_cell(loss):
+    return "-" if loss is None else f"{loss:.3f}"
+
+
 def rows(paths, budgets):
     """Yield the lines of a table of the runs: `paths` are lists of records, one for each budget.
 
@@ -93,9 +97,9 @@ def rows(paths, budgets):
     for budget, records_of_budget in zip(budgets, paths):
         tests = [records(path, "test")[-1] for path in records_of_budget]
         flags = records(records_of_budget[0], "run")[-1]["flags"]
-        losses = [[test["valid_loss"] for test in tests],
-                  *([scored(path, kind) for path in records_of_budget] for kind in kinds)]
-        cells = " | ".join(", ".join("-" if loss is None else f"{loss:.3f}" for loss in of_kind) for of_kind in losses)
+        columns = [[test["valid_loss"] for test in tests]]
+        columns += [[scored(path, kind) for path in records_of_budget] for kind in kinds]
+        cells = " | ".join(", ".join(map(format_cell, column)) for column in columns)
         epochs = statistics.mean(test["epochs"] for test in tests)
         chosen = " ".join(f"--{name} {flags[name]}" for name in SIZES)
         yield f"| {budget:g} T | {flags['minutes']:.1f} | {epochs:.1f} | {cells} | `{chosen}` |"
@@ -119,7 +123,7 @@ def main():
     loss = records(peer, "epoch")[-1]["loss"]
     print(f"\nthe peer: {loss:.3f} nats per token after T = {seconds:.0f} s\n")
     print("\n".join(rows(paths, args.budgets)))
-    drawn = [peer, *(path for of_budget in paths for path in of_budget[:1])]
+    drawn = [peer, *(of_budget[0] for of_budget in paths)]
     plot.draw(drawn, folder / "quality.png", "minutes", "loss", log_axis=False, log_x=True)
 
 

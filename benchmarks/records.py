@@ -1,4 +1,4 @@
-"""Read from the records of runs what several benchmarks ask."""
+"""Read the records of runs, as several benchmarks need them."""
 
 import sys
 from pathlib import Path

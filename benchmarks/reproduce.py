@@ -3,11 +3,11 @@
     python benchmarks/reproduce.py ptb-qrnn                        (make reproduce ROW=ptb-qrnn)
     python benchmarks/reproduce.py ptb-qrnn --minutes 8            (stops in time; the same command goes on from there)
 
-Training, fine-tuning, the cache with the published setting and with the best one of a grid, and dynamic evaluation. All
-files of a row lie in `runs/ROW`; the row is made from the metrics there and from nothing else.
+The stages are training, fine-tuning, the cache with the published setting and with the best of a grid, and dynamic
+evaluation. All files of a row lie in `runs/ROW`. The row is made from the metrics there and from nothing else.
 
-Training that was stopped goes on with the next batch. Dynamic evaluation begins the pass anew that it was in, and the
-cache its stage.
+Training that was stopped goes on with the next batch. Dynamic evaluation repeats the pass that it was in, the cache its
+stage.
 """
 
 import math
@@ -73,7 +73,7 @@ def deadline_in(minutes):
 
 
 def finish(arguments, deadline):
-    """Run the script of a stage; returns whether it came to its end. Where it failed, this script ends as it did."""
+    """Run the script of a stage; returns whether it came to its end. If it fails, this script ends as it does."""
     status = run(arguments, deadline, folder=ROOT)
     if status not in (0, 128 + signal.SIGTERM):
         sys.exit(status)
@@ -87,14 +87,14 @@ def row(name, folder):
     ends = list(filter(is_end, [*lines, *tuned]))
     for line in ends:
         bpc, ppl = (line.get(name, math.nan) for name in ("bpc", "ppl"))  # NaN without a test split
-        words = f"{math.exp(line['valid_loss']):.2f} / {ppl:.2f}"
-        cells.append(f"{bpc:.3f} bpc" if "bpc" in "".join(recipe["published"]) else words)
+        perplexities = f"{math.exp(line['valid_loss']):.2f} / {ppl:.2f}"
+        cells.append(f"{bpc:.3f} bpc" if "bpc" in "".join(recipe["published"]) else perplexities)
     for stage in ("cache", "dynamic", "both"):
         cells += [f"{valid:.2f} / {test:.2f}" for valid, test in scored(tuned, stage)]
     begun = next(line for line in lines if line["kind"] == "run")
     minutes = sum(line["seconds"] for line in ends) / 60
     published = [*recipe["published"][:3], "", *recipe["published"][3:]]  # none for the grid
-    pairs = [f"{cell} ({there})" if there else cell for cell, there in zip_longest(cells, published[:len(cells)])]
+    pairs = [f"{cell} ({figure})" if figure else cell for cell, figure in zip_longest(cells, published[:len(cells)])]
     return " | ".join(["", name, *pairs, f"seed {begun['seed']}", f"commit {(begun['commit'] or 'unknown')[:7]}",
                        begun["device"], f"{minutes:,.0f} minutes", ""]).strip()
 

@@ -3,7 +3,7 @@
     python benchmarks/scale.py --json scale.json           (part of make bench; 3 minutes on 2 cores)
     python benchmarks/scale.py --only ptb-lstm --processes 4
 
-The ways take turns in one run. Beside the toolkit's one all-reduce stands PyTorch's DistributedDataParallel, whose
+The ways take turns in one run. The toolkit's one all-reduce is compared with PyTorch's DistributedDataParallel, whose
 all-reduces overlap with the backward pass. Text is random: its words do not matter.
 """
 
@@ -80,7 +80,7 @@ def timed_reduce(spent):
 
 
 def measure(recipe, repetitions):
-    """Measure the seconds of a step by each way and of its all-reduce, and the bytes of that."""
+    """Measure the seconds of a step in each way, and the seconds and bytes of its all-reduce."""
     args, group, spent = speed.flags_of(recipe), distributed.group, []
     torch.manual_seed(0)
     text = torch.randint(speed.RECIPES[recipe][0], (args.bptt + 1, args.batch_size))
@@ -131,7 +131,7 @@ def table(results, size):
 
 
 def worker(rank, port, args):
-    """Be one of the processes; rank 0 prints."""
+    """Run as one of the processes; rank 0 prints the table."""
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(args.processes),
                    "MASTER_ADDR": "localhost", "MASTER_PORT": str(port), "TORCHELASTIC_RESTART_COUNT": "0"}
     distributed.group = distributed.Group()

@@ -5,8 +5,9 @@
     python benchmarks/score_speed.py --only small --lines 500 --few 20 --repetitions 1
 
 The plain ways are PyTorch's stock parts (`baseline.py`), one line of text at a time and one word at a time. They are
-timed on few lines. All ways read, score and write the same lines, take turns, and the medians are compared. The floor
-is the time of the matrix products alone (see `speed.py`): no way that multiplies by all weights in fp32 takes less.
+timed on few lines. All ways read, score and write the same lines. They take turns, and the medians are compared. The
+floor is the time of the matrix products alone (see `speed.py`): no way that multiplies by all weights in fp32 takes
+less.
 
 Without a text the lines are random words, as many as in lines of Penn Treebank. The weights are random: what they say
 does not matter.

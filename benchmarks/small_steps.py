@@ -2,9 +2,10 @@
 
     python benchmarks/small_steps.py
 
-The floor is the time of the products alone, each at its own shape, as `@` does them: a step's input products at once,
-the recurrent ones a time step at a time, those of the backward pass likewise, and the softmax. Step and floor take
-turns; the medians count. A step can be below the floor, since PyTorch's LSTM packs its weight once for all time steps.
+The floor is the time of the products alone, each at its own shape, as `@` does them. The products of the inputs and of
+the softmax are done at once, the recurrent ones a time step at a time, in the backward pass likewise. Step and floor
+take turns, and the medians are compared. A step can be below the floor, since PyTorch's LSTM packs its weight once for
+all time steps.
 """
 
 import statistics

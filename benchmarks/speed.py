@@ -1,7 +1,7 @@
 """Measure how fast the toolkit is on this machine's CPU (for a GPU see `gpu_check.py`).
 
-Each part stands beside a plain baseline (`baseline.py`), the same step without any regularisation, and the floor that
-the matrix products set, all in one process and one run.
+Each part is compared with a plain baseline (`baseline.py`), the same step without any regularisation, and the floor
+that the matrix products set. All run in one process.
 
     python benchmarks/speed.py --json speed.json           (make bench; 20 minutes on 2 cores that do nothing else)
     python benchmarks/speed.py --only ptb-lstm cache-500
@@ -45,6 +45,7 @@ VOCABULARY = {"ptb-lstm": 10_000, "ptb-qrnn": 10_000, "wt2-lstm": 33_278, "ptbc"
 RECIPES = {name: (ntoken, recipes.RECIPES[name]["train"]) for name, ntoken in VOCABULARY.items()}  # and flags
 ON_A_CPU = ("ptb-lstm", "ptb-qrnn", "wt2-lstm", "ptbc")
 PARTS = ("embedding", "recurrence", "softmax", "optimizer")
+PLAIN_WORDS = 40  # that the baseline samples in a call
 NO_REGULARISATION = dict.fromkeys((*DROPOUTS, "alpha", "beta", "wdecay", "clip"), 0)
 
 
@@ -66,16 +67,16 @@ def our_step(recipe, words, targets, **changes):
     model = our_model(recipe, args).to(words.device).train()
     optimizer = make_optimizer(args.optimizer, model, args.lr, args.wdecay)
     hidden = model.init_hidden(args.batch_size)
-    run = choose_pass(model, args.precision, args.alpha, args.beta, args.cuda_graphs)
-    return lambda: steps.train_step(model, optimizer, run, words, targets, hidden, lr_scale=1.0, clip=args.clip)
+    forward_backward = choose_pass(model, args.precision, args.alpha, args.beta, args.cuda_graphs)
+    return lambda: steps.train_step(model, optimizer, forward_backward, words, targets, hidden, 1.0, args.clip)
 
 
 def plain_step(recipe, words, targets):
     """Make a function that takes a training step of the baseline on the device of `words`."""
     args = flags_of(recipe)
     model = baseline.PlainModel(RECIPES[recipe][0], args).to(words.device).train()
-    kind = torch.optim.Adam if args.optimizer == "adam" else torch.optim.SGD
-    optimizer = kind(model.parameters(), lr=args.lr, weight_decay=args.wdecay)
+    optimizer_class = torch.optim.Adam if args.optimizer == "adam" else torch.optim.SGD
+    optimizer = optimizer_class(model.parameters(), lr=args.lr, weight_decay=args.wdecay)
     hidden = model.init_hidden(args.batch_size)
     return lambda: baseline.train_step(model, optimizer, words, targets, hidden, args)
 
@@ -112,8 +113,9 @@ def step_in_parts(recipe, words, targets, precision, repetitions):
         optimizer.step()
         optimizer.zero_grad()
         marks.append(clock())
-        first, second, third, fourth, fifth, sixth = (b - a for a, b in zip(marks, marks[1:]))
-        turns.append((first + fifth, second + fourth, third, sixth))
+        seconds = [end - start for start, end in zip(marks, marks[1:])]  # of the parts forward, then backward
+        embed, recur, softmax, recur_back, embed_back, update = seconds
+        turns.append((embed + embed_back, recur + recur_back, softmax, update))
     times = [statistics.median(part) for part in zip(*turns[1:])]
     return {name: part / sum(times) for name, part in zip(PARTS, times)}
 
@@ -152,22 +154,22 @@ def measure_evaluation(peak, repetitions):
 
 def measure_cache(window, peak, repetitions):
     """Measure the cache alone, on outputs as a model of 400 units gives them."""
-    few, many, ntoken = (window + 41, window + 8001, 10_000)
+    few, many, ntoken = window + 41, window + 8001, 10_000
     outputs, targets = torch.randn(many, 400) * 0.1, torch.randint(1000, (many,))
     logprob, history = torch.full((many,), -6.0), functional.one_hot(targets[:few], ntoken).float()
-    found = {}
+    losses = {}
 
     def plain():
-        found["baseline"] = baseline.cache_loss(outputs[:few], targets[:few], logprob[:few], history, window, 1.0,
+        losses["baseline"] = baseline.cache_loss(outputs[:few], targets[:few], logprob[:few], history, window, 1.0,
                                                 0.1)
 
     def ours(n):
-        found["fp32"] = cache.mixture_losses([(outputs[:n], targets[:n], logprob[:n])], [window], [1.0],
-                                             [0.1]).item() * n - 6.0 * (window + 1)
+        chunk = outputs[:n], targets[:n], logprob[:n]
+        losses["fp32"] = cache.mixture_losses([chunk], [window], [1.0], [0.1]).item() * n - 6.0 * (window + 1)
 
     ours(few)
     plain()
-    assert abs(found["fp32"] - found["baseline"]) < 1e-5 * 40, found
+    assert abs(losses["fp32"] - losses["baseline"]) < 1e-5 * 40, losses
     times = medians({"baseline": as_pytorch(plain), "fp32": as_shipped(lambda: ours(many))}, repetitions)
     rate = {"baseline": (few - window - 1) / times["baseline"], "fp32": many / times["fp32"],
             "floor fp32": peak["fp32"] / (2 * 400 * window)}
@@ -196,17 +198,16 @@ def measure_generation(repetitions):
         models["bf16"].pack()
 
     @torch.no_grad()
-    def word_by_word(count=40):
+    def word_by_word():
         hidden, word = plain.init_hidden(1), torch.zeros(1, 1, dtype=torch.long)
-        for _ in range(count):
+        for _ in range(PLAIN_WORDS):
             output, hidden, _ = plain(word, hidden)
             word = torch.multinomial(plain.decoder(output[-1]).softmax(-1), 1)
-        return count
 
     def sampled(model, length, batch_size):
         return lambda: list(generate.sample(model, torch.zeros(1, dtype=torch.long), length, batch_size=batch_size))
 
-    candidates, words = {"baseline": as_pytorch(word_by_word)}, {"baseline": 40}
+    candidates, words = {"baseline": as_pytorch(word_by_word)}, {"baseline": PLAIN_WORDS}
     for name, model in models.items():
         for suffix, length, batch_size in (("", 200, 1), (", --batch 100", 40, 100)):
             candidates[name + suffix] = as_shipped(sampled(model, length, batch_size))
@@ -250,7 +251,8 @@ def run():
                         help="turns of each candidate (default: %(default)s)")
     parser.add_argument("--json", metavar="FILE", help="where the figures go too")
     args = parser.parse_args()
-    check_writable(*filter(None, [args.json]))
+    if args.json:
+        check_writable(args.json)
     torch.manual_seed(0)
     peak = peaks(args.repetitions)
     print(", ".join(f"{name} {value}" for name, value in machine().items()))

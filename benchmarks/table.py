@@ -29,7 +29,9 @@ def rows(lines):
                 yield (stage, line["epochs"], perplexity(line["valid_loss"]), perplexity(line.get("loss", math.nan)),
                        line["seconds"] / 60)
             elif kind in ("pointer", "dynamic"):
-                name = "cache" if kind == "pointer" else "both" if "window" in line else "dynamic"
+                name = "cache"
+                if kind == "dynamic":
+                    name = "both" if "window" in line else "dynamic"
                 if line["split"] == "valid":
                     valid = line
                     if not has_test:

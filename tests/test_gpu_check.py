@@ -96,7 +96,7 @@ def on_a_cpu(monkeypatch):
     shape = "--emsize 5 --nhid 6 --nlayers 2 --batch_size 2 --bptt 7 --lr 1"
     for recipe, (words, flags) in {"ptb-lstm": (12, ""), "wt103-qrnn": (80_000, "--model QRNN --alpha 0")}.items():
         monkeypatch.setitem(gpu_parts.RECIPES, recipe, (words, f"{shape} {flags}"))
-    monkeypatch.setitem(gpu_parts.EPOCHS, "ptb-lstm", 700)
+    monkeypatch.setitem(gpu_parts.CORPUS_TOKENS, "ptb-lstm", 700)
     monkeypatch.setattr(gpu_parts, "as_pytorch", lambda step: step)
     measure = gpu_parts.measure_variant
     monkeypatch.setattr(gpu_check, "measure_variant", lambda recipe, name, _, n: measure(recipe, name, "cpu", n))
