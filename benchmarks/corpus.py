@@ -16,13 +16,13 @@ import tempfile
 from pathlib import Path
 
 import numpy
+from scripts import ROOT
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # the scripts of the project are no package
 from files import check_writable
 from flags import Parser, non_negative_float, positive_int
 from process import run_script
 
-ROOT = Path(__file__).parent.parent
 LOADS = {"first": "", "cached": "", "--min-count 3": "Rules(min_count=3)"}
 LOAD = """
 import sys, time

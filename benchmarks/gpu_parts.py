@@ -223,8 +223,8 @@ def variants(recipe):
     return ways
 
 
-def as_pytorch(step):
-    """Make a step with what PyTorch allows by itself: TF32 to cuDNN, and not to matrix products."""
+def with_default_tf32(step):
+    """Return the step with TF32 as PyTorch comes: allowed in cuDNN, not in matrix products."""
     def call():
         allow_tf32(False)
         torch.backends.cudnn.allow_tf32 = True
@@ -255,7 +255,8 @@ def measure_variant(recipe, name, device, repetitions):
 
     found["memory"] = attempt(errors, name, lambda: prepare("seconds", lambda: our_step(
         recipe, words, targets, **changes)))
-    attempt(errors, "baseline", lambda: prepare("baseline", lambda: as_pytorch(plain_step(recipe, words, targets))))
+    attempt(errors, "baseline", lambda: prepare("baseline", lambda: with_default_tf32(
+        plain_step(recipe, words, targets))))
     times = attempt(errors, f"{name}, timing", lambda: medians(steps, repetitions, seconds)) if steps else None
     found |= {which: time / 5 for which, time in (times or {}).items()}
     if "seconds" in steps:

@@ -97,7 +97,7 @@ def on_a_cpu(monkeypatch):
     for recipe, (words, flags) in {"ptb-lstm": (12, ""), "wt103-qrnn": (80_000, "--model QRNN --alpha 0")}.items():
         monkeypatch.setitem(gpu_parts.RECIPES, recipe, (words, f"{shape} {flags}"))
     monkeypatch.setitem(gpu_parts.CORPUS_TOKENS, "ptb-lstm", 700)
-    monkeypatch.setattr(gpu_parts, "as_pytorch", lambda step: step)
+    monkeypatch.setattr(gpu_parts, "with_default_tf32", lambda step: step)
     measure = gpu_parts.measure_variant
     monkeypatch.setattr(gpu_check, "measure_variant", lambda recipe, name, _, n: measure(recipe, name, "cpu", n))
     monkeypatch.setattr(gpu_check, "peaks", lambda _: (PEAKS, {}))
