@@ -171,12 +171,12 @@ def read_and_keep(paths, level, limit, path, key):
         ids = store.collected()
         if store.file is None:
             return ids, lengths, words
-        about = {"format": CACHE_FORMAT, "version": CACHE_VERSION, "key": key, "type": ids.dtype.name,
-                 "lengths": lengths, "words": words}
-        about = json.dumps(about).encode()
-        about += f"{len(about):{SIZE}}".encode()
-        store.file.write(about + check_ids(ids, about)[0])
-        del ids, words, about  # Windows renames no file that is mapped, and the vocabulary is loaded again
+        values = {"format": CACHE_FORMAT, "version": CACHE_VERSION, "key": key, "type": ids.dtype.name,
+                  "lengths": lengths, "words": words}
+        trailer = json.dumps(values).encode()
+        trailer += f"{len(trailer):{SIZE}}".encode()
+        store.file.write(trailer + check_ids(ids, trailer)[0])
+        del ids, words, values, trailer  # Windows renames no file that is mapped, and the vocabulary is loaded again
     kept = load_cache(path, key)
     if kept is None:
         raise OSError(errno.EBUSY, "it was changed at once")
@@ -194,15 +194,15 @@ def load_cache(path, key):
             end = file.seek(-SIZE - CHECKSUM, os.SEEK_END)
             size = int(file.read(SIZE))
             start = file.seek(end - size)
-            about, checksum = file.read(size + SIZE), file.read()
-            header = json.loads(about[:size])
-            if (header["format"], header["version"], header["key"]) != (CACHE_FORMAT, CACHE_VERSION, key):
+            trailer, checksum = file.read(size + SIZE), file.read()
+            values = json.loads(trailer[:size])
+            if (values["format"], values["version"], values["key"]) != (CACHE_FORMAT, CACHE_VERSION, key):
                 return None
-            dtype, lengths, words = header["type"], header["lengths"], header["words"]
+            dtype, lengths, words = values["type"], values["lengths"], values["words"]
             if dtype not in ID_TYPES or sum(lengths) * numpy.dtype(dtype).itemsize != start or min(lengths) < 0:
                 return None
             ids = map_file(file, dtype, sum(lengths))
-        computed, low, high = check_ids(ids, about)
+        computed, low, high = check_ids(ids, trailer)
         if computed != checksum or low < 0 or high >= len(words) or len(set(words)) < len(words):
             return None
         return ids, lengths, words
@@ -210,11 +210,14 @@ def load_cache(path, key):
         return None  # the caller makes it again
 
 
-def check_ids(ids, about):
-    """Compute the end of the cache, a checksum of `ids` and what is written `about` them, and the least and last id."""
+def check_ids(ids, trailer):
+    """Compute a checksum of `ids` and the `trailer` behind them, and the range of the ids and 0.
+
+    Returns the hex digits of the checksum, bytes, and the two ends of the range.
+    """
     total, low, high = hashlib.sha256(), 0, 0
     for block in id_blocks(ids):
         total.update(block)
         low, high = min(low, block.min()), max(high, block.max())
-    total.update(about)
+    total.update(trailer)
     return total.hexdigest().encode(), low, high

@@ -66,7 +66,8 @@ class Corpus:
                 lengths[1] = len(ids) - lengths[0]
             lengths.append(len(ids) - sum(lengths))
         self.unknown, self.first_unknown, self.ends_unknown = dict.fromkeys(SPLITS, 0), {}, False
-        if rules.choose() if words is None else words != tokens:
+        is_changed = rules.chooses() if words is None else words != tokens
+        if is_changed:
             counts = count_ids(ids, lengths, len(tokens))
             words = choose_vocabulary(tokens, counts[0], rules) if words is None else words
             self.note_unknown(ids, lengths, tokens, counts, words)

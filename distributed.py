@@ -80,7 +80,7 @@ class Group:
         """
         each, more = divmod(columns, self.size)
         start = self.rank * each + min(self.rank, more)
-        return slice(start, start + each + (self.rank < more))
+        return slice(start, start + each + (1 if self.rank < more else 0))
 
     def reduce(self, tensor, op=None):
         """Reduce `tensor` over the processes in place, by `op` (None: the sum), and return it."""

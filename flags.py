@@ -61,18 +61,18 @@ def not_empty(text):
     return text
 
 
-def number(kind, low, below=math.inf, exclusive=False):
-    """Make the type of a flag: an int or float `kind` in a range.
+def number(number_type, low, below=math.inf, exclusive=False):
+    """Make the type of a flag: a number of `number_type`, int or float, in a range.
 
     The range is low <= value < below, or low < value < below if `exclusive`.
     """
     def convert(text):
         try:
-            value = kind(text)
+            value = number_type(text)
         except ValueError:
             value = None
         if value is None or not low <= value < below or (exclusive and value == low):
-            noun = "a whole number" if kind is int else "a number"
+            noun = "a whole number" if number_type is int else "a number"
             limits = f"above {low}" if exclusive else f"of {low} or more"
             limits += f" and below {below}" if below < math.inf else ""
             raise argparse.ArgumentTypeError(f"must be {noun} {limits}, not {text!r}")
@@ -140,12 +140,12 @@ def add_cache_flags(group, optional=False):
 
     If `optional`, a flag that is not given is None.
     """
-    for name, kind, metavar, what, off in (
+    for name, flag_type, metavar, what, off in (
             ("window", positive_int, "N", "words that the cache remembers", ""),
             ("theta", non_negative_float, "X", "sharpness of the cache: factor of the similarities", "0: flat; "),
             ("lambdasm", probability, "P", "share of the cache in the mixture, from 0 to below 1", "0: off; ")):
         default = CACHE_DEFAULTS[name]
-        group.add_argument(f"--{name}", type=kind, nargs="+", default=None if optional else [default],
+        group.add_argument(f"--{name}", type=flag_type, nargs="+", default=None if optional else [default],
                            metavar=metavar, help=f"{what} ({off}default: {default:.5g})")
 
 

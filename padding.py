@@ -72,7 +72,8 @@ class PaddedWeights(torch.autograd.Function):
         shapes = [(gates * padded_size(len(w) // gates), *map(padded_size, w.shape[1:])) for w in weights]
         sizes = list(map(math.prod, shapes))
         is_padded = sum(sizes) > sum(w.numel() for w in weights)
-        buffer = (weights[0].new_zeros if is_padded else weights[0].new_empty)(sum(sizes), dtype=dtype)
+        allocate = weights[0].new_zeros if is_padded else weights[0].new_empty
+        buffer = allocate(sum(sizes), dtype=dtype)
         copies = [part.view(shape) for part, shape in zip(buffer.split(sizes), shapes)]
         for index, (copy, weight) in enumerate(zip(copies, weights)):
             source, target = weight.unflatten(0, (gates, -1)), inner(copy, weight.shape, gates)

@@ -158,4 +158,6 @@ def linear(x, weight, bias):
 
     Training in bfloat16 uses `Linear`.
     """
-    return (Linear.apply if trains_in_bfloat16(x) else functional.linear)(x, weight, bias)
+    if trains_in_bfloat16(x):
+        return Linear.apply(x, weight, bias)
+    return functional.linear(x, weight, bias)

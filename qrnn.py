@@ -208,7 +208,8 @@ def has_compiler():
 def fo_pool(linear_map, start, zoneout_mask=None):
     """Compute what `FoPool` does, on a GPU by Triton where it runs."""
     triton_runs = triton is not None and linear_map.is_cuda and has_compiler()
-    return (TritonFoPool if triton_runs else FoPool).apply(linear_map, start, zoneout_mask)
+    pool = TritonFoPool if triton_runs else FoPool
+    return pool.apply(linear_map, start, zoneout_mask)
 
 
 class QRNN(GPULayer, nn.Module):

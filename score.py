@@ -68,8 +68,8 @@ def make_cache(values):
     if values is None:
         return None
     try:
-        kinds = zip((positive_int, non_negative_float, probability), values)
-        return Cache(*([kind(value)] for kind, value in kinds))
+        window, theta, lambdasm = values
+        return Cache([positive_int(window)], [non_negative_float(theta)], [probability(lambdasm)])
     except ArgumentTypeError as error:
         raise BadInput(f"--cache: {error}") from error
 

@@ -167,7 +167,8 @@ class SplitCrossEntropy(nn.Module):
         if len(self.sizes) == 1:
             hidden, targets = hidden.flatten(0, -2), targets.flatten()
             if hidden.requires_grad and len(hidden) * len(weight) >= MIN_LOGITS:
-                return (GPUSoftmaxLoss if hidden.is_cuda else SoftmaxLoss).apply(hidden, weight, bias, targets)
+                softmax_loss = GPUSoftmaxLoss if hidden.is_cuda else SoftmaxLoss
+                return softmax_loss.apply(hidden, weight, bias, targets)
             if torch.is_grad_enabled():
                 return functional.cross_entropy(functional.linear(hidden, weight, bias), targets)
         return -self.target_logprob(weight, bias, hidden, targets).mean()

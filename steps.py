@@ -116,8 +116,8 @@ def choose_pass(model, precision, alpha, beta, cuda_graphs=False, backend=None):
     """
     device = next(model.parameters()).device
     if not computes_in(precision, device):
-        kind = "GPU" if device.type == "cuda" else "CPU"
-        log(f"--precision {precision}: this {kind} has no instructions for it; training in fp32")
+        processor = "GPU" if device.type == "cuda" else "CPU"
+        log(f"--precision {precision}: this {processor} has no instructions for it; training in fp32")
         precision = "fp32"
     settings = {"alpha": alpha, "beta": beta, "precision": precision}
     if not cuda_graphs:

@@ -54,15 +54,15 @@ class Rules:
     max_vocab: int | None = None   # the most tokens, <unk> and <eos> among them: the most frequent ones
     order: str = "appearance"      # or "frequency", in train
 
-    def restrict(self):
+    def restricts(self):
         return self.min_count is not None or self.max_vocab is not None
 
-    def choose(self):
-        return self.restrict() or self.order != "appearance"
+    def chooses(self):
+        return self.restricts() or self.order != "appearance"
 
     def check(self, level):
         """Raise BadInput when these rules choose at a `level` whose vocabulary is fixed."""
-        if level == "byte" and self.choose():
+        if level == "byte" and self.chooses():
             raise BadInput("--min-count, --max-vocab and --vocab-order are for words and characters")
 
 
@@ -73,7 +73,7 @@ def choose_vocabulary(tokens, counts, rules):
     """
     counts = [int(count) for count in counts]
     kept = list(range(len(tokens)))
-    if rules.restrict():
+    if rules.restricts():
         always = [i for i in kept if tokens[i] in ALWAYS]
         frequent = [i for i in kept if tokens[i] not in ALWAYS and counts[i] >= (rules.min_count or 1)]
         frequent.sort(key=lambda i: -counts[i])
@@ -81,7 +81,7 @@ def choose_vocabulary(tokens, counts, rules):
             frequent = frequent[:rules.max_vocab - len({UNKNOWN, *(tokens[i] for i in always)})]
         kept = sorted(always + frequent)
     frequency = {tokens[i]: counts[i] for i in kept}
-    if rules.restrict():
+    if rules.restricts():
         frequency[UNKNOWN] = frequency.get(UNKNOWN, 0) + sum(counts) - sum(frequency.values())
     if rules.order == "frequency":
         return sorted(frequency, key=lambda token: -frequency[token])  # stable: else by appearance
