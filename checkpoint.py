@@ -31,7 +31,7 @@ from optimizers import ASGD
 from run_files import STATES, best_path
 from splitcross import splits_for
 from text import BYTES, LEVELS
-from vocabulary import carry_rows
+from vocabulary import carry_rows, is_text
 
 FORMAT, VERSION = "awd-lstm", 1
 # The flags that a later run on a model or a state cannot change.
@@ -112,11 +112,7 @@ def is_plain(value):
 def check_tokens(content, path):
     """Raise BadInput unless the vocabulary of the checkpoint `content` fits its level."""
     vocabulary, level = content["vocabulary"], content["flags"].get("level", "word")
-    try:
-        known = level in LEVELS and len("".join(vocabulary).encode()) > 0
-    except (TypeError, UnicodeEncodeError):
-        known = False
-    if not known or (level == "byte" and not BYTES.issuperset(vocabulary)):
+    if level not in LEVELS or not is_text(vocabulary) or (level == "byte" and not BYTES.issuperset(vocabulary)):
         raise BadInput(f"{path}: damaged checkpoint: its vocabulary is not that of a text")
 
 

@@ -35,7 +35,7 @@ from model import DROPOUTS, parameter_shapes
 from process import run_script
 from splitcross import splits_for
 from unpickle import Record
-from vocabulary import END, UNKNOWN
+from vocabulary import END, UNKNOWN, is_text
 
 XXUNK = "xxunk"    # fastai's <unk>
 FILLER = "xxfake"  # fastai fills vocabularies up with it, so it may occur several times
@@ -107,11 +107,7 @@ def read_vocabulary(args):
     if END not in words and UNKNOWN in words:
         notes.append(f"no word is {END}, so the end of a line is {UNKNOWN}, as all that it does not know; --eos WORD "
                      "names one, such as xxbos, which begins each text in fastai")
-    try:
-        is_text = len("".join(words).encode()) > 0
-    except UnicodeEncodeError:
-        is_text = False
-    if not is_text:
+    if not is_text(words):
         raise BadInput(f"{args.vocabulary}: words that are no text")
     return words, notes
 

@@ -88,6 +88,14 @@ def choose_vocabulary(tokens, counts, rules):
     return list(frequency)
 
 
+def is_text(tokens):
+    """Return whether `tokens` are strings that UTF-8 can encode, not all of them empty."""
+    try:
+        return len("".join(tokens).encode()) > 0
+    except (TypeError, UnicodeEncodeError):
+        return False
+
+
 def id_table(tokens, words):
     """Make the table (V,) of the ids that `tokens` have in the vocabulary `words`; what is not in it is <unk>.
 
