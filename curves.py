@@ -96,8 +96,7 @@ def add_record(stages, record):
         if not same:
             stages.append(follow(stage, record.get("stage")))
             return
-        stages.remove(same[-1])
-        stages.append(same[-1])  # what comes next is of this stage
+        stages[:] = [old for old in stages if old is not same[-1]] + same[-1:]  # what comes next is of this stage
         if "epoch" in record:
             same[-1].forget_from(figure_of(record, "epoch", 1))
     elif kind in ("batch", "epoch", "switch", "decay", "loaded", "pointer", "dynamic"):

@@ -1,0 +1,23 @@
+"""The stages of a record are those of the run, each once."""
+
+import json
+
+import curves
+
+
+def stages_of(path, *lines):
+    """Write a record of (kind, values) lines, and read its stages."""
+    path.write_text("".join(json.dumps({"kind": kind, **values}) + "\n" for kind, values in lines))
+    return curves.read_stages(path)
+
+
+def epoch(number, loss):
+    return "epoch", {"epoch": number, "loss": loss, "seconds": 1.0}
+
+
+def test_a_stage_that_was_begun_twice_and_goes_on_is_drawn_once(tmp_path):
+    """Both times it was stopped before anything was recorded of it, so the two are alike."""
+    begun = ("run", {"stage": "finetune"}), ("loaded", {"loss": 3.0})
+    stages = stages_of(tmp_path / "m.metrics.jsonl", ("run", {"stage": "train"}), epoch(1, 3.0), *begun, *begun,
+                       ("resume", {"stage": "finetune", "epoch": 1}), epoch(1, 2.0), epoch(2, 1.0))
+    assert [(stage.name, list(stage.epochs)) for stage in stages] == [("train", [1]), ("finetune", [1, 2])]
