@@ -169,6 +169,11 @@ def split_lines(text):
     return text.split("\n")
 
 
+def count_line_ends(block):
+    """Count the line ends in bytes, those of `split_lines`."""
+    return block.count(b"\n") + block.count(b"\r") - block.count(b"\r\n")
+
+
 def cut_long_rest(block, start, path, number):
     """Find where to cut a block of bytes that ends in a long part without a space.
 
@@ -177,7 +182,7 @@ def cut_long_rest(block, start, path, number):
     """
     rest = block[start:].removesuffix(b"\r").decode("utf-8", errors="ignore")
     words = rest.split()
-    check_words(words, rest, path, number + block.count(b"\n"))
+    check_words(words, rest, path, number + count_line_ends(block[:start]))
     unfinished = "" if not words or rest[-1].isspace() else words[-1]
     return start + len(rest[:len(rest) - len(unfinished)].encode())
 
@@ -194,7 +199,7 @@ def decode(block, path, number):
     try:
         return block.decode("utf-8")
     except UnicodeDecodeError as error:
-        number += block[:error.start].count(b"\n")
+        number += count_line_ends(block[:error.start])
         raise not_text(path, f"line {number} ") from error
 
 

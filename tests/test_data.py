@@ -129,6 +129,21 @@ def test_a_mark_at_the_start_is_no_character_and_elsewhere_it_is_one(tmp_path):
         Corpus(write(tmp_path, train=bom + b"\n\n\xff\n"))
 
 
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"], ids=["LF", "CRLF", "CR"])
+@pytest.mark.parametrize("block", [1, 2, 3, 7, 2**22])
+@pytest.mark.parametrize("bad, message", [
+    (b"\xff", "line 4 is not UTF-8 text"), (b"c" * 20, "line 4 has a word of more than 8 bytes"),
+    (b"d \xff", "line 4 is not UTF-8 text"), (b"d" * 9 + b" d", "line 4 has a word of more than 8 bytes")])
+def test_a_line_that_is_no_text_is_named_by_its_number(tmp_path, monkeypatch, end, block, bad, message):
+    """... whatever ends the lines before it, and however much is read at a time."""
+    monkeypatch.setattr("text.BLOCK", block)
+    monkeypatch.setattr("text.LONGEST_WORD", 8)
+    start = end.join(["a b", "", "c c c", ""]).encode()
+    for rest in (b"", end.encode() + b"e"):
+        with pytest.raises(BadInput, match=message):
+            Corpus(write(tmp_path, train=start + bad + rest))
+
+
 def test_blocks_make_no_difference(tmp_path, monkeypatch):
     """A text read a few bytes at a time, cut within words, characters and lines, has the tokens of one read whole."""
     text = "größe  x\n\n  東京 a\tb\r\n" * 5 + "the end"
