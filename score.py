@@ -192,14 +192,20 @@ def perplexity(logprob, tokens):
     return loss_metrics(-logprob / tokens)["ppl"]
 
 
+def finite(value):
+    """Return a number as JSON has it: None for one that is not finite, and for None."""
+    return value if value is not None and math.isfinite(value) else None
+
+
 def format_line(line, scores, per_word, as_json):
     """Format the scores of a line as the flags ask."""
     totals = Totals()
     totals.add(scores, line.unknown)
     words = list(zip(line.tokens, scores)) if per_word else []
     if as_json:
-        logprob, ppl = (value if math.isfinite(value) else None for value in (totals.logprob, totals.ppl))
-        values = {"logprob": logprob, "tokens": totals.tokens, "unknown": totals.unknown, "ppl": ppl}
+        values = {"logprob": finite(totals.logprob), "tokens": totals.tokens, "unknown": totals.unknown,
+                  "ppl": finite(totals.ppl)}
+        words = [(word, finite(score)) for word, score in words]
         return json.dumps(values | ({"words": words} if per_word else {}))  # ASCII: any stream can take it
     row = f"{totals.logprob:.6f}\t{totals.tokens}\t{totals.unknown}\t{totals.ppl:.4f}"
     rows = [f"{word}\t{'nan' if score is None else f'{score:.6f}'}" for word, score in words]

@@ -285,6 +285,19 @@ def test_json_is_ascii_so_that_a_console_of_windows_can_take_it():
     assert json.loads(formatted)["words"] == [["größe", -1.0], ["\U0001f600", -2.0]]
 
 
+@pytest.mark.parametrize("scores, logprob, ppl", [
+    ([], 0.0, None), ([None], 0.0, None), ([-800.0], -800.0, None), ([math.nan], None, None), ([-math.inf], None, None),
+    ([None, -1.0], -1.0, math.e)])
+def test_what_json_has_no_number_for_is_null(scores, logprob, ppl):
+    """... as other programs read it; Python's own reader would take NaN and Infinity."""
+    def refuse(name):
+        raise AssertionError(name)
+    line = stream.Line(1, ["w"] * len(scores), [0] * len(scores), [False] * len(scores))
+    values = json.loads(score.format_line(line, scores, per_word=True, as_json=True), parse_constant=refuse)
+    assert (values["logprob"], values["ppl"]) == (logprob, pytest.approx(ppl))
+    assert values["words"] == [["w", None if found is None or not math.isfinite(found) else found] for found in scores]
+
+
 def test_the_first_token_of_a_text_is_not_scored_so_neither_counted_as_unknown():
     line = stream.Line(1, ["zzz", "the"], [0, 1], [True, False])
     assert score.format_line(line, [None, -1.0], per_word=False, as_json=False).split("\t")[1:3] == ["1", "0"]
