@@ -222,7 +222,7 @@ def test_a_batch_waits_for_no_line_that_does_not_come(arrive):
 @pytest.mark.parametrize("level", ["word", "char", "byte"])
 @pytest.mark.parametrize("text", [
     b"a b\nc\n", b"a b\nc", b"a\r\nb\r\n", b"a\rb\r", b"a\rb", b"a\r\r\nb\n\r", b"\n\n a \n", b"\xef\xbb\xbfa\nb",
-    b"\r", "größe\r\n東\r京\n\n".encode() * 3,
+    b"a\n\xef\xbb\xbfb\n", b"\r", "größe\r\n東\r京\n\n".encode() * 3,
 ])
 @pytest.mark.parametrize("block", [1, 2, 3, 2**16])
 def test_lines_have_the_tokens_of_a_corpus(tmp_path, monkeypatch, level, text, block):
