@@ -86,6 +86,22 @@ def test_long_lines_are_read_in_pieces(run, monkeypatch):
     assert passes[0] < passes[1]
 
 
+@pytest.mark.parametrize("size", [1, 64])
+def test_no_pass_has_more_values_than_fit_into_the_cache(run, monkeypatch, size):
+    """... of its softmax and of the gates of its layers, whatever the lines and their number, down to a step each."""
+    largest, forward = [], RNNModel.forward
+
+    def noting(model, words, hidden):
+        widest = max(len(model.decoder.bias), *(4 * rnn.hidden_size for rnn in model.rnns))
+        largest.append((len(words), words.numel() * widest))
+        return forward(model, words, hidden)
+    monkeypatch.setattr(RNNModel, "forward", noting)
+    monkeypatch.setattr(score, "LOGITS", 500)
+    run("\n".join(LINES), "--batch-size", size)
+    assert all(steps == 1 or values <= 500 for steps, values in largest)
+    assert max(steps for steps, _ in largest) > 1
+
+
 def test_per_word_and_json_say_the_same(run, trained):
     out, _ = run("the cat\n", "--per-word")
     rows = [line.split("\t") for line in out.splitlines()]
