@@ -113,6 +113,15 @@ def test_per_word_and_json_say_the_same(run, trained):
     assert values["words"] == [[word, pytest.approx(float(value), abs=1e-5)] for word, value in rows[1:4]]
 
 
+@pytest.mark.parametrize("lengths, size, expected", [
+    ([3, 0, 1, 2, 0], 64, [[2, 3, 0]]), ([1, 10], 64, [[0, 1]]), ([1, 11], 64, [[0], [1]]),
+    ([5, 18, 19], 64, [[0, 1], [2]]),
+    ([7, 7, 7, 7, 7], 2, [[0, 1], [2, 3], [4]]), ([0], 64, []), ([], 64, [])])
+def test_lines_of_like_length_are_scored_together(lengths, size, expected):
+    """A line of more than twice the tokens of the shortest, and 8, is not: padding would be most of the work."""
+    assert list(score.groups(lengths, size)) == expected
+
+
 def test_no_eos_leaves_the_end_of_a_line_out(run, trained):
     out, _ = run("the cat\n\n", "--no-eos")
     first, second = (line.split("\t") for line in out.splitlines())
