@@ -264,6 +264,16 @@ def line_of(tokens):
     return stream.Line(1, ["a"] * tokens, [0] * tokens, [False] * tokens)
 
 
+def test_lines_without_a_token_are_read_ahead_and_handed_on():
+    """They count too: else a reader would wait for the next word, and any number of them would be in memory."""
+    ahead = stream.Ahead(3)
+    for _ in range(3):
+        ahead.put_nowait(line_of(0))
+    with pytest.raises(queue.Full):
+        ahead.put_nowait(line_of(0))
+    assert [len(ahead.get_nowait().ids) for _ in range(3)] == [0, 0, 0]
+
+
 def test_long_lines_are_not_read_ahead(monkeypatch):
     """... further than a number of tokens, and as many are handed on together."""
     monkeypatch.setattr(stream, "AHEAD", 1000)
