@@ -5,6 +5,7 @@ import json
 import os
 import sys
 import weakref
+from itertools import product
 from pathlib import Path
 
 import numpy
@@ -155,6 +156,24 @@ def test_ids_are_widened_on_the_way_and_none_is_lost(tmp_path, monkeypatch, limi
         assert store.collected().tolist() == ids[:start].tolist()
     if limit < 100:
         assert dtypes == ["uint8"] * 3 + ["uint8", "int16", "int16", "int16", "int32", "int32"]
+
+
+@pytest.mark.parametrize("block", [1, 2, 3, 7, 100])
+def test_ids_are_counted_found_and_looked_up_in_blocks_of_any_size(tmp_path, monkeypatch, block):
+    """... as Python does it, an id at a time. One split is empty, another ends within a block."""
+    monkeypatch.setattr("corpus_cache.BLOCK_IDS", block)
+    ids, lengths = numpy.array([0, 1, 1, 3, 0, 1, 4, 4, 3, 1, 0, 3], numpy.uint8), [5, 0, 7]
+    parts = [ids[:5].tolist(), [], ids[5:].tolist()]
+    expected = [[part.count(token) for token in range(6)] for part in parts]
+    assert corpus_cache.count_ids(ids, lengths, 6).tolist() == expected
+    for token, (start, stop) in product([0, 1, 3, 4], [(0, 12), (5, 12), (2, 8)]):
+        assert corpus_cache.first_id(ids, numpy.arange(6) >= token, start, stop) == next(
+            found for found in ids[start:stop] if found >= token)
+    with pytest.raises(LookupError):
+        corpus_cache.first_id(ids, numpy.arange(6) == 4, 0, 6)
+    table = numpy.array([5, -1, 300, 2, 7, 0], numpy.int16)
+    for limit in (11, 12):
+        assert corpus_cache.look_up(ids, table, limit, tmp_path).tolist() == [table[i] for i in ids]
 
 
 @pytest.mark.parametrize("stop", [KeyboardInterrupt, BadInput, MemoryError])
