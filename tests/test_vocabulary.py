@@ -14,7 +14,7 @@ import pointer
 from data import Corpus, load_split
 from errors import BadInput
 from model import RNNModel
-from vocabulary import Rules, carry_rows, choose_vocabulary
+from vocabulary import Rules, carry_rows, choose_vocabulary, id_table
 
 TRAIN = "b a b\nc b a\n"  # b 3, a 2, <eos> 2, c 1
 
@@ -63,6 +63,14 @@ def test_what_is_left_out_becomes_unk_in_every_split(folder):
     assert words(corpus, "test") == ["<unk>", "<unk>", "<unk>", "<eos>"]
     assert corpus.unknown == {"train": 1, "valid": 1, "test": 2}, "a literal <unk> is in the vocabulary"
     assert corpus.describe().endswith("at word level; as <unk>: 1 / 1 / 2")
+
+
+@pytest.mark.parametrize("size, dtype", [(2**15, "int16"), (2**15 + 1, "int32")])
+def test_ids_of_a_chosen_vocabulary_are_whole_however_large_it_is(size, dtype):
+    """A smaller type would wrap the last ids around to negative ones."""
+    table = id_table(["w0", f"w{size - 1}", "none"], [f"w{i}" for i in range(size)])
+    assert table.tolist() == [0, size - 1, -1]
+    assert table.dtype == dtype
 
 
 def test_characters_have_a_vocabulary_too(tmp_path):
