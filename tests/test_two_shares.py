@@ -46,6 +46,16 @@ def test_validation_is_all_that_training_leaves(book):
     assert len(corpus.train) == 9 * len(corpus.valid)
 
 
+@pytest.mark.parametrize("shares", [(2, 1), (1, 2), (90, 10), (0.7, 0.1)])
+def test_two_shares_leave_no_token_out(book, shares):
+    """... however the parts come out; what is left of a token goes to validation."""
+    for words in range(1, 9):
+        book.write_text("w " * words)
+        corpus = data.Corpus(book, shares=shares)
+        assert len(corpus.train) == math.floor((words + 1) * shares[0] / sum(shares))
+        assert (len(corpus.train) + len(corpus.valid), len(corpus.test)) == (words + 1, 0)
+
+
 def test_training_and_fine_tuning_end_with_the_validation_loss(model):
     finetune.main(["--no-cuda", "--save", str(model), "--epochs", "1"])
     found = read_metrics(model)
