@@ -108,11 +108,19 @@ def test_one_file_is_cut_by_shares(tmp_path, level):
 @pytest.mark.parametrize("text", [
     b"a" * (2**20 + 1), b"b " * 10 + b"a" * (2**20 + 1) + b" c\n" * 9, b"x\n" + b"a" * 2**23,
     b"x\n" + "ö".encode() * 600_000 + b"\ny\n", "ö".encode() * 600_000, "ö".encode() * 2**22,
+    "\U0001f600".encode() * (2**18 + 1), b"x \n" + "\U0001f600".encode() * (2**18 + 1) + b"\n",
 ])
 def test_a_word_of_more_than_a_megabyte_is_no_word(tmp_path, text):
     with pytest.raises(BadInput, match=r"train.txt: line [12] has a word of more than 1,048,576 bytes"):
         Corpus(write(tmp_path, train=text))
     assert len(Corpus(tmp_path, "byte").train) == len(text)
+
+
+@pytest.mark.parametrize("letter", ["a", "\U0001f600"])
+@pytest.mark.parametrize("end", ["", "\n", " b\n"])
+def test_a_word_of_a_megabyte_is_one(tmp_path, letter, end):
+    word = letter * (2**20 // len(letter.encode()))
+    assert read(Corpus(write(tmp_path, train=word + end)), "train") == [word, *end.split(), "<eos>"]
 
 
 @pytest.mark.parametrize("space", ["\r", "\f", "\u3000", "\n"])
