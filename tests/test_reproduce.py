@@ -1,6 +1,8 @@
 """A row of the papers is made stage by stage, and a run that has to stop in between goes on."""
 
+import json
 import sys
+from types import SimpleNamespace
 
 import pytest
 import reproduce
@@ -40,6 +42,14 @@ def test_every_recipe_is_one_that_the_scripts_take():
             if stage in recipe:
                 script.parse_flags(recipe[stage].split())
     pointer.parse_flags(reproduce.GRID.split())
+
+
+@pytest.mark.parametrize(("minutes", "seconds"), [(None, None), (8, 460), (4 / 3, 60), (1, 45), (0.1, 4.5)])
+def test_scripts_get_some_of_the_time_to_end(monkeypatch, minutes, seconds):
+    """20 seconds, of few minutes a quarter."""
+    monkeypatch.setattr(reproduce, "time", SimpleNamespace(monotonic=lambda: 1000.0))
+    deadline = reproduce.deadline_in(minutes)
+    assert deadline == (seconds and pytest.approx(1000 + seconds))
 
 
 @pytest.mark.slow
