@@ -52,6 +52,26 @@ def test_scripts_get_some_of_the_time_to_end(monkeypatch, minutes, seconds):
     assert deadline == (seconds and pytest.approx(1000 + seconds))
 
 
+@pytest.mark.parametrize(("status", "minutes", "ends"), [
+    (143, ["--minutes", "8"], 0), (143, ["--minutes", "9"], 143), (143, [], 143), (2, ["--minutes", "8"], 2),
+    (139, [], 139), (130, [], 130)])
+def test_its_exit_status_says_why_it_stopped(monkeypatch, tmp_path, capsys, status, minutes, ends):
+    """0 at the deadline, which was asked for; that of a script that failed; 143 if something else stopped it.
+
+    The script runs to 480 seconds from the start.
+    """
+    now = iter([0.0, 480.0])
+    monkeypatch.setattr(reproduce, "time", SimpleNamespace(monotonic=lambda: next(now)))
+    monkeypatch.setattr(reproduce, "run", lambda *_, **__: status)
+    monkeypatch.setattr(sys, "argv", ["reproduce.py", "ptbc", "--folder", str(tmp_path), *minutes])
+    try:
+        found = reproduce.main()
+    except SystemExit as error:
+        found = error.code
+    assert found == ends
+    assert ("the same command goes on" in capsys.readouterr().out) == (status == 143)
+
+
 @pytest.mark.slow
 def test_a_row_stage_by_stage(make):
     printed = make("whole")
