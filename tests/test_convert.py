@@ -267,6 +267,28 @@ def test_the_original_tied_or_not_dropped_or_not_in_both_containers(run, tmp_pat
     assert all(torch.equal(weights[name], value) for name, value in model.state_dict().items())
 
 
+class Gates(nn.Module):
+    """A QRNN layer as the original has it: all its weights are in `linear`."""
+
+    def __init__(self, inputs, units, zoneout, output_gate):
+        super().__init__()
+        self.linear, self.zoneout, self.output_gate = nn.Linear(inputs, 3 * units), zoneout, output_gate
+
+
+@pytest.mark.parametrize("zoneout, output_gate, taken", [(0, True, True), (0.1, True, False), (0, False, False)])
+def test_a_qrnn_that_computes_something_else_is_refused(run, tmp_path, zoneout, output_gate, taken):
+    model, _ = save_original("old.pt", V)
+    model.rnns = nn.ModuleList([Gates(2 * E, H, 0, True), Gates(H, E, zoneout, output_gate)])
+    torch.save(model, "old.pt")
+    arguments = ["old.pt", "--data", write_corpus(tmp_path / "corpus", V), "--save", "new.pt"]
+    if taken:
+        assert run(*arguments)[0] == 0
+        weights = checkpoint.load("new.pt")["model"]
+        assert all(torch.equal(weights[name], value) for name, value in model.state_dict().items())
+    else:
+        assert "a QRNN with zoneout, or without an output gate" in refused(run, *arguments)
+
+
 def test_the_model_alone_is_enough(run, tmp_path):
     model, _ = save_original("old.pt", V)
     torch.save(model, "old.pt")
