@@ -15,6 +15,7 @@ import main
 import pointer
 import score
 from errors import BadInput
+from model import RNNModel
 
 
 @pytest.fixture
@@ -72,6 +73,27 @@ def test_a_model_of_this_toolkit_comes_back_bit_for_bit(run, train, tmp_path):
     assert first["vocabulary"] == second["vocabulary"]
     assert first["model"].keys() == second["model"].keys()
     assert all(torch.equal(first["model"][name], second["model"][name]) for name in first["model"])
+
+
+@pytest.mark.parametrize("layers", [1, 2])
+@torch.no_grad()
+def test_fewer_units_than_the_embedding_has_are_filled_up(layers):
+    """A softmax that is not tied takes as many as the embedding has in fastai, and the same logits come out."""
+    torch.manual_seed(1)
+    model = RNNModel(V, emsize=7, nhid=3, nlayers=layers, tied=False).eval()
+    state = foreign.to_fastai(model.state_dict(), "")
+    tokens = torch.randint(V, (9, 2))
+    values = state["0.encoder.weight"][tokens]
+    for layer in range(layers):
+        hidden = state[f"0.rnns.{layer}.weight_hh_l0_raw"]
+        lstm = torch.nn.LSTM(values.size(2), hidden.size(1))
+        lstm.load_state_dict({"weight_hh_l0": hidden, **{
+            name: state[f"0.rnns.{layer}.module.{name}"] for name in ("weight_ih_l0", "bias_ih_l0", "bias_hh_l0")}})
+        values, _ = lstm(values)
+    assert state["1.decoder.weight"].shape == state["0.encoder.weight"].shape == (V, 7)
+    logits = values @ state["1.decoder.weight"].t() + state["1.decoder.bias"]
+    output, _, _ = model(tokens, model.init_hidden(2))
+    torch.testing.assert_close(logits.log_softmax(-1), model.logprob(output))
 
 
 def test_what_fastai_has_no_form_for(run, train, tmp_path):
