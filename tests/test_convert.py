@@ -289,6 +289,16 @@ def test_a_qrnn_that_computes_something_else_is_refused(run, tmp_path, zoneout, 
         assert "a QRNN with zoneout, or without an output gate" in refused(run, *arguments)
 
 
+@pytest.mark.parametrize("value, kept", [(0, 0), (0.999, 0.999), (1.0, 0.4), (-0.1, 0.4), (True, 0.4), ("0.3", 0.4),
+                                         (float("nan"), 0.4)])
+def test_a_dropout_that_no_flag_can_have_is_left_at_its_default(run, tmp_path, value, kept):
+    model, _ = save_original("old.pt", V)
+    model.dropout = value
+    torch.save(model, "old.pt")
+    assert run("old.pt", "--data", write_corpus(tmp_path / "corpus", V), "--save", "new.pt")[0] == 0
+    assert checkpoint.load("new.pt")["flags"]["dropout"] == kept
+
+
 def test_the_model_alone_is_enough(run, tmp_path):
     model, _ = save_original("old.pt", V)
     torch.save(model, "old.pt")
