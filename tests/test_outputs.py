@@ -1,5 +1,6 @@
 """What a run writes is whole, what comes in is read as it is meant, and signals lose nothing."""
 
+import math
 import os
 import signal
 import subprocess
@@ -47,6 +48,25 @@ def test_a_record_that_was_edited_loses_no_line(train, tmp_path, change):
     assert after[:len(kept) - 1] == kept[:-1]
     assert [record["epoch"] for record in after if record["kind"] == "epoch"][-1] == 3
     assert len(kept) >= len(before) - 1
+
+
+KEPT, OWN = b'{"kind": "run", "stage": "train"}\n', b'{"kind": "batch"}\n{"kind": "epoch"}\n'
+
+
+@pytest.mark.parametrize("after, keep, cut", [
+    (OWN, 0, True), (OWN + b'{"kind": "ba', 0, True), (OWN + b'{"kind": "resume", "stage": "train"}\n', 0, True),
+    (OWN + b'{"kind": "resume", "stage": "finetune"}\n', 0, False), (OWN + KEPT, 0, False),
+    (b'{"kind": "pointer"}\n' + OWN, 0, False), (OWN + b"a note\n", 0, False), (OWN, 5, False), (OWN, -1, False),
+    (OWN, 17, False), (OWN, 18, True),
+    (OWN, -len(KEPT), False), (OWN, 99, False)])
+def test_a_run_that_goes_on_cuts_whole_lines_of_its_own_alone(tmp_path, after, keep, cut):
+    """`keep` is where the state says that the record ended, in bytes from the end of the first line."""
+    path = tmp_path / "m.metrics.jsonl"
+    path.write_bytes(KEPT + after)
+    metrics.Metrics(path, len(KEPT) + keep, "train").write("epoch", loss=1.0)
+    start = (KEPT + after)[:len(KEPT) + keep] if cut else KEPT + after
+    assert path.read_bytes().removeprefix(start).lstrip(b"\n").startswith(b'{"kind": "epoch", "time": ')
+    assert path.read_bytes().startswith(start)
 
 
 def test_readers_skip_bad_lines_and_name_them(tmp_path, capsys):
