@@ -69,6 +69,13 @@ def test_a_run_that_goes_on_cuts_whole_lines_of_its_own_alone(tmp_path, after, k
     assert path.read_bytes().startswith(start)
 
 
+def test_an_infinite_figure_is_null(tmp_path):
+    metrics.Metrics(tmp_path / "m").write("epoch", loss=math.inf, low=-math.inf, ppl=3.5, stage="train", best=None)
+    (line,) = metrics.read_metrics(tmp_path / "m")
+    line.pop("time")
+    assert line == {"kind": "epoch", "loss": None, "low": None, "ppl": 3.5, "stage": "train", "best": None}
+
+
 def test_readers_skip_bad_lines_and_name_them(tmp_path, capsys):
     content = b'{"kind": "epoch", "loss": 1}\r\nnonsense\n\n[1]\n{"kind": "test"}\n{"ki'
     (tmp_path / "m.metrics.jsonl").write_bytes(content)
