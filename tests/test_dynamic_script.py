@@ -6,6 +6,7 @@ import re
 import pytest
 import torch
 from helpers import read_metrics
+from recipes import PTB_DYNAMIC
 
 import checkpoint
 import dynamic
@@ -36,6 +37,19 @@ def passes(monkeypatch):
     count, compute = [], gradients.gradient_rms
     monkeypatch.setattr(gradients, "gradient_rms", lambda *given: count.append(given) or compute(*given))
     return count
+
+
+@pytest.mark.parametrize("flags, expected", [
+    ([], (PTB_DYNAMIC, None, None, None)), (["--rule", "sgd"], ("--rule sgd --lr 0.2 --lamb 0.002", None, None, None)),
+    (["--window", "9"], (PTB_DYNAMIC, [9], [0.6625523432485668], [0.12785920428335693])),
+    (["--lambdasm", "0", "0.1"], (PTB_DYNAMIC, [3785], [0.6625523432485668], [0, 0.1]))])
+def test_what_is_not_given_is_as_published(flags, expected):
+    """... for Penn Treebank, and what help says of the other rule. One flag of the cache brings the others."""
+    given, *cache = expected
+    args = dynamic.parse_flags(flags)
+    assert [args.window, args.theta, args.lambdasm] == cache
+    for name in ("rule", "lr", "lamb", "epsilon", "bptt", "batch_size", "max_batches"):
+        assert getattr(args, name) == getattr(dynamic.parse_flags(given.split()), name)
 
 
 def test_the_best_setting_on_validation_is_applied_to_test(trained):
