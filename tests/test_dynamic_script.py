@@ -129,6 +129,12 @@ def test_the_checkpoint_is_never_changed(trained):
     assert {path.name for path in trained.save.parent.iterdir()} - folder == {"m.statistics.pt"}
 
 
+def test_a_cache_that_never_joins_is_told_of(trained):
+    for flags, count in (([], 0), (["--window", "5"], 0), (["--window", "5", "999"], 2)):
+        _, printed = trained("--rule", "sgd", *flags)
+        assert printed.count("with --window 999 the cache never joins") == count
+
+
 DIVERGED = r"chunk (\d+) of valid \(from word (\d+) on\): the loss is \S+ with --lr 9e\+29;"
 
 
