@@ -6,6 +6,7 @@ import ngrams
 import numpy
 import pytest
 
+from data import Corpus
 from errors import BadInput
 
 
@@ -69,6 +70,20 @@ def test_the_simple_models_are_those_of_their_formulas():
     p = 3 / 9
     assert numpy.exp(unigram) == pytest.approx([p, p])
     assert numpy.exp(bigram) == pytest.approx([(2 + p) / 3, p / 3])
+
+
+@pytest.mark.parametrize(("shares", "splits"), [((50, 25, 25), ["valid", "test"]), ((60, 40), ["valid"])])
+def test_each_split_that_there_is_has_the_mean_loss_of_each_model(tmp_path, shares, splits):
+    (tmp_path / "book.txt").write_text(" ".join(f"w{i}" for i in text(200, 9, 0)))
+    corpus = Corpus(tmp_path / "book.txt", shares=shares)
+    found, ntoken = list(ngrams.losses(corpus, 3)), len(corpus.dictionary)
+    assert [(split, name) for split, name, _ in found] == [
+        (split, name) for split in splits for name in ("unigram", "bigram", "KN 3")]
+    for split, name, loss in found:
+        simple = ngrams.simple_logprobs(corpus.train, getattr(corpus, split), ntoken)
+        logprob = {"unigram": simple[0], "bigram": simple[1]}.get(
+            name, ngrams.KneserNey(corpus.train, ntoken, 3).logprob(getattr(corpus, split)))
+        assert loss == pytest.approx(-logprob.sum() / (len(getattr(corpus, split)) - 1))
 
 
 def test_a_text_shorter_than_the_order_is_bad_input():
