@@ -264,6 +264,16 @@ def test_few_steps_are_timed_where_they_take_much_of_the_time(monkeypatch):
         assert len(taken) == steps
 
 
+@pytest.mark.parametrize("ntoken, probed", [(65, 65), (10_000, 10_000), (10**6, 10_000)])
+def test_no_large_vocabulary_is_timed(monkeypatch, ntoken, probed):
+    """Its softmax alone would take much of the time."""
+    seen = []
+    monkeypatch.setattr(sizes, "probe", lambda _, words, __: seen.append(words) or 1e10)
+    argv = ["--minutes", "1", "--level", "word", "--save", "m.pt"]
+    sizes.choose_flags(parse_flags(argv), make_parser().given(argv), FakeCorpus(ntoken, 10**6), torch.device("cpu"))
+    assert seen == [probed, probed]
+
+
 def test_the_speed_is_that_of_the_fastest_step_but_the_first(monkeypatch):
     """A token is multiplied by 8 * 256^2 weights of the layer and 65 * 256 of the softmax, three times in a step."""
     taken, now = [1, 5, 2, 4], 0
