@@ -26,6 +26,7 @@ from process import run_script
 from vocabulary import Rules
 
 UNSEEN = -1
+FALLBACK = 0.5  # discount of an order without a gram that was counted once; with none, a token never seen had no chance
 
 
 class Grams:
@@ -66,7 +67,7 @@ class KneserNey:
             grams.counts = numpy.bincount(suffix, minlength=len(grams.codes))
         for grams in self.levels:
             once, twice = (grams.counts == 1).sum(), (grams.counts == 2).sum()
-            grams.discount = once / (once + 2 * twice) if once else 0.0
+            grams.discount = once / (once + 2 * twice) if once else FALLBACK
             context, kept = grams.codes // ntoken, grams.counts > 0
             grams.totals = numpy.bincount(context, grams.counts)
             grams.kinds = numpy.bincount(context[kept], minlength=len(grams.totals))

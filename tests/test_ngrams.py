@@ -36,7 +36,7 @@ def naive(train, context, word, ntoken, order):
             return 1 / ntoken
         counts, before = gram_counts(n), tuple(context[len(context) - n + 1:])
         once, twice = (sum(count == k for count in counts.values()) for k in (1, 2))
-        discount = once / (once + 2 * twice) if once else 0
+        discount = once / (once + 2 * twice) if once else 0.5
         following = {gram: count for gram, count in counts.items() if gram[:-1] == before}
         if len(before) < n - 1 or not following:
             return probability(n - 1)
@@ -62,6 +62,16 @@ def test_the_probabilities_of_all_tokens_after_a_context_sum_to_one():
     model = ngrams.KneserNey(text(500, 12, 2), 12, order=4)
     for context in (text(4, 12, seed) for seed in range(20)):
         assert sum(numpy.exp(model.logprob([*context, token])[-1]) for token in range(12)) == pytest.approx(1)
+
+
+@pytest.mark.parametrize("train", [[0, 1] * 20, [0, 1, 2, 1, 0, 2] * 9, [3] * 9])
+def test_a_text_that_repeats_itself_leaves_something_for_what_it_never_says(train):
+    """No gram of some orders is counted once, so that the formula of the discount gives 0."""
+    model = ngrams.KneserNey(train, 5, order=3)
+    for context in ([0, 1], [1, 2], [3, 3], [4, 4]):
+        p = numpy.exp([model.logprob([*context, token])[-1] for token in range(5)])
+        assert p.sum() == pytest.approx(1)
+        assert p.min() > 0
 
 
 def test_the_simple_models_are_those_of_their_formulas():
