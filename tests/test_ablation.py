@@ -8,6 +8,7 @@ from argparse import Namespace
 import ablation
 import numpy
 import pytest
+import reproduce
 
 import finetune
 import main
@@ -183,6 +184,16 @@ def test_a_signal_of_the_terminal_reaches_a_run_once(tmp_path):
     """Ctrl-C goes to all processes of a session; the second signal, from here, would end the run at once."""
     process = ablation.start(["-c", "import os, sys; sys.exit(os.getsid(0) != os.getpid())"], tmp_path)
     assert process.wait() == 0
+
+
+def test_a_run_has_one_thread_and_adds_what_it_prints_to_its_log(tmp_path, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "7")
+    for said in ("first", "second"):
+        code = f"import os, sys; print({said!r}, os.environ['OMP_NUM_THREADS']); print('error', file=sys.stderr)"
+        assert ablation.start(["-c", code], tmp_path / "full-1").wait() == 0
+    lines = (tmp_path / "full-1" / "log.txt").read_text().splitlines()
+    assert sorted(lines) == ["error", "error", "first 1", "second 1"]
+    assert lines.index("first 1") < lines.index("second 1")
 
 
 def test_a_run_whose_record_is_there_is_not_begun(run, tmp_path):
