@@ -196,6 +196,20 @@ def test_a_run_has_one_thread_and_adds_what_it_prints_to_its_log(tmp_path, monke
     assert lines.index("first 1") < lines.index("second 1")
 
 
+def test_the_runs_that_are_asked_for_end_in_time(corpus_dir, tmp_path, monkeypatch):
+    """Of the rows named, those without a record, one seed after the other. A quarter of a minute is for their end."""
+    seen = []
+    monkeypatch.setattr(ablation, "run_all", lambda *given: seen.append(given) or 0)
+    monkeypatch.setattr(reproduce, "time", Namespace(monotonic=lambda: 1000.0))
+    write_record(tmp_path, "no-wdrop", 1, train=(150, 140))
+    flags = ["--data", str(corpus_dir), "--folder", str(tmp_path), "--jobs", "3", "--rows", "no-wdrop", "no-asgd"]
+    for minutes, deadline in (([], None), (["--minutes", "1"], 1045.0)):
+        assert ablation.main([*flags, *minutes, "--extra=--emsize 5"]) == 0
+        runs, folder, _, *rest = seen.pop()
+        assert runs == [("no-asgd", 1), ("no-wdrop", 2), ("no-asgd", 2)]
+        assert (folder, rest) == (tmp_path.resolve(), [3, deadline, "--emsize 5"])
+
+
 def test_a_run_whose_record_is_there_is_not_begun(run, tmp_path):
     """As another machine has left it: only the record. One that lacks a stage is begun."""
     (tmp_path / "copied").mkdir()
