@@ -202,7 +202,7 @@ def draw_stage(axes, stage, x, metric, name, marker, style):
             ("train", train, {"linewidth": 0.8, "marker": marker if len(train) == 1 else "", "markersize": 2})):
         drawn = [value_of(loss, metric) for _, loss in points]
         axes.plot([place for place, _ in points], drawn, gid=f"{name} {stage.name} {split}",
-                  markevery=SPACING if len(points) > 1 else 1, **look, **style)
+                  markevery=SPACING if sum(map(math.isfinite, drawn)) > 1 else 1, **look, **style)
         values += drawn
     return values
 

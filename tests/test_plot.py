@@ -296,6 +296,8 @@ def test_a_loss_beyond_all_perplexities_is_drawn_as_none(tmp_path, loss):
                         tmp_path / "c.png")
     assert picture.axes[0].get_ylim()[1] < math.exp(6)
     assert drawn(picture)[1] == {}, "there is no place for its mark"
+    nowhere = record(tmp_path / "b", run(), epoch(1, loss), epoch(2, loss))
+    assert legend(plot.draw([nowhere], tmp_path / "c.png"))[0] == "b (best inf)"
 
 
 @pytest.mark.parametrize("flags, message", [
