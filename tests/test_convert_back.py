@@ -171,6 +171,18 @@ def test_a_text_of_a_model_without_eos_begins_after_xxbos(run, capsys):
     assert capsys.readouterr().out == f"xxbos {text}"
 
 
+def test_a_model_without_eos_scores_no_end_of_a_line(run, capsys):
+    """It would be scored as <unk>."""
+    run(FOREIGN / "fastai_lstm.pth", "--vocabulary", ITOS, "--save", "new.pt")
+    Path("lines.txt").write_text("w1 w2\n")
+    flags = ["--no-cuda", "--checkpoint", "new.pt", "lines.txt"]
+    with pytest.raises(BadInput, match="has no <eos> to end a line with; --no-eos scores without"):
+        score.main(flags)
+    capsys.readouterr()
+    score.main([*flags, "--no-eos"])
+    assert capsys.readouterr().out.split("\t")[1] == "2"
+
+
 def test_a_model_without_eos_cannot_stop_there(run):
     run(FOREIGN / "fastai_lstm.pth", "--vocabulary", ITOS, "--save", "new.pt")
     with pytest.raises(BadInput, match="has no <eos>"):
