@@ -202,6 +202,13 @@ def test_files_that_cannot_be_read(trained, tmp_path, monkeypatch, name, message
         score.main(["--no-cuda", "--checkpoint", str(trained), name])
 
 
+def test_without_a_standard_input_a_file_is_asked_for(trained, monkeypatch):
+    """As under pythonw, or in a process that was started with it closed."""
+    monkeypatch.setattr(sys, "stdin", None)
+    with pytest.raises(BadInput, match="there is no standard input; give a file"):
+        score.main(["--no-cuda", "--checkpoint", str(trained)])
+
+
 def test_lines_before_an_error_are_answered(trained, tmp_path, capsys):
     (tmp_path / "lines.txt").write_bytes(b"the cat\n\xff\n")
     capsys.readouterr()
