@@ -2,6 +2,7 @@
 
 import math
 import re
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -107,6 +108,15 @@ def test_statistics_of_something_else_are_not_used(trained, passes, corpus_dir, 
         path.write_bytes(content[:-100])
     trained(*([change] if change.startswith("--") else []))
     assert len(passes) == 2
+
+
+@pytest.mark.parametrize("rows, enough", [(2, False), (3, True)])
+def test_a_training_text_too_short_for_one_batch_has_no_statistics(trained, corpus_dir, passes, rows, enough):
+    """As in training, the last row alone is no batch. The mean over none would be no number."""
+    columns = str(len(Corpus(corpus_dir).train) // rows)
+    with nullcontext() if enough else pytest.raises(BadInput, match=f"train: .* too few for a batch of {columns}"):
+        trained("--batch_size", columns)
+    assert len(passes) == enough
 
 
 def test_statistics_that_cannot_be_kept_are_used_all_the_same(trained, monkeypatch):
