@@ -267,6 +267,20 @@ def test_the_original_tied_or_not_dropped_or_not_in_both_containers(run, tmp_pat
     assert all(torch.equal(weights[name], value) for name, value in model.state_dict().items())
 
 
+@pytest.mark.parametrize("given", [["--level", "char"], []])
+def test_a_model_of_characters_is_one_of_characters_here(run, tmp_path, given):
+    """Its vocabulary is that of the corpus at that level, which a command or the folder says, and stays with it."""
+    corpus = write_corpus(tmp_path / "corpus", V)
+    for split in ("train", "valid", "test"):
+        (corpus / f"{split}.txt").write_text("abcdefghijkl\n")
+    (corpus / "level").write_text("word" if given else "char")
+    save_original("old.pt", V)
+    assert run("old.pt", "--data", corpus, "--save", "new.pt", *given)[0] == 0
+    content = checkpoint.load("new.pt")
+    assert content["flags"]["level"] == "char"
+    assert content["vocabulary"] == [*"abcdefghijkl", "<eos>"]
+
+
 class Gates(nn.Module):
     """A QRNN layer as the original has it: all its weights are in `linear`."""
 
