@@ -246,6 +246,13 @@ def test_a_word_that_the_vocabulary_does_not_have(run, flags, why):
     assert why in refused(run, FOREIGN / "fastai_lstm.pth", "--vocabulary", ITOS, "--save", "new.pt", *flags)
 
 
+def test_a_model_of_fastai_is_one_of_words(run):
+    arguments = [FOREIGN / "fastai_lstm.pth", "--vocabulary", ITOS, "--save", "new.pt", "--level"]
+    assert "--level byte: a model of fastai is one of words" in refused(run, *arguments, "byte")
+    assert run(*arguments, "word")[0] == 0
+    assert checkpoint.load("new.pt")["flags"]["level"] == "word"
+
+
 def test_no_second_word_is_eos(run):
     Path("itos.pkl").write_bytes(pickle.dumps([*words_of(ITOS)[:-1], "<eos>"]))
     why = refused(run, FOREIGN / "fastai_lstm.pth", "--vocabulary", "itos.pkl", "--save", "new.pt", "--eos", "xxbos")
