@@ -253,6 +253,14 @@ def test_a_model_of_fastai_is_one_of_words(run):
     assert checkpoint.load("new.pt")["flags"]["level"] == "word"
 
 
+def test_nothing_is_left_of_the_run_that_a_converted_model_takes_the_place_of(run, train, tmp_path):
+    """Its state would be resumed from, and its record would have the new model's scores, as if they were one run."""
+    train(tmp_path / "m.pt", "--epochs", "1")
+    assert (tmp_path / "m.last.pt").exists()
+    assert run(FOREIGN / "fastai_lstm.pth", "--vocabulary", ITOS, "--save", "m.pt", "--overwrite")[0] == 0
+    assert [path.name for path in tmp_path.glob("m.*")] == ["m.pt"]
+
+
 def test_no_second_word_is_eos(run):
     Path("itos.pkl").write_bytes(pickle.dumps([*words_of(ITOS)[:-1], "<eos>"]))
     why = refused(run, FOREIGN / "fastai_lstm.pth", "--vocabulary", "itos.pkl", "--save", "new.pt", "--eos", "xxbos")
