@@ -277,15 +277,16 @@ def test_a_run_that_goes_on_has_no_second_rise(clock):
     assert clock.now == 1000
 
 
-def test_the_plan_leaves_the_time_of_validation_and_test(clock):
-    """An epoch in 10 seconds, and one of 15 for validation after each: of the 28 that are left, 10 + 15 + 3."""
-    held = budget.Budget(1)
+@pytest.mark.parametrize(("minutes", "planned"), [(1, "3.00"), (0.9, "2.70")])
+def test_the_plan_leaves_the_time_of_validation_and_test(clock, minutes, planned):
+    """An epoch in 10 seconds, and one of 15 for validation after each: of 28 that are left 10 + 15 + 3, of 22 10."""
+    held = budget.Budget(minutes)
     held.valid_seconds, held.test_seconds = 15, 5
     assert held.plan(0) is None
     clock.now += 2
     assert held.plan(0.7) is None
     clock.now += 10
-    assert held.plan(1.7) == "| plan | 3.00 epochs, one in 10 s, and 20 s for the last validation and the test"
+    assert held.plan(1.7) == f"| plan | {planned} epochs, one in 10 s, and 20 s for the last validation and the test"
     assert held.plan(2.7) is None
 
 
