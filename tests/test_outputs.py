@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from helpers import ROOT, TINY, read_metrics, same_weights, script, write
 
 import checkpoint
@@ -16,6 +17,7 @@ import generate
 import main
 import metrics
 import run_files
+import score
 from errors import BadInput
 from process import StopSignals
 from text import tokenize
@@ -144,6 +146,20 @@ def test_a_prompt_from_standard_input(trained, tmp_path, capsys, monkeypatch, ma
 def test_a_prompt_that_cannot_be_had(trained, flags, message):
     with pytest.raises(BadInput, match=message):
         write(trained, *flags)
+
+
+def test_a_model_from_before_there_were_levels_is_one_of_words(trained, tmp_path, capsys):
+    content = checkpoint.load(trained)
+    del content["flags"]["level"]
+    torch.save(content, tmp_path / "old.pt")
+    (tmp_path / "lines.txt").write_text("the cat\n")
+    printed = []
+    for model in (trained, tmp_path / "old.pt"):
+        capsys.readouterr()
+        score.main(["--no-cuda", "--checkpoint", str(model), str(tmp_path / "lines.txt")])
+        write(model, "--prompt", "the cat")
+        printed.append(capsys.readouterr())
+    assert printed[0] == printed[1]
 
 
 def test_temperature_0_takes_the_likeliest_word_each_time(trained, capsys):
