@@ -225,6 +225,11 @@ def test_unknown_prompt_words():
     assert generate.encode([], Dictionary(["a", "<eos>"])) == [1]
 
 
+@pytest.mark.parametrize("words, start", [(["a", "xxbos", "<eos>"], 2), (["a", "<unk>", "xxbos"], 2), (["a", "b"], 0)])
+def test_a_text_begins_after_the_end_of_a_line_or_else_as_fastais_do(words, start):
+    assert generate.encode([], Dictionary(words)) == [start]
+
+
 @pytest.mark.parametrize("level, text, tokens", [
     ("word", "a größe <eos>\nb <eos>\n", ["a", "größe", "<eos>", "b", "<eos>"]),
     ("char", "a ö\nb", ["a", " ", "ö", "<eos>", "b"]),
