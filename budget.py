@@ -17,7 +17,7 @@ SLOW_START = 0.02  # the share of a run in which its speed is not measured
 PLAN_AFTER = 0.02  # the share of a run after which its speed is known
 SPARE = 1.05       # epochs that are taken to fit, for each that fits at the speed so far
 MOST_SCORING = 0.75  # the share of the time that validation and test may need
-PIECES = 4         # of --bptt rows: so many time an evaluation
+PIECES = 4         # of --bptt rows each, on which an evaluation is timed
 
 
 class Budget:

@@ -41,8 +41,8 @@ class Cache:
     """Remember the outputs of a text and the words that followed, and mix a model with them.
 
     All combinations of `windows`, `thetas` and `lambdasms` are computed, the last being shares of the cache in the
-    mixture. A cache joins after more predictions than its window has. Until then the model stands alone, as for the
-    published numbers.
+    mixture. A cache joins after `window` + 1 predictions. Until then the model stands alone, as for the published
+    numbers.
     """
 
     def __init__(self, windows, thetas, lambdasms):

@@ -136,7 +136,7 @@ def load_split(corpus, split, batch_size, device, rows=2):
 
 
 def folder_level(path):
-    """Return the level in the file `level` of the folder `path`, or None if there is none; raises BadInput."""
+    """Return the level in the file `level` of the folder `path`, None without one; raises BadInput for another word."""
     try:
         level = (Path(path) / "level").read_text(encoding="utf-8-sig", errors="replace").strip()
     except OSError:

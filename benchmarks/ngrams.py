@@ -26,7 +26,7 @@ from process import run_script
 from vocabulary import Rules
 
 UNSEEN = -1
-FALLBACK = 0.5  # discount of an order without a gram that was counted once; with none, a token never seen had no chance
+FALLBACK = 0.5  # discount of an order without a gram that was counted once; 0 would leave an unseen token no chance
 
 
 class Grams:
