@@ -48,8 +48,8 @@ CONTENT = {"flags": dict, "vocabulary": list, "model": dict, "loss": float, "epo
 def save(path, model, flags, vocabulary, loss, epoch, stage="train", state=None):
     """Write a checkpoint to `path`.
 
-    At any moment the old file or the whole new one lies there. Raises BadInput when the disk is full or the
-    folder is gone.
+    At any moment the old file or the whole new one lies there. Raises BadInput when the disk is full or the folder is
+    gone.
     """
     content = {"format": FORMAT, "version": VERSION, "flags": flags, "vocabulary": vocabulary,
                "model": model.state_dict(), "loss": loss, "epoch": epoch, "stage": stage}

@@ -122,9 +122,9 @@ def nucleus(weights, top_p):
 def sample_rows(weights):
     """Sample a column for each row of `weights` (B, V).
 
-    The probability of a column is in proportion to its weight. Returns columns (B, 1). The cumulative sum is
-    much faster than `torch.multinomial`, which draws a random number for each column. Raises BadInput when the sum is
-    not finite.
+    The probability of a column is in proportion to its weight. Returns columns (B, 1). The cumulative sum is faster by
+    far than `torch.multinomial`, which draws a random number for each column. Raises BadInput when the sum is not
+    finite.
     """
     cumulative = weights.cumsum(-1)
     total = cumulative[:, -1:]

@@ -40,8 +40,8 @@ class FoPool(torch.autograd.Function):
     - The state c_{-1} (B, H).
     - `zoneout_mask` (T, B, H), factors of f, or None.
 
-    Returns the output h (T, B, H) and the last c (B, H). All else has the dtype of c; the linear map
-    may have a shorter one.
+    Returns the output h (T, B, H) and the last c (B, H). The linear map may have a shorter dtype than c. All else has
+    that of c.
 
     A loop of one operation a step is exact in every dtype. Cumulative sums of log(1 - f) need no loop, but overflow.
     """

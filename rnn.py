@@ -1,9 +1,9 @@
 """Define the LSTM and GRU layers: PyTorch's, with passes of their own where PyTorch's are slow or do not fit.
 
 `LSTMFunction` trains an LSTM on a CPU. In fp32 it does so only where the layer is large. On a CPU with AMX it is more
-than twice as fast as PyTorch's pass in bfloat16. In fp32 it is about a tenth faster. The products of the input
-and the gradients of the weights are each one matrix product for many steps. The hidden-to-hidden weight is packed once
-a pass (`products.Packed`), since the loop multiplies by it at each step.
+than twice as fast as PyTorch's pass in bfloat16. In fp32 it is about a tenth faster. The products of the input and the
+gradients of the weights are each one matrix product for many steps. The hidden-to-hidden weight is packed once a pass
+(`products.Packed`), since the loop multiplies by it at each step.
 
 `cudnn_pass` trains both layers on a GPU with copies of their weights (`padding.PaddedWeights`).
 

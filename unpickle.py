@@ -10,8 +10,8 @@ calls nothing. It makes:
 - A `Record` for an object of any other class, or a call of any other function: the name, the arguments, the state.
 
 Memory and time are bounded. An opcode takes a byte or more of the file, and makes one object. There are at most
-MAX_STEPS of them, in at most MAX_BYTES. Nothing recurses. A length that a file claims is compared with what the
-file has before memory is allocated.
+MAX_STEPS of them, in at most MAX_BYTES. Nothing recurses. A length that a file claims is compared with what the file
+has before memory is allocated.
 """
 
 import codecs
