@@ -32,12 +32,37 @@ def resume(parse, argv, stage, device):
     names = [name for name in vars(args) if name not in NOT_RESUMED]
     args, changed = checkpoint.merge_flags(parse, argv, content, path, names)
     args.save = str(run_files.follow(args.save or best))
-    if not (same_file(args.save, best) or args.dry_run):
+    in_place = same_file(args.save, best)
+    if not (in_place or args.dry_run):
         run_files.check_free(args.save, args.overwrite)
     checkpoint.check_data(content, path, args.data)
     corpus = open_corpus(args, content["vocabulary"])
     batches = open_batches(corpus, args, device)
     check_corpus(state, path, corpus, args.data, content["flags"].get("data"))
+    model, optimizer, progress = restore(content, path, args, changed, device)
+    best_stage = None
+    if progress.best_loss < math.inf:
+        best_stage = checkpoint.load(best)["stage"]  # read now, since the end of the run needs it
+    if not args.dry_run:
+        if stage == "train":
+            to_come = [epoch for epoch in args.when if epoch > progress.epoch]
+            run_files.check_copies(args.save, to_come, args.overwrite or in_place)
+        carry_on(path, best, args.save, stage, best_stage)
+    log("; ".join([f"resuming {path} in epoch {progress.epoch + 1}, batch {progress.batch + 1}",
+                   *differences(args, changed, progress, in_place)]))
+    run = Run(stage, args, corpus.dictionary.idx2word, batches, model, optimizer, progress, checksum=corpus.checksum)
+    if not args.dry_run:
+        run.set_budget()
+    return run
+
+
+def restore(content, path, args, changed, device):
+    """Restore model, optimizer and progress from the `content` of the state at `path`.
+
+    `args` are the flags of the run that goes on, `changed` those that it changes: name to (saved, given). The random
+    generators are set too. Raises BadInput when the content is damaged, or a flag contradicts it.
+    """
+    state = content["state"]
     model = checkpoint.restore_model(content, path, vars(args), device)
     try:
         columns, _ = changed.get("batch_size", (args.batch_size, None))
@@ -54,25 +79,21 @@ def resume(parse, argv, stage, device):
         group["weight_decay"] = args.wdecay
         if "lr" in changed:
             group["lr"] = args.lr
-    best_stage = None
-    if progress.best_loss < math.inf:
-        best_stage = checkpoint.load(best)["stage"]  # read now, since the end of the run needs it
-    if not args.dry_run:
-        if stage == "train":
-            to_come = [epoch for epoch in args.when if epoch > progress.epoch]
-            run_files.check_copies(args.save, to_come, args.overwrite or same_file(args.save, best))
-        carry_on(path, best, args.save, stage, best_stage)
-    differences = [f"{name} {saved} -> {given}" for name, (saved, given) in changed.items()]
-    if args.overwrite and same_file(args.save, best):
-        differences.append("--overwrite is not used, since nothing begins anew")
+    return model, optimizer, progress
+
+
+def differences(args, changed, progress, in_place):
+    """Describe how a run differs from what was saved, or does not do what its flags say; a list for the log.
+
+    `changed` maps the names of flags to (saved, given). `in_place` says that the run keeps its `--save`.
+    """
+    found = [f"{name} {saved} -> {given}" for name, (saved, given) in changed.items()]
+    if args.overwrite and in_place:
+        found.append("--overwrite is not used, since nothing begins anew")
     if "when" in changed:
         over = [epoch for epoch in args.when if 0 < epoch <= progress.epoch and epoch not in changed["when"][0]]
-        differences += [f"--when {epoch} comes too late" for epoch in over]
-    log("; ".join([f"resuming {path} in epoch {progress.epoch + 1}, batch {progress.batch + 1}", *differences]))
-    run = Run(stage, args, corpus.dictionary.idx2word, batches, model, optimizer, progress, checksum=corpus.checksum)
-    if not args.dry_run:
-        run.set_budget()
-    return run
+        found += [f"--when {epoch} comes too late" for epoch in over]
+    return found
 
 
 def find_state(best, stage, device="cpu"):
