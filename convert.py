@@ -29,7 +29,7 @@ from data import Corpus
 from errors import BadInput
 from files import check_writable, disk_error, replacing, same_file
 from flags import Parser, add_data_flags, add_training_flags
-from foreign import fastai_state, other_kind, read_fastai, read_original, to_fastai, widened
+from foreign import fastai_state, other_kind, read_fastai, read_original, resized, to_fastai
 from metrics import log
 from model import DROPOUTS, parameter_shapes
 from process import run_script
@@ -138,9 +138,12 @@ def architecture(found, path):
             nhid = found.flags.get("nhid")
             nhid = nhid if type(nhid) is int and 0 < nhid < 2**31 else emsize
         last = f"rnns.{nlayers - 1}."
-        if not tied and model == "LSTM" and sizes[-1] == emsize < nhid:
-            weights = widened(weights, last, nhid)
-            found.notes.append(f"the softmax is not tied: of the last layer's {nhid} units {emsize} are in use")
+        if not tied and model == "LSTM" and sizes[-1] == emsize != nhid:
+            weights = resized(weights, last, nhid)
+            if weights is None:
+                raise ValueError
+            found.notes.append(f"the softmax is not tied: of the last layer's {max(nhid, emsize)} units "
+                               f"{min(nhid, emsize)} are in use")
         flags = {"model": model, "emsize": emsize, "nhid": nhid, "nlayers": nlayers, "tied": tied}
         if parameter_shapes(len(embedding), **flags) != {name: tuple(value.shape) for name, value in weights.items()}:
             raise ValueError

@@ -162,12 +162,19 @@ def read_fastai(contents):
 
 
 def to_fastai(weights, path):
-    """Return fastai's state dict of the weights of this toolkit; raises BadInput as `narrowed` does."""
+    """Return fastai's state dict of the weights of this toolkit.
+
+    Raises BadInput when a softmax that is not tied takes more units than the embedding has, and all are in use.
+    """
     layers = sum(name.endswith(".weight_hh_l0") for name in weights)
     embedding, last = weights["encoder.weight"], f"rnns.{layers - 1}."
     state = OrderedDict([("0.encoder.weight", embedding), ("0.encoder_dp.emb.weight", embedding)])
-    decoder, weights = weights["decoder.weight"], narrowed(weights, last, path)
-    tied = torch.equal(decoder, embedding)
+    tied = torch.equal(weights["decoder.weight"], embedding)
+    emsize, nhid = embedding.size(1), weights[last + "weight_hh_l0"].size(1)
+    weights = resized(weights, last, emsize)
+    if weights is None:
+        raise BadInput(f"{path}: its softmax is not tied and takes {nhid} units; fastai's takes {emsize}, as many as "
+                       "the embedding has")
     for layer in range(layers):
         state[f"0.rnns.{layer}.weight_hh_l0_raw"] = weights[f"rnns.{layer}.weight_hh_l0"]
         for name in ("weight_ih_l0", "bias_ih_l0", "bias_hh_l0"):
@@ -177,15 +184,18 @@ def to_fastai(weights, path):
     return state
 
 
-# A softmax that is not tied takes the last layer's H units here, E units in fastai. So a layer of E units is widened to
-# H, with weights of 0. The added units stay at 0, since an LSTM's state moves by the tanh of a sum that is 0, and they
-# get no gradient.
+# A softmax that is not tied takes the last layer's H units here, E units in fastai. So the layer is filled up with
+# units whose weights are 0. They stay at 0, since an LSTM's state moves by the tanh of a sum that is 0, and they get
+# no gradient. On the way back they are left out.
 
 PARAMETERS = ("weight_ih_l0", "weight_hh_l0", "bias_ih_l0", "bias_hh_l0")  # of an LSTM layer
 
 
-def widened(weights, last, nhid):
-    """Widen the last layer of LSTM weights, whose names have the prefix `last`, to `nhid` units with weights of 0."""
+def resized(weights, last, nhid):
+    """Resize the last layer of LSTM weights, whose names have the prefix `last`, to `nhid` units.
+
+    Units that are added have weights of 0. Returns None where a unit that is left out has others.
+    """
     size = weights[last + "weight_hh_l0"].size(1)
     added, result = nhid - size, dict(weights)
     for name in PARAMETERS:
@@ -194,26 +204,8 @@ def widened(weights, last, nhid):
         padding = (0, columns, 0, added) if gates.dim() == 3 else (0, added)
         result[last + name] = functional.pad(gates, padding).flatten(0, 1)
     result["decoder.weight"] = functional.pad(weights["decoder.weight"], (0, added))
-    return result
-
-
-def narrowed(weights, last, path):
-    """Narrow the last layer of LSTM weights, whose names have the prefix `last`, to E units.
-
-    A layer of fewer is widened. Raises BadInput unless the units that are left out have weights of 0.
-    """
-    emsize, nhid = weights["encoder.weight"].size(1), weights[last + "weight_hh_l0"].size(1)
-    if nhid < emsize:
-        return widened(weights, last, emsize)
-    if nhid == emsize:
-        return weights
-    result = dict(weights)
-    for name in PARAMETERS:
-        gates = weights[last + name].unflatten(0, (4, nhid))[:, :emsize]
-        result[last + name] = (gates[..., :emsize] if name == "weight_hh_l0" else gates).flatten(0, 1)
-    result["decoder.weight"] = weights["decoder.weight"][:, :emsize].contiguous()
-    again = widened(result, last, nhid)
-    if not all(torch.equal(again[name], weights[name]) for name in weights):
-        raise BadInput(f"{path}: its softmax is not tied and takes {nhid} units; fastai's takes {emsize}, as many as "
-                       "the embedding has")
+    if added < 0:
+        again = resized(result, last, size)
+        if not all(torch.equal(again[name], weights[name]) for name in weights):
+            return None
     return result

@@ -60,11 +60,12 @@ def test_units_that_are_not_in_use_stay_so_in_training(run):
         loss = model.loss(output, torch.randint(V, (9, 2)))
         (loss + output.square().mean() + raw.diff(dim=0).square().mean()).backward()
         optimizer.step()
-    assert foreign.narrowed(model.state_dict(), "rnns.1.", "")["decoder.weight"].shape == (V, E)
+    assert foreign.resized(model.state_dict(), "rnns.1.", E)["decoder.weight"].shape == (V, E)
 
 
-def test_a_model_of_this_toolkit_comes_back_bit_for_bit(run, train, tmp_path):
-    train(tmp_path / "m.pt", "--epochs", "1")
+@pytest.mark.parametrize("flags", [[], ["--no-tied", "--emsize", "9"]])
+def test_a_model_of_this_toolkit_comes_back_bit_for_bit(run, train, tmp_path, flags):
+    train(tmp_path / "m.pt", "--epochs", "1", *flags)
     status, _, err = run("m.pt", "--to", "fastai", "--save", "x.pth", "--vocabulary", "x.pkl")
     assert status == 0, err
     status, _, err = run("x.pth", "--vocabulary", "x.pkl", "--save", "new.pt", "--data", "corpus")
@@ -94,6 +95,14 @@ def test_fewer_units_than_the_embedding_has_are_filled_up(layers):
     logits = values @ state["1.decoder.weight"].t() + state["1.decoder.bias"]
     output, _, _ = model(tokens, model.init_hidden(2))
     torch.testing.assert_close(logits.log_softmax(-1), model.logprob(output))
+
+
+def test_more_units_than_the_other_layers_have_are_left_out_only_if_not_in_use(run, monkeypatch):
+    """A last layer of E units, which the softmax takes in fastai, where H, of the others, is smaller."""
+    monkeypatch.setattr("test_convert.H", E - 2)
+    torch.save(fastai_model(tied=False)[1], "in.pth")
+    Path("itos.pkl").write_bytes(pickle.dumps(WORDS))
+    assert "the shapes of no model" in refused(run, "in.pth", "--vocabulary", "itos.pkl", "--save", "new.pt")
 
 
 def test_what_fastai_has_no_form_for(run, train, tmp_path):
