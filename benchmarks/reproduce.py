@@ -21,7 +21,7 @@ from pathlib import Path
 from recipes import GRID, RECIPES
 from records import is_end, records
 from scripts import ROOT, run
-from table import rows
+from table import perplexity, rows
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # the scripts of the project are no package
 from flags import Parser, positive_float
@@ -84,11 +84,10 @@ def row(name, folder):
     """Format the row for a table of results: figures of each stage beside the published ones."""
     recipe, cells = RECIPES[name], []
     lines, tuned = records_of(folder / "train.pt"), records_of(folder / "finetune.pt")
-    ends = list(filter(is_end, [*lines, *tuned]))
+    ends, in_bpc = list(filter(is_end, [*lines, *tuned])), "bpc" in "".join(recipe["published"])
     for line in ends:
-        bpc, ppl = (line.get(name, math.nan) for name in ("bpc", "ppl"))  # NaN without a test split
-        perplexities = f"{math.exp(line['valid_loss']):.2f} / {ppl:.2f}"
-        cells.append(f"{bpc:.3f} bpc" if "bpc" in "".join(recipe["published"]) else perplexities)
+        valid, test = perplexity(line["valid_loss"]), perplexity(line.get("loss", math.nan))  # NaN without a test split
+        cells.append(f"{math.log2(test):.3f} bpc" if in_bpc else f"{valid:.2f} / {test:.2f}")
     for stage in ("cache", "dynamic", "both"):
         cells += [f"{valid:.2f} / {test:.2f}" for valid, test in scored(tuned, stage)]
     begun = next(line for line in lines if line["kind"] == "run")

@@ -73,13 +73,15 @@ def test_its_exit_status_says_why_it_stopped(monkeypatch, tmp_path, capsys, stat
 
 
 def test_a_row_has_the_figures_of_the_record_beside_the_published_ones(monkeypatch, tmp_path):
-    """Losses of e^4 and e^3; no test split; bits per character."""
+    """Losses of e^4 and e^3; bits per character; no test split; losses that are too large for a perplexity."""
     lines = [{"kind": "run", "stage": "train", "seed": 5, "commit": None, "device": "CPU"},
              {"kind": "test", "epochs": 9, "seconds": 90.0, "finished": True, "valid_loss": 4.0, "loss": 3.0,
               "ppl": 20.0855, "bpc": 4.3281}]
     for published, test, cell in ((["9 / 8"], lines[1], "54.60 / 20.09 (9 / 8)"), ([], lines[1], "54.60 / 20.09"),
                                   (["1.175 bpc"], lines[1], "4.328 bpc (1.175 bpc)"),
-                                  ([], {name: lines[1][name] for name in list(lines[1])[:5]}, "54.60 / nan")):
+                                  ([], {name: lines[1][name] for name in list(lines[1])[:5]}, "54.60 / nan"),
+                                  ([], {**lines[1], "valid_loss": 800.0, "loss": None, "ppl": None, "bpc": None},
+                                   "inf / inf")):
         monkeypatch.setitem(reproduce.RECIPES, "tiny", {"published": published})
         text = "".join(json.dumps(line) + "\n" for line in (lines[0], {**test, "finished": False}, test))
         (tmp_path / "train.metrics.jsonl").write_text(text)
