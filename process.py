@@ -16,7 +16,7 @@ from errors import BadInput
 INTERRUPTED = 130  # exit status after Ctrl-C, 128 + SIGINT, as shells have it
 BROKEN_PIPE = 141  # 128 + SIGPIPE
 began = None  # when the script began, by the monotonic clock; in a notebook, when its `main` did
-STOP, SAVE = ("SIGINT", "SIGTERM", "SIGHUP"), ("SIGUSR1",)  # not every system has all of them
+STOP, SAVE = ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK"), ("SIGUSR1",)  # not every system has all of them
 
 
 def begin(alone=True):
@@ -127,9 +127,9 @@ def abandon(stream):
 class StopSignals:
     """Turn signals into requests that code looks at, inside `with StopSignals() as signals`.
 
-    SIGINT, SIGTERM and SIGHUP set `signals.stop` to their number, SIGUSR1 sets `signals.save`. A second signal to stop
-    ends the process at once. A signal to stop that is ignored stays so (nohup). Outside of the main thread, and for
-    signals that the system lacks, nothing changes.
+    SIGINT, SIGTERM, SIGHUP and SIGBREAK (Windows) set `signals.stop` to their number, SIGUSR1 sets `signals.save`. A
+    second signal to stop ends the process at once. A signal to stop that is ignored stays so (nohup). Outside of the
+    main thread, and for signals that the system lacks, nothing changes.
     """
 
     def __init__(self):

@@ -300,7 +300,7 @@ def save_state(run):
 
 
 def report_test(run, stop):
-    """Test the best model, unless SIGTERM or SIGHUP says that nobody waits for it. Returns the exit status."""
+    """Test the best model, unless a signal other than Ctrl-C says that nobody waits for it. Returns the exit status."""
     progress, save = run.progress, run.args.save
     if stop:
         log(f"| stopped by {signal.Signals(stop).name} | --resume {save} goes on from epoch {progress.epoch + 1}, "

@@ -76,6 +76,14 @@ def test_scripts_run_without_what_only_linux_has(corpus_dir, tmp_path):
     assert "peak memory unknown on this system" in ended.stdout
 
 
+@pytest.mark.skipif(not hasattr(signal, "SIGUSR2"), reason="no SIGUSR2")
+def test_ctrl_break_of_windows_is_a_signal_to_stop(monkeypatch):
+    monkeypatch.setattr(signal, "SIGBREAK", signal.SIGUSR2, raising=False)
+    with StopSignals() as signals:
+        signal.raise_signal(signal.SIGUSR2)
+    assert signals.stop == signal.SIGUSR2
+
+
 def test_a_build_of_pytorch_for_one_process_is_enough(monkeypatch):
     alone = SimpleNamespace(is_available=lambda: False)
     monkeypatch.setattr(torch, "distributed", alone)
