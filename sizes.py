@@ -29,7 +29,7 @@ OF_THE_TIME = 0.9          # share for training of what is left after the start;
 PASSES = 3                 # forward, and backward with twice the products
 WORD_EMSIZE = 400          # the largest embedding of words
 ENOUGH_STEPS = {"adam": 2000, "sgd": 3000}  # of training; if there would be fewer, batches are made smaller
-FEWEST_COLUMNS = 4         # of a process
+FEWEST_COLUMNS = {"word": 4, "char": 8, "byte": 8}  # of a process
 BPTT = 64
 MANY_EPOCHS = {"word": 6, "char": 8, "byte": 8}  # from which on there are two layers
 SGD_EPOCHS = {"word": 3, "char": 12, "byte": 12}  # from which on SGD, with AR and TAR, gets further than Adam
@@ -112,7 +112,7 @@ def choose_by(budget, args, given, ntoken, tokens, processes):
     if processes:  # on a CPU few columns take little more time
         rows = epochs * tokens / args.bptt  # of all batches
         steps = ENOUGH_STEPS[args.optimizer]
-        choose(batch_size=fewer_columns(args.batch_size, rows, steps, FEWEST_COLUMNS * processes))
+        choose(batch_size=fewer_columns(args.batch_size, rows, steps, FEWEST_COLUMNS[args.level] * processes))
 
 
 def sees_enough(size, args, ntoken, tokens, budget):

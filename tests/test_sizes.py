@@ -141,12 +141,13 @@ def test_sgd_takes_more_steps_than_adam(monkeypatch, optimizer, columns):
 
 
 def test_fewer_columns_are_for_a_cpu_and_some_for_each_process(monkeypatch):
-    def columns(*flags, **how):
-        return choose(monkeypatch, 1e9, *flags, **how)[0].batch_size
+    def columns(*flags, level="word", **how):
+        return choose(monkeypatch, 1e9, "--level", level, *flags, **how)[0].batch_size
     assert columns() == columns("--optimizer", "sgd") == 4
+    assert columns(level="char") == columns(level="byte") == 8
     assert columns(device="cuda") == columns("--batch_size", "16") == 16
     assert columns(processes=2) == 8
-    assert columns(processes=8) == 16
+    assert columns(processes=8) == columns(processes=2, level="char") == 16
 
 
 def test_what_is_dropped_goes_by_the_layers_that_are_trained(monkeypatch):
