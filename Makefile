@@ -1,6 +1,6 @@
 # make help            the list of what there is to make
 # make demo            a small AWD-LSTM from nothing: corpus, training, fine-tuning, cache, text; needs no network
-# make test            the tests that are quick, and the linter: two to four minutes
+# make test            the tests that are quick, and the linter: two to six minutes
 # make test-slow       the other tests: killed runs, hostile inputs, other systems, whole scripts: some minutes
 # make test-long       training killed 100 times, also under torchrun, and 5,000 hostile inputs: a quarter of an hour
 # make test-machines   a part of the tests as other machines would run it: fewer instructions, other locales, not root
