@@ -3,7 +3,7 @@
 Each part is compared with a plain baseline (`baseline.py`), the same step without any regularisation, and the floor
 that the matrix products set. All run in one process.
 
-    python benchmarks/speed.py --json speed.json           (make bench; half an hour on 2 cores that do nothing else)
+    python benchmarks/speed.py --json speed.json           (make bench; 20 to 30 minutes on 2 idle cores)
     python benchmarks/speed.py --only ptb-lstm cache-500
 
 Each figure is the median over repetitions in which all candidates take turns, each called twice and timed the second
