@@ -6,6 +6,7 @@ read from the clock, so a slow machine does less and still ends in time.
 
 import math
 import time
+from collections import namedtuple
 
 import process
 from errors import BadInput
@@ -18,6 +19,8 @@ PLAN_AFTER = 0.02  # the share of a run after which its speed is known
 SPARE = 1.05       # epochs that are taken to fit, for each that fits at the speed so far
 MOST_SCORING = 0.75  # the share of the time that validation and test may need
 PIECES = 4         # of --bptt rows each, on which an evaluation is timed
+
+Point = namedtuple("Point", "fraction seconds epochs")  # how far a run has come: of its training, since its start
 
 
 class Budget:
@@ -35,7 +38,7 @@ class Budget:
         self.rises_from = 0.0 if spent else None  # the fraction at the first batch
         self.valid_seconds = self.test_seconds = 0.0
         self.first = None         # the fraction after the first batch
-        self.trained_from = None  # (fraction, seconds, epochs) from where the speed is measured
+        self.trained_from = None  # the Point from which the speed is measured
         self.planned = None       # epochs
 
     def spent(self):
@@ -110,8 +113,8 @@ class Budget:
         if done < self.first + SLOW_START:
             return None
         if self.trained_from is None:
-            self.trained_from = done, self.spent(), epochs
-        if done < self.trained_from[0] + PLAN_AFTER or epochs == self.trained_from[2]:
+            self.trained_from = Point(done, self.spent(), epochs)
+        if done < self.trained_from.fraction + PLAN_AFTER or epochs == self.trained_from.epochs:
             return None
         epoch = 1 / self.speed(epochs)  # seconds
         whole, rest = divmod(self.seconds_left(), epoch + self.valid_seconds)
@@ -121,8 +124,8 @@ class Budget:
 
     def speed(self, epochs):
         """Return the epochs per second so far, without validation."""
-        _, seconds, before = self.trained_from
-        return (epochs - before) / max(self.spent() - seconds, 1e-9)  # some clocks tick rarely
+        start = self.trained_from
+        return (epochs - start.epochs) / max(self.spent() - start.seconds, 1e-9)  # some clocks tick rarely
 
     def epochs_left(self, epochs):
         """Return the epochs that may fit into the time left; infinity before there is a plan."""
@@ -134,8 +137,7 @@ class Budget:
         """Note the time of a validation, and leave it out of the speed of training."""
         self.valid_seconds = seconds
         if self.trained_from is not None:
-            done, began, epochs = self.trained_from
-            self.trained_from = done, began + seconds, epochs
+            self.trained_from = self.trained_from._replace(seconds=self.trained_from.seconds + seconds)
 
     def describe_end(self, epochs):
         """Format how many epochs there were, and how many were planned; None for a run without a limit."""

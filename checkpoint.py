@@ -7,7 +7,7 @@ run code. Its keys:
     flags              the command line that trained the model, by flag name
     vocabulary         the V words, in the order of their ids
     model              the state dict; where averaging runs, of the averaged weights in the best model's file
-    loss, epoch        validation loss (nats per token) of these weights and the epoch that ended with it
+    loss, epoch        validation loss (nats per token) of these weights, and the epochs completed by then
     stage              "train" or "finetune"; older models have none
     state              only in the file for resuming: optimizer, progress and random generators (`training.py`)
 
@@ -22,7 +22,7 @@ import zipfile
 import numpy
 import torch
 
-from errors import BadInput
+from errors import BadInput, is_of_device
 from files import disk_error, replacing
 from flags import command_line
 from foreign import fastai_state
@@ -41,7 +41,7 @@ FIXED = (*ARCHITECTURE, "level", "shares", "vocab", "min_count", "max_vocab", "v
 AVERAGING_STATE = {"step", "eta", "mu", "ax"}
 OPTIMIZER_STATE = {torch.optim.SGD: set(), torch.optim.ASGD: AVERAGING_STATE, ASGD: AVERAGING_STATE,
                    torch.optim.Adam: {"step", "exp_avg", "exp_avg_sq"}}
-WAYS = ("fused", "foreach", "capturable")  # how a step is computed: depends on the device, not on the state
+IMPLEMENTATION = ("fused", "foreach", "capturable")  # flags of an optimizer that depend on the device alone
 CONTENT = {"flags": dict, "vocabulary": list, "model": dict, "loss": float, "epoch": int}
 
 
@@ -79,6 +79,8 @@ def load(path, device="cpu"):
         raise BadInput(f"{path}: not a checkpoint of this toolkit (a pickled model, as the original toolkit wrote "
                        "them, could run any code: convert.py reads it without)") from error
     except Exception as error:  # a damaged archive can make these two raise anything
+        if is_of_device(error):
+            raise
         raise BadInput(f"{path}: not a checkpoint, or damaged ({type(error).__name__})") from error
     if damaged:
         raise BadInput(f"{path}: damaged checkpoint: what it holds is not what was written")
@@ -155,6 +157,8 @@ def restore_model(content, path, flags=None, device="cpu"):
         model = model.to(device)
         model.load_state_dict(content["model"])
     except (TypeError, ValueError, AttributeError, RuntimeError) as error:
+        if is_of_device(error):
+            raise
         raise BadInput(f"{path}: damaged checkpoint: its flags do not describe its weights") from error
     return model
 
@@ -219,10 +223,12 @@ def restore_optimizer(optimizer, state):
     def types():
         return [{name: type(value) for name, value in group.items()} for group in optimizer.param_groups]
 
-    fresh, ways = types(), [{name: group[name] for name in WAYS if name in group} for group in optimizer.param_groups]
+    fresh = types()
+    implementations = [{name: group[name] for name in IMPLEMENTATION if name in group}
+                       for group in optimizer.param_groups]
     optimizer.load_state_dict(state)
-    for group, way in zip(optimizer.param_groups, ways):
-        group.update(way)
+    for group, implementation in zip(optimizer.param_groups, implementations):
+        group.update(implementation)
     if types() != fresh:
         raise ValueError
     for parameter, values in optimizer.state.items():

@@ -38,7 +38,7 @@ class Contents:
 
     def __init__(self, path, root, load_storage, size):
         self.path, self.root, self.load_storage, self.loaded = path, root, load_storage, {}
-        self.left, self.room = 2 * size, size  # bytes of tensors and of storages
+        self.tensor_bytes_left, self.storage_bytes_left = 2 * size, size
 
     def tensor(self, where):
         """Read the tensor that the Tensor `where` describes.
@@ -52,14 +52,14 @@ class Contents:
             raise BadInput(f"{self.path}: damaged: a weight that is no tensor of numbers")
         last = where.offset + sum((length - 1) * step for length, step in zip(shape, stride))
         values = math.prod(shape)
-        self.left -= values * storage.dtype.itemsize
-        if last >= storage.size or values > storage.size or self.left < 0:
+        self.tensor_bytes_left -= values * storage.dtype.itemsize
+        if last >= storage.size or values > storage.size or self.tensor_bytes_left < 0:
             raise BadInput(f"{self.path}: damaged: tensors of more values than it has")
         if storage.key not in self.loaded:
             with reading(self.path):
                 whole = self.load_storage(storage.key)  # all of it, though `storage` may be a part
-            self.room -= whole.nbytes
-            if self.room < 0:  # the entries of an archive may overlap
+            self.storage_bytes_left -= whole.nbytes
+            if self.storage_bytes_left < 0:  # the entries of an archive may overlap
                 raise BadInput(f"{self.path}: damaged: storages of more values than it has")
             self.loaded[storage.key] = whole
         return self.loaded[storage.key].as_strided(shape, stride, storage.first + where.offset).contiguous()

@@ -25,7 +25,7 @@ import torch
 import checkpoint
 import containers
 import run_files
-from data import Corpus
+from data import Corpus, check_shares
 from errors import BadInput
 from files import check_writable, disk_error, replacing, same_file
 from flags import Parser, add_data_flags, add_training_flags
@@ -66,7 +66,7 @@ def parse_flags(argv):
 def renamed(words, pairs, path):
     """Return `words` with `pairs` of (old, new) names applied, and lines that say what was done.
 
-    A word is left as it is where its new name is taken.
+    A word is left as it is where its new name is taken. Raises BadInput when a word comes twice.
     """
     twice = [word for word, count in Counter(words).items() if count > 1 and word != FILLER]
     if twice:
@@ -91,7 +91,8 @@ def shown(word):
 def read_vocabulary(args):
     """Read the words that --vocabulary names.
 
-    Returns them as this toolkit calls them, and lines that say what was done.
+    Returns them as this toolkit calls them, and lines that say what was done. Raises BadInput when they cannot be read,
+    or a flag names none of them.
     """
     if not args.vocabulary:
         raise BadInput(f"{args.file}: a model of fastai; --vocabulary says where its words are, a pickled list")
@@ -114,12 +115,12 @@ def read_vocabulary(args):
 
 # --- the model of this toolkit ---------------------------------------------------------------------------------------
 
-def architecture(found, path):
-    """Return the flags that fix the shapes of the ForeignModel `found`, and its weights in fp32.
+def architecture(foreign, path):
+    """Return the flags that fix the shapes of the ForeignModel `foreign`, and its weights in fp32.
 
     Raises BadInput when no model of this toolkit has these shapes, or a weight is not finite.
     """
-    weights = {name: value.float() for name, value in found.weights.items()}
+    weights = {name: value.float() for name, value in foreign.weights.items()}
     broken = [name for name, value in weights.items() if not value.isfinite().all()]
     if broken:
         raise BadInput(f"{path}: {broken[0]} has values that are not finite")
@@ -135,14 +136,14 @@ def architecture(found, path):
             model = {4 * sizes[0]: "LSTM", 3 * sizes[0]: "GRU"}[len(weights["rnns.0.weight_hh_l0"])]
         nhid = sizes[0]
         if nlayers == 1 and tied:  # of E units, whatever --nhid was
-            nhid = found.flags.get("nhid")
+            nhid = foreign.flags.get("nhid")
             nhid = nhid if type(nhid) is int and 0 < nhid < 2**31 else emsize
         last = f"rnns.{nlayers - 1}."
         if not tied and model == "LSTM" and sizes[-1] == emsize != nhid:
             weights = resized(weights, last, nhid)
             if weights is None:
                 raise ValueError
-            found.notes.append(f"the softmax is not tied: of the last layer's {max(nhid, emsize)} units "
+            foreign.notes.append(f"the softmax is not tied: of the last layer's {max(nhid, emsize)} units "
                                f"{min(nhid, emsize)} are in use")
         flags = {"model": model, "emsize": emsize, "nhid": nhid, "nlayers": nlayers, "tied": tied}
         if parameter_shapes(len(embedding), **flags) != {name: tuple(value.shape) for name, value in weights.items()}:
@@ -159,52 +160,62 @@ def default_flags():
     return vars(parser.parse_args([]))
 
 
-def convert(args):
-    """Convert the model at `args.file` to one of this toolkit, at `args.save`, which the caller has checked."""
+def convert(args, given):
+    """Convert the model at `args.file` to one of this toolkit, at `args.save`, which the caller has checked.
+
+    `given` are the names of the flags on the command line. Raises BadInput when the file is no such model, or a flag
+    does not go with it.
+    """
     contents = containers.read(args.file)
     name = os.fsencode(os.path.basename(args.file)).decode("utf-8", errors="replace")
     text = {"data": args.data or f"the text of {name}", "level": "word", "shares": args.shares}
     if fastai_state(contents.root) is not None:
         if args.level not in (None, "word"):
             raise BadInput(f"--level {args.level}: a model of fastai is one of words")
-        found = read_fastai(contents)
+        foreign = read_fastai(contents)
         words, notes = read_vocabulary(args)
-        found.notes += notes
+        foreign.notes += notes
         origin = args.vocabulary
     elif isinstance(contents.root, dict) and contents.root.get("format") == checkpoint.FORMAT:
         raise BadInput(f"{args.file}: a model of this toolkit already; --to fastai converts it")
     elif what := other_kind(contents.root):
         raise BadInput(f"{args.file}: {what}")
     elif isinstance(contents.root, (list, Record)):
-        found = read_original(contents)
-        if args.vocabulary:
-            raise BadInput("--vocabulary: goes with models of fastai; that of the original toolkit's is in its corpus")
+        foreign = read_original(contents)
+        if unused := given & {"vocabulary", "unk", "eos"}:
+            raise BadInput(f"--{max(unused)}: goes with models of fastai; the original toolkit's have their words in "
+                           "their corpus")
         if not args.data:
             raise BadInput(f"{args.file}: a model of the original toolkit, whose vocabulary is that of its corpus; "
                            "--data says where that is")
+        if "shares" in given:
+            check_shares(args.data)
         corpus = Corpus(args.data, args.level, args.shares)
         text["level"] = corpus.level
         log(corpus.describe())
         words, origin = corpus.dictionary.idx2word, args.data
     else:
         raise BadInput(f"{args.file}: neither a model of the original toolkit nor one of fastai")
-    shapes, weights = architecture(found, args.file)
+    shapes, weights = architecture(foreign, args.file)
     if len(words) != len(weights["encoder.weight"]):
         raise BadInput(f"{origin}: {len(words):,} words, the model has {len(weights['encoder.weight']):,}")
-    flags = default_flags() | {name: found.flags[name] for name in DROPOUTS if name in found.flags} | shapes | text
+    flags = default_flags() | {name: foreign.flags[name] for name in DROPOUTS if name in foreign.flags} | shapes | text
     content = {"flags": flags, "vocabulary": words, "model": weights}
     model = checkpoint.restore_model(content, args.file)
     if args.overwrite:
         run_files.remove_run(args.save, keep_model=True)  # the model itself is replaced whole
     checkpoint.save(args.save, model, flags, words, loss=math.nan, epoch=0)  # nothing says what its loss was
-    log(f"{args.file}: a model of {found.source}, {shapes['model']} {shapes['emsize']}/{shapes['nhid']} x "
+    log(f"{args.file}: a model of {foreign.source}, {shapes['model']} {shapes['emsize']}/{shapes['nhid']} x "
         f"{shapes['nlayers']}, {len(words):,} words, {'tied' if shapes['tied'] else 'not tied'} -> {args.save}")
-    for note in found.notes:
+    for note in foreign.notes:
         log(f"  {note}")
 
 
 def convert_back(args):
-    """Write a model of this toolkit as fastai's state dict and vocabulary."""
+    """Write a model of this toolkit as fastai's state dict and vocabulary.
+
+    Raises BadInput when fastai has no such model, or a file cannot be written.
+    """
     if not args.vocabulary:
         raise BadInput("--to fastai: --vocabulary says where the words go")
     paths = [args.save, args.vocabulary]
@@ -235,9 +246,9 @@ def convert_back(args):
 
 
 def main(argv=None):
-    args = parse_flags(argv)
+    args, given = parse_flags(argv), make_parser().given(argv)
     if args.to:
-        unused = make_parser().given(argv) & {"data", "level", "shares"}
+        unused = given & {"data", "level", "shares"}
         if unused:
             raise BadInput(f"--{min(unused)}: not used with --to fastai, whose files do not say what the text was")
         convert_back(args)
@@ -248,7 +259,7 @@ def main(argv=None):
             raise BadInput(f"--save {args.save}: a file to convert is one of those of a run there")
         with run_files.claimed(args.save):
             run_files.check_free(args.save, args.overwrite)
-            convert(args)
+            convert(args, given)
     log.check()
 
 

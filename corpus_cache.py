@@ -211,9 +211,9 @@ def load_cache(path, key):
 
 
 def check_ids(ids, trailer):
-    """Compute a checksum of `ids` and the `trailer` behind them, and the range of the ids and 0.
+    """Compute a checksum of `ids` and the `trailer` behind them, and the range of the ids.
 
-    Returns the hex digits of the checksum, bytes, and the two ends of the range.
+    Returns the hex digits of the checksum, bytes, and the smallest and the largest of the ids and 0.
     """
     total, low, high = hashlib.sha256(), 0, 0
     for block in id_blocks(ids):

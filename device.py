@@ -64,12 +64,6 @@ def computes_in(precision, device):
     return precision == "fp32" or (precision == "bf16" and has_bf16())
 
 
-def lacks_memory(error):
-    """Return whether a RuntimeError of PyTorch means out of memory; others that mention memory are bugs."""
-    phrases = ("out of memory", "allocate memory", "not enough memory", "ALLOC_FAILED")
-    return any(phrase in str(error) for phrase in phrases)
-
-
 def peak_memory(device="cpu"):
     """Return the peak memory in bytes: of tensors on a GPU, of this process on a CPU.
 

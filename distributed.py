@@ -6,8 +6,8 @@ Rank 0 reads the flags, makes or resumes the run and hands it to the others. It 
 process draws the masks and lengths of the whole batch, from generators in the same state, and takes its columns. Loss
 and gradients are means over columns, so their weighted sums over the processes are those of one process.
 
-In a process that torchrun did not start, each function returns what it is given. Shapes are in the alphabet of
-`model.py`.
+In a process that torchrun did not start, each function acts as for a group of this one alone. Shapes are in the
+alphabet of `model.py`.
 """
 
 import io
@@ -30,7 +30,7 @@ import locked_dropout
 import process
 import steps
 from device import set_up_device
-from errors import BadInput
+from errors import BadInput, line_of
 from run import open_batches, open_corpus
 from run_files import last_path
 from utils import map_hidden
@@ -87,6 +87,10 @@ class Group:
         with self.exchanging():
             dist.all_reduce(tensor, dist.ReduceOp.SUM if op is None else op)
         return tensor
+
+    def meet(self):
+        """Wait until all processes have come here. Ends this one when another has ended with an error."""
+        self.reduce(torch.zeros(1))
 
     def of_first(self, number):
         """Return the `number` of rank 0, in every process."""
@@ -153,8 +157,11 @@ def in_group(main, train):
             sys.stdout = None  # rank 0 says all
         try:
             status = train(take_over()) if group.rank else main()
-        except BadInput as error:
-            return group.tell_once(2, " ".join(str(error).splitlines()))
+        except (BadInput, MemoryError, RuntimeError) as error:
+            line = line_of(error)
+            if line is None:
+                raise
+            return group.tell_once(2, line)
         except SystemExit as end:
             if group.rank or end.code:
                 raise
@@ -172,12 +179,6 @@ def check_flags(args):
         raise BadInput("--max-restarts of torchrun: a restart goes on from --save FILE, which is not given")
 
 
-def check_columns(batch_size):
-    """Raise BadInput when some process would have no column."""
-    if group and group.size > batch_size:
-        raise BadInput(f"--batch-size {batch_size}: too few columns for {group.size} processes")
-
-
 def after_restart(argv, save, stage):
     """Return the command line that goes on from the state at `save`, if this job wrote it before a restart."""
     argv = sys.argv[1:] if argv is None else argv
@@ -186,17 +187,22 @@ def after_restart(argv, save, stage):
 
 
 def hand_over(run):
-    """Send the run that rank 0 has made to the others, and return it; they read the text themselves."""
+    """Send the run that rank 0 has made to the others, and return it once they have read the text, each by itself.
+
+    Raises BadInput when some process would have no column.
+    """
     if group is None:
         return run
-    check_columns(run.args.batch_size)
+    if group.size > run.args.batch_size:
+        raise BadInput(f"--batch-size {run.args.batch_size}: too few columns for {group.size} processes")
     content = io.BytesIO()
-    torch.save((replace(run, batches=None), checkpoint.generator_states()), content)
+    torch.save((replace(run, batches=None, take_place=None), checkpoint.generator_states()), content)
     content = torch.frombuffer(content.getbuffer(), dtype=torch.uint8)
     group.store.set("on a GPU", str(int(run.batches.train.is_cuda)))
     group.store.set("bytes", str(len(content)))
     with group.exchanging():
         dist.broadcast(content, 0)
+    group.meet()
     group.share(run)
     return run
 
@@ -223,6 +229,7 @@ def take_over():
         raise BadInput(f"{run.args.data} of rank {group.rank} is not the text of rank 0")
     checkpoint.restore_generators(generators)
     run.metrics = NoMetrics()
+    group.meet()
     group.share(run)
     return run
 

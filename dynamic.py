@@ -273,6 +273,8 @@ def score(argv, device):
         loss, best = min(scored, key=lambda pair: pair[0])
         if loss == math.inf:
             raise BadInput("no setting of the grid has a finite loss; a smaller --lr may do")
+    elif args.fast:
+        log("--fast is not used, since one setting needs no search")
     setting, cache = {name: best[name] for name in names}, {name: [best[name]] for name in cache}
     for split, source in splits.items():
         scores.score("dynamic", split, source, setting, cache)

@@ -20,7 +20,7 @@ except ImportError:  # Windows
         import msvcrt
 
 PARTIAL = ".partial"  # ends the name of a file that is being written
-PATIENCE, PAUSE = 30, 0.2  # seconds: how long replacing a file is tried again on Windows, and between two tries
+PATIENCE, PAUSE = 30, 0.2  # seconds: how long `patiently` tries again on Windows, and between two tries
 
 
 @contextmanager
@@ -39,7 +39,7 @@ def replacing(path, mode="wb", **how):
             yield file
             file.flush()
             os.fsync(file.fileno())
-        rename(partial, path)
+        patiently(os.replace, partial, path)
     except BaseException:
         with suppress(OSError):
             os.unlink(partial)
@@ -51,16 +51,25 @@ def partial_name(path):
     return f"{path}.{secrets.token_hex(4)}{PARTIAL}"
 
 
-def rename(partial, path):
-    """Rename the file `partial` to `path`, in place of what lies there.
+def remove(path):
+    """Remove the file at `path`, if there is one; raises BadInput when it cannot be removed."""
+    try:
+        patiently(os.unlink, path)
+    except FileNotFoundError:
+        pass
+    except OSError as error:
+        raise BadInput(f"{path}: could not be removed: {error.strerror}") from error
 
-    On Windows this fails while another program has the old file open. OneDrive and virus scanners open a file for a
-    moment after each write, so it is tried again.
+
+def patiently(replace_or_remove, *paths):
+    """Call `replace_or_remove(*paths)`, on Windows again and again while another program has the old file open.
+
+    OneDrive and virus scanners there open a file for a moment after each write. Raises OSError.
     """
     end = time.monotonic() + PATIENCE
     while True:
         try:
-            return os.replace(partial, path)
+            return replace_or_remove(*paths)
         except PermissionError:
             if fcntl or time.monotonic() > end:
                 raise

@@ -13,6 +13,8 @@ if __name__ == "__main__":  # before torch, whose import takes seconds
     process.begin(alone=False)
 
 
+from functools import partial
+
 import checkpoint
 import distributed
 import run_files
@@ -20,7 +22,7 @@ from data import check_level, check_shares
 from device import set_up_device
 from errors import BadInput
 from files import copy_file, same_file
-from flags import AS_TRAINED, Parser, add_training_flags, not_empty
+from flags import AS_TRAINED, Parser, add_training_flags, model_path
 from metrics import check_board, format_loss, log
 from model import ARCHITECTURE, DROPOUTS
 from optimizers import make_optimizer
@@ -54,7 +56,7 @@ def make_parser():
     parser.add_argument("--vocab", choices=["model", "corpus"], default="model",
                         help="whose words the tuned model knows: those of the model, others being <unk>, or those of "
                              "the corpus, new ones beginning with the mean of the old (default: %(default)s)")
-    parser.add_argument("--load", type=lambda path: run_files.follow(not_empty(path)), metavar="FILE",
+    parser.add_argument("--load", type=model_path, metavar="FILE",
                         help="the model to fine-tune (default: that of --save)")
     parser.set_defaults(minutes=None, **dict.fromkeys(INHERITED, ModelsOwn()))
     return parser
@@ -104,7 +106,6 @@ def start(argv, load, save, device):
     if args.vocab == "model" and (args.min_count or args.max_vocab or args.vocab_order != "appearance"):
         raise BadInput("--min-count, --max-vocab and --vocab-order choose a vocabulary: with --vocab corpus")
     args.load, args.save, args.lr = load, save, args.lr or LR
-    in_place = same_file(load, save)
     if not args.dry_run:
         check_place(load, save, args.vocab, args.overwrite)
     checkpoint.check_data(content, load, args.data)
@@ -125,13 +126,19 @@ def start(argv, load, save, device):
     if not args.dry_run:
         run.progress.best_loss = evaluate(model, batches.valid, args.bptt)
         log(f"| {args.load} as loaded | {format_loss('valid', run.progress.best_loss)}")
-        if in_place and content["stage"] == "train":
-            copy_file(load, run_files.untuned_path(save))  # training may go on from it
-        if not in_place:
-            if args.overwrite:
-                run_files.remove_run(save, keep_model=True)
-            save_model(run, save, run.progress.best_loss)  # the best so far, until an epoch is better
+        run.take_place = partial(take_place, run, content["stage"])
     return run
+
+
+def take_place(run, stage):
+    """Put the model that was loaded, of `stage`, at --save, as the best so far; tuned in place it is kept beside it."""
+    load, save = run.args.load, run.args.save
+    if not same_file(load, save):
+        if run.args.overwrite:
+            run_files.remove_run(save, keep_model=True)
+        save_model(run, save, run.progress.best_loss)
+    elif stage == "train":
+        copy_file(load, run_files.untuned_path(save))  # training may go on from it
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ import sys
 import torch
 
 from errors import BadInput
+from run_files import follow
 
 AS_TRAINED = "as the model was trained"  # what help says of a flag that comes from a model unless given
 
@@ -59,6 +60,11 @@ def not_empty(text):
     if not text:
         raise argparse.ArgumentTypeError("must not be empty")
     return text
+
+
+def model_path(text):
+    """Read the name of a model's file; of a link it is what the link leads to."""
+    return follow(not_empty(text))
 
 
 def number(number_type, low, below=math.inf, exclusive=False):

@@ -131,7 +131,7 @@ def other_kind(root):
 
 
 def read_fastai(contents):
-    """Read the state dict of fastai's language model with LSTM layers."""
+    """Read the state dict of fastai's language model with LSTM layers; raises BadInput for any other."""
     state = fastai_state(contents.root)
     if any(isinstance(key, str) and "_reverse" in key for key in state):
         raise BadInput(f"{contents.path}: has bidirectional layers; only those of one direction are converted")

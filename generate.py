@@ -35,7 +35,7 @@ from text import detokenize, tokenize
 from vocabulary import END, UNKNOWN, Dictionary
 
 
-def share(text):
+def positive_probability(text):
     """Read a value of --top-p: a number above 0, at most 1."""
     try:
         value = float(text)
@@ -65,7 +65,7 @@ def parse_flags(argv):
                              "each time; default: %(default)s)")
     parser.add_argument("--top-k", type=non_negative_int, default=0, metavar="K",
                         help="sample among the K likeliest words (0: all; default: %(default)s)")
-    parser.add_argument("--top-p", type=share, default=1.0, metavar="P",
+    parser.add_argument("--top-p", type=positive_probability, default=1.0, metavar="P",
                         help="sample among the likeliest words that together have this probability (1: all; "
                              "default: %(default)s)")
     parser.add_argument("--no-unk", action="store_true", help="never write <unk>")
@@ -123,12 +123,12 @@ def sample_rows(weights):
     """Sample a column for each row of `weights` (B, V).
 
     The probability of a column is in proportion to its weight. Returns columns (B, 1). The cumulative sum is faster by
-    far than `torch.multinomial`, which draws a random number for each column. Raises BadInput when the sum is not
+    far than `torch.multinomial`, which draws a random number for each column. Raises BadInput when the sum is 0 or not
     finite.
     """
     cumulative = weights.cumsum(-1)
     total = cumulative[:, -1:]
-    if not total.isfinite().all():
+    if not (total.isfinite() & (total > 0)).all():
         raise BadInput("the model's weights make no finite probabilities")
     below = torch.rand_like(total) * total
     return torch.searchsorted(cumulative, below, right=True).clamp_(max=weights.size(-1) - 1)
@@ -198,8 +198,8 @@ def write_texts(file, prompt, steps, batch_size, dictionary, level):
         file.writelines(detokenize(chain(prompt, words), level))
 
 
-def check_output(path, model):
-    """Raise BadInput unless the text can be written to `path` (-: stdout)."""
+def check_output(path, model, prompt):
+    """Raise BadInput unless the text can be written to `path` (-: stdout), which is not a file that is read."""
     if path == "-":
         if sys.stdout is None:
             raise BadInput("--outf -: there is no standard output")
@@ -207,6 +207,8 @@ def check_output(path, model):
     check_writable(path)
     if same_file(path, model):
         raise BadInput(f"--outf {path}: that is the model")
+    if prompt is not None and same_file(path, prompt):
+        raise BadInput(f"--outf {path}: that is the prompt")
     if is_checkpoint(path):
         raise BadInput(f"--outf {path}: a checkpoint lies there")
 
@@ -214,7 +216,7 @@ def check_output(path, model):
 def main(argv=None):
     args = parse_flags(argv)
     device = set_up_device(args.cuda)
-    check_output(args.outf, args.checkpoint)
+    check_output(args.outf, args.checkpoint, args.prompt_file)
     content = checkpoint.load_model(args.checkpoint, device)
     model = checkpoint.restore_model(content, args.checkpoint, device=device)
     if args.precision == "bf16":

@@ -25,7 +25,8 @@ def gradient_rms(model, source, bptt, max_batches=0):
     """Compute the root mean square of the gradient of each parameter over batches of `source` (N, B).
 
     Batches have `bptt` time steps. There are at most `max_batches` of them (0: all). The hidden state is carried along.
-    Returns a dict of tensors by the names of the parameters, a tied one once.
+    Returns a dict of tensors by the names of the parameters, a tied one once. Raises BadInput when a loss or a gradient
+    is not finite.
     """
     rows = range(0, len(source) - 2, bptt)[:max_batches or None]
     parameters = dict(model.named_parameters())
@@ -49,7 +50,7 @@ def gradient_statistics(model, corpus, checksum, args, device):
     """Return `gradient_rms` over the training text, from the file beside the checkpoint if it is there.
 
     Otherwise it is computed and the file written. The file holds one set of statistics, the last one. `checksum` is
-    that of the checkpoint.
+    that of the checkpoint. Raises BadInput when a loss or gradient is not finite.
     """
     path = run_files.statistics_path(args.save)
     key = {"checkpoint": checksum, "text": corpus.checksum, "level": corpus.level,

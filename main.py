@@ -15,6 +15,7 @@ if __name__ == "__main__":  # before torch, whose import takes seconds
 
 
 import time
+from functools import partial
 
 import distributed
 import run_files
@@ -100,7 +101,6 @@ def start(args, argv, device):
     if args.minutes:
         sizes.choose_flags(args, given, corpus, device, **distributed.describe())
         log(f"the same by flags: {sizes.describe(args, given)}")
-    distributed.check_columns(args.batch_size)
     args.lr = args.lr or DEFAULT_LR[args.optimizer]
     batches = open_batches(corpus, args, device)
     seed_everything(args.seed)
@@ -109,9 +109,8 @@ def start(args, argv, device):
     run = Run("train", args, corpus.dictionary.idx2word, batches, model, optimizer, checksum=corpus.checksum)
     if not args.dry_run:
         run.set_budget()
-        log.check()
-        if args.overwrite:  # last, when no more bad input can turn up
-            run_files.remove_run(args.save)
+    if args.overwrite:
+        run.take_place = partial(run_files.remove_run, args.save)
     return run
 
 

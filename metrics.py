@@ -210,7 +210,11 @@ class Metrics:
             self.board.write(kind, values)
 
     def size(self):
-        return self.path.stat().st_size
+        """Return the length of the file in bytes, 1 where it is gone: a state with 0 has never been saved."""
+        try:
+            return max(1, self.path.stat().st_size)
+        except OSError:
+            return 1
 
 
 def read_at(file, place, count):

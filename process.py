@@ -11,7 +11,7 @@ import threading
 import time
 from contextlib import contextmanager, suppress
 
-from errors import BadInput
+from errors import BadInput, line_of
 
 INTERRUPTED = 130  # exit status after Ctrl-C, 128 + SIGINT, as shells have it
 BROKEN_PIPE = 141  # 128 + SIGPIPE
@@ -71,8 +71,8 @@ def leave(*_):
 def run_script(main):
     """Run a script's `main` and exit.
 
-    Bad input is one line on stderr and exit status 2, and so is an output that cannot be written. A bug keeps its
-    traceback.
+    Bad input is one line on stderr and exit status 2, and so are a lack of memory and an output that cannot be written.
+    A bug keeps its traceback.
     """
     global began
     if signal.getsignal(signal.SIGINT) is leave:
@@ -83,8 +83,11 @@ def run_script(main):
     try:
         status = main()
         flush(sys.stdout)
-    except BadInput as error:
-        tell(f"{sys.argv[0]}: error: {' '.join(str(error).splitlines())}")
+    except (BadInput, MemoryError, RuntimeError) as error:
+        line = line_of(error)
+        if line is None:
+            raise
+        tell(f"{sys.argv[0]}: error: {line}")
         status = 2
     except KeyboardInterrupt:
         tell(f"{sys.argv[0]}: interrupted")

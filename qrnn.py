@@ -200,6 +200,12 @@ class TritonFoPool(torch.autograd.Function):
 
 
 @cache
+def is_new_enough(device):
+    """Return whether a GPU has compute capability 7.0, the least that Triton takes."""
+    return torch.cuda.get_device_capability(device) >= (7, 0)
+
+
+@cache
 def has_compiler():
     """Return whether there is a C compiler, which Triton needs to launch a kernel."""
     return bool(os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang"))
@@ -207,7 +213,7 @@ def has_compiler():
 
 def fo_pool(linear_map, start, zoneout_mask=None):
     """Compute what `FoPool` does, on a GPU by Triton where it runs."""
-    triton_runs = triton is not None and linear_map.is_cuda and has_compiler()
+    triton_runs = triton is not None and linear_map.is_cuda and is_new_enough(linear_map.device) and has_compiler()
     pool = TritonFoPool if triton_runs else FoPool
     return pool.apply(linear_map, start, zoneout_mask)
 

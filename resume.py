@@ -3,13 +3,14 @@
 import filecmp
 import math
 import os
+from functools import partial
 from itertools import count
 from pathlib import Path
 
 import checkpoint
 import run_files
-from errors import BadInput
-from files import copy_file, same_file
+from errors import BadInput, is_of_device
+from files import copy_file, remove, same_file
 from metrics import log
 from optimizers import at_plateau, make_optimizer
 from run import Progress, Run, open_batches, open_corpus
@@ -47,12 +48,13 @@ def resume(parse, argv, stage, device):
         if stage == "train":
             to_come = [epoch for epoch in args.when if epoch > progress.epoch]
             run_files.check_copies(args.save, to_come, args.overwrite or in_place)
-        carry_on(path, best, args.save, stage, best_stage)
+        source = find_model(best, stage, best_stage)
     log("; ".join([f"resuming {path} in epoch {progress.epoch + 1}, batch {progress.batch + 1}",
                    *differences(args, changed, progress, in_place)]))
     run = Run(stage, args, corpus.dictionary.idx2word, batches, model, optimizer, progress, checksum=corpus.checksum)
     if not args.dry_run:
         run.set_budget()
+        run.take_place = partial(carry_on, path, best, args.save, stage, source)
     return run
 
 
@@ -71,6 +73,8 @@ def restore(content, path, args, changed, device):
         checkpoint.restore_optimizer(optimizer, state["optimizer"])
         checkpoint.restore_generators(state["generators"])
     except (AttributeError, LookupError, TypeError, ValueError, RuntimeError) as error:
+        if is_of_device(error):
+            raise
         raise BadInput(f"{path}: damaged checkpoint: its state cannot be restored") from error
     if progress.row and "batch_size" in changed:
         raise BadInput(f"--batch_size cannot change in the middle of an epoch, which is where {path} stopped")
@@ -87,13 +91,13 @@ def differences(args, changed, progress, in_place):
 
     `changed` maps the names of flags to (saved, given). `in_place` says that the run keeps its `--save`.
     """
-    found = [f"{name} {saved} -> {given}" for name, (saved, given) in changed.items()]
+    lines = [f"{name} {saved} -> {given}" for name, (saved, given) in changed.items()]
     if args.overwrite and in_place:
-        found.append("--overwrite is not used, since nothing begins anew")
+        lines.append("--overwrite is not used, since nothing begins anew")
     if "when" in changed:
-        over = [epoch for epoch in args.when if 0 < epoch <= progress.epoch and epoch not in changed["when"][0]]
-        found += [f"--when {epoch} comes too late" for epoch in over]
-    return found
+        late = [epoch for epoch in args.when if 0 < epoch <= progress.epoch and epoch not in changed["when"][0]]
+        lines += [f"--when {epoch} comes too late" for epoch in late]
+    return lines
 
 
 def find_state(best, stage, device="cpu"):
@@ -135,39 +139,52 @@ def check_corpus(state, path, corpus, given, saved):
                        f"not {str(checksum)[:12]}; a run goes on with the text it began with")
 
 
-def carry_on(path, best, save, stage, best_stage):
-    """Copy a run from `best` to `save`, where it goes on: model, state (at `path`) and record.
+def find_model(best, stage, best_stage):
+    """Return the path of the model that a run at `stage` goes on with; None when there is no model yet.
 
-    Training that goes on after fine-tuning in place takes the untuned model back. The tuned one is kept. `best_stage`
-    is the stage of the best model, None when there is no model yet.
+    It is the one at `best`, whose stage is `best_stage`. Training that goes on after fine-tuning in place takes the
+    untuned model back. Raises BadInput when that one cannot be read.
     """
-    untuned, from_untuned = run_files.untuned_path(best), stage == "train" and best_stage == "finetune"
-    if from_untuned:
-        checkpoint.load(untuned)  # raises before anything is removed or written
+    if best_stage is None:
+        return None
+    if not (stage == "train" and best_stage == "finetune"):
+        return best
+    untuned = run_files.untuned_path(best)
+    checkpoint.load(untuned)
+    return untuned
+
+
+def carry_on(path, best, save, stage, source):
+    """Copy a run at `stage` from `best` to `save`, where it goes on: state (at `path`), record and model.
+
+    The model is at `source`, None when there is none yet. One that was fine-tuned in place is kept under another name.
+    Raises BadInput when a file cannot be copied.
+    """
     if not same_file(best, save):
         run_files.remove_run(save)  # `resume` has checked that it may be overwritten
         for old, new in ((path, run_files.last_path(save, stage)),
                          (run_files.metrics_path(best), run_files.metrics_path(save))):
             if old.exists():
                 copy_file(old, new)
-    if best_stage is None:
+    if source is None or same_file(source, save):
         return
-    if from_untuned and same_file(best, save):
+    if same_file(best, save):
         keep_tuned(best)
-    source = untuned if from_untuned else best
-    if not same_file(source, save):
-        copy_file(source, save)
+    copy_file(source, save)
 
 
 def keep_tuned(best):
-    """Keep a model that was fine-tuned in place, and the state of its fine-tuning, under a name of their own."""
+    """Keep a model that was fine-tuned in place, and the state of its fine-tuning, under a name of their own.
+
+    Raises BadInput when that cannot be written.
+    """
     names = (run_files.finetuned_path(best, number) for number in count(1))
     tuned = next(name for name in names if not name.exists() or filecmp.cmp(best, name, shallow=False))
     copy_file(best, tuned)
     state = run_files.last_path(best, "finetune")
     if state.exists():
         copy_file(state, run_files.last_path(tuned, "finetune"))
-        state.unlink()
+        remove(state)
     log(f"{best} has been fine-tuned: that model is kept as {tuned}; training goes on from the untuned one")
 
 

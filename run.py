@@ -39,15 +39,15 @@ class Progress:
     row: int = 0                                    # where in the text the next batch of the epoch starts
     skipped: int = 0                                # rows that were left out, in all epochs
     batch: int = 0                                  # batches done in the epoch
-    hidden: list | None = None                      # the state that they ended with; None at a break in the text
-    epoch_rows: int = 0                             # rows that they predicted
-    epoch_loss: float = 0.0                         # sum of their losses over rows
-    epoch_seconds: float = 0.0                      # time they took
-    window_batches: int = 0                         # batches since the last log line
-    window_rows: int = 0                            # rows of these
-    window_loss: float = 0.0                        # sum of their losses over batches
-    window_seconds: float = 0.0                     # time they took
-    window_scale: float = 0.0                       # sum of the factors of their learning rates
+    hidden: list | None = None                      # the state after the last batch; None at a break in the text
+    epoch_rows: int = 0                             # rows predicted in the epoch
+    epoch_loss: float = 0.0                         # sum of the losses of these rows
+    epoch_seconds: float = 0.0                      # of training in the epoch
+    window_batches: int = 0                         # batches since the last log line, the window
+    window_rows: int = 0                            # rows predicted in the window
+    window_loss: float = 0.0                        # sum of the losses of its batches
+    window_seconds: float = 0.0                     # of training in the window
+    window_scale: float = 0.0                       # sum of the factors of the learning rates of its batches
     history: list = field(default_factory=list)     # validation loss after each completed epoch
     best_loss: float = math.inf                     # validation loss of the model at --save, nats per token
     best_epoch: int = 0                             # 0: the model that training started from
@@ -99,6 +99,7 @@ class Run:
     checksum: str = ""                              # of the text
     stop: int = 0                                   # the signal that ends it, in all processes; 0: none
     budget: Budget = field(default_factory=Budget)  # of time
+    take_place: Callable = lambda: None             # makes room at --save, when no more bad input can turn up
 
     def epochs(self):
         """Return the epochs trained, with the fraction of one that has begun, less the rows that were left out."""

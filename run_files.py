@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from errors import BadInput
-from files import check_writable, locked
+from files import check_writable, locked, remove
 
 STATES = {"train": "last", "finetune": "finetune.last"}  # by stage
 # Endings that no --save may have.
@@ -139,10 +139,13 @@ def check_copies(save, epochs, overwrite=False):
 
 
 def remove_run(save, keep_model=False):
-    """Remove the files of the run at `save`; with `keep_model` the model stays."""
+    """Remove the files of the run at `save`, the model last; with `keep_model` it stays.
+
+    Raises BadInput when one cannot be removed.
+    """
     model, *others = all_files(save)
-    for path in others if keep_model else [model, *others]:
-        path.unlink(missing_ok=True)
+    for path in others if keep_model else [*others, model]:
+        remove(path)
 
 
 def check_name(path):

@@ -226,7 +226,7 @@ def main(argv=None):
         # The thread that reads has the stream to itself; stdin's own would be locked when the process ends.
         file = open(sys.stdin.fileno() if args.file == "-" else args.file, "rb", closefd=args.file != "-")  # noqa: SIM115
     except OSError as error:
-        raise BadInput(f"{args.file}: cannot be read: {error.strerror}") from error
+        raise BadInput(f"{args.file}: cannot be read: {error.strerror or error}") from error
     scorer = Scorer(model, dictionary, args.batch_size, args.carry, make_cache(args.cache))
     totals, arrived = Totals(), read_lines(file, dictionary, level, args.no_eos)
     try:

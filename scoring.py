@@ -4,7 +4,7 @@ import checkpoint
 import run_files
 from data import Corpus, check_level, check_shares, load_split
 from errors import BadInput
-from flags import add_data_flags, not_empty
+from flags import add_data_flags, model_path
 from metrics import Metrics, format_loss, log, loss_metrics
 from model import LAYERS
 
@@ -12,7 +12,7 @@ from model import LAYERS
 def add_trained_flags(parser):
     """Add the flags that say which model is scored, on which text."""
     add_data_flags(parser, trained=True)
-    parser.add_argument("--save", type=lambda path: run_files.follow(not_empty(path)), default="best.pt",
+    parser.add_argument("--save", type=model_path, default="best.pt",
                         metavar="FILE", help="the trained model (default: %(default)s)")
     parser.add_argument("--model", choices=list(LAYERS), help="recurrent layer; has to be that of the trained model")
 
@@ -39,7 +39,10 @@ def open_trained(parse_flags, argv, device):
 
 
 def load_scored(corpus, device):
-    """Lay out the splits to score, as a dict: "valid" (N, 1), and "test" (N, 1) where `corpus` has a test split."""
+    """Lay out the splits to score, as a dict: "valid" (N, 1), and "test" (N, 1) where `corpus` has a test split.
+
+    Raises BadInput when one is too short.
+    """
     splits = {"valid": load_split(corpus, "valid", 1, device)}
     if corpus.has_test:
         splits["test"] = load_split(corpus, "test", 1, device)

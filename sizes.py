@@ -15,8 +15,8 @@ from argparse import Namespace
 import torch
 
 from budget import Budget
-from device import computes_in, lacks_memory
-from errors import BadInput
+from device import computes_in
+from errors import BadInput, lacks_memory
 from flags import NO_LIMIT, command_line
 from model import ARCHITECTURE, DROPOUTS, parameter_shapes
 from optimizers import make_optimizer

@@ -43,7 +43,7 @@ def train_step(model, optimizer, forward_backward, words, targets, hidden, lr_sc
 
     The learning rate is multiplied by `lr_scale`. Returns the new hidden state and the cross entropy, in nats per
     token, without AR and TAR. Raises FloatingPointError when loss or gradient is not finite. In that case no weight has
-    changed.
+    changed; on a GPU averages may have.
     """
     hidden, loss_and_norm = forward_backward(model, words, targets, hidden)
     if loss_and_norm.is_cuda:

@@ -94,7 +94,7 @@ def batches(lines, size):
                 arrived.put(line)
             arrived.put(end)
         except OSError as error:
-            arrived.put(BadInput(f"cannot be read: {error.strerror}"))
+            arrived.put(BadInput(f"cannot be read: {error.strerror or error}"))
         except BaseException as error:  # any one: the caller's thread is the one to end the script
             arrived.put(error)
 

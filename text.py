@@ -120,7 +120,10 @@ def read_texts(paths, level, append):
 
 
 def read_word_ids(path, numbering):
-    """Yield arrays (n,) of the ids of a text's words; the mapping `numbering` gives the ids."""
+    """Yield arrays (n,) of the ids of a text's words; the mapping `numbering` gives the ids.
+
+    Raises BadInput as `read_words` does.
+    """
     ids = array("i")
     for words in read_words(path):
         ids.extend(map(numbering.__getitem__, words))
@@ -132,7 +135,10 @@ def read_word_ids(path, numbering):
 
 
 def read_words(path):
-    """Yield lists of the words of a text, with <eos> at the end of each line."""
+    """Yield lists of the words of a text, with <eos> at the end of each line.
+
+    Raises BadInput for what is no text in UTF-8, or has a word that is too long.
+    """
     number, rest, last = 1, b"", b""  # of the line; bytes not yet yielded; byte read last
     with open(path, "rb") as file:
         if file.read(len(BOM_UTF8)) != BOM_UTF8:
@@ -178,7 +184,7 @@ def cut_long_rest(block, start, path, number):
     """Find where to cut a block of bytes that ends in a long part without a space.
 
     The part begins at `start` and has no LF, space or tab, and no CR but one at its end. That stays for the next block,
-    which may begin with the LF that belongs to it.
+    which may begin with the LF that belongs to it. Raises BadInput for a word that is too long.
     """
     rest = block[start:].removesuffix(b"\r").decode("utf-8", errors="ignore")
     words = rest.split()
@@ -227,7 +233,10 @@ def archive_or_utf16(head):
 
 
 def read_symbols(path, level, numbering):
-    """Yield arrays (n,) of the ids of a text's characters or bytes; the mapping `numbering` gives the ids."""
+    """Yield arrays (n,) of the ids of a text's characters or bytes; the mapping `numbering` gives the ids.
+
+    Raises BadInput for characters that are not in UTF-8.
+    """
     if level == "byte":
         how, dtype, spell = {"mode": "rb"}, numpy.uint8, str
     else:

@@ -2,10 +2,7 @@
 
 That is: epochs, validation, the best model, states to resume from, and the test.
 
-Papers:
-
-- "Regularizing and Optimizing LSTM Language Models" (arXiv 1708.02182), sections 3 (NT-ASGD) and 5 (fine-tuning).
-- Learning-rate drops (`--when`): 1803.08240.
+Papers: arXiv 1708.02182, sections 3 (NT-ASGD) and 5 (fine-tuning), and 1803.08240 (learning-rate drops, `--when`).
 
 Shapes are in the alphabet of `model.py`.
 """
@@ -19,8 +16,8 @@ from dataclasses import asdict
 import checkpoint
 import distributed
 import run_files
-from device import lacks_memory, peak_memory
-from errors import BadInput
+from device import peak_memory
+from errors import BadInput, lacks_memory
 from files import remove_partial
 from metrics import Metrics, advance, describe_run, format_end, format_loss, log, loss_metrics, open_board, progress_bar
 from optimizers import at_plateau, averaged_weights, is_averaging, make_optimizer
@@ -89,11 +86,13 @@ def is_due(run):
 
 
 def begin(run):
-    """Make a run ready for its first batch: the record, the pass, and for fine-tuning a state to resume from."""
+    """Make a run ready for its first batch: its files, the pass, and for fine-tuning a state to resume from."""
     owned = {id(p) for group in run.optimizer.param_groups for p in group["params"]}
     assert owned == {id(p) for p in run.model.parameters() if p.requires_grad}, "the optimizer owns what can learn"
     resumed = run.progress.metrics_bytes > 0
     if distributed.is_first():
+        log.check()
+        run.take_place()
         open_record(run, resumed)
     set_pass(run)
     run.saved_at = time.monotonic()

@@ -281,6 +281,16 @@ def test_a_model_of_characters_is_one_of_characters_here(run, tmp_path, given):
     assert content["vocabulary"] == [*"abcdefghijkl", "<eos>"]
 
 
+@pytest.mark.parametrize("flags, line", [
+    ("--unk UNK", "--unk: goes with models of fastai"), ("--eos xxbos", "--eos: goes with models of fastai"),
+    ("--vocabulary words.pkl", "--vocabulary: goes with models of fastai"),
+    ("--shares 80 10 10", "--shares cuts one text file: the folder corpus has its own splits")])
+def test_a_flag_that_would_do_nothing_for_the_originals_model_is_refused(run, tmp_path, flags, line):
+    write_corpus(tmp_path / "corpus", V)
+    save_original("old.pt", V)
+    assert line in refused(run, "old.pt", "--data", "corpus", "--save", "new.pt", *flags.split())
+
+
 class Gates(nn.Module):
     """A QRNN layer as the original has it: all its weights are in `linear`."""
 

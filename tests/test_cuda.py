@@ -134,7 +134,7 @@ def test_every_script(corpus_dir, tmp_path):
     save = str(tmp_path / "m.pt")
     data = ["--data", str(corpus_dir), "--cuda"]
     for precision in ("fp32", "tf32", "bf16"):
-        assert main.main([*data, *TINY, "--epochs", "1", "--save", save, "--precision", precision]) == 0
+        assert main.main([*data, *TINY, "--epochs", "1", "--save", save, "--precision", precision, "--overwrite"]) == 0
     assert finetune.main([*data, "--epochs", "1", "--save", save]) == 0
     pointer.main([*data, "--save", save, "--window", "5", "20", "--theta", "1", "--lambdasm", "0.1"])
     dynamic.main([*data, "--save", save, "--batch_size", "4"])

@@ -1,11 +1,12 @@
 """What goes wrong in several processes: one line, one exit status, nothing half-written."""
 
 import os
+import shutil
 import signal
 import time
 
 import pytest
-from helpers import TINY, script
+from helpers import TINY, files, script
 from processes import command, together
 
 import checkpoint
@@ -16,9 +17,9 @@ import training
 pytestmark = pytest.mark.usefixtures("forks")
 
 
-def the_line(size, folder, flags, *how):
+def the_line(size, folder, flags, *how, script="main"):
     """The one line that bad input gives, with exit status 2 of all."""
-    statuses, _, errors = together(size, folder, "main", flags, *how)
+    statuses, _, errors = together(size, folder, script, flags, *how)
     assert statuses == [2] * size, errors
     assert errors.count("\n") == 1, errors
     return errors
@@ -34,11 +35,21 @@ def test_what_is_wrong_with_all_is_one_line(corpus_dir, tmp_path, flags, line):
     assert line in the_line(3, tmp_path, command(corpus_dir, tmp_path / "m.pt", *flags))
 
 
-def test_too_few_columns_leave_the_old_run(corpus_dir, tmp_path):
-    (tmp_path / "m.metrics.jsonl").write_text("old")
-    line = the_line(3, tmp_path, command(corpus_dir, tmp_path / "m.pt", "--batch_size", "2", "--overwrite"))
-    assert "too few columns" in line
-    assert (tmp_path / "m.metrics.jsonl").read_text() == "old"
+@pytest.mark.parametrize("script, flags", [("main", TINY), ("finetune", ["--no-cuda", "--load", "old.pt"]),
+                                           ("main", [*TINY, "--resume", "old.pt"])])
+def test_what_is_wrong_in_the_group_leaves_the_old_run(train, corpus_dir, tmp_path, monkeypatch, script, flags):
+    """... too few columns, or another text at rank 1."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("old.pt", "m.pt"):
+        train(name, "--epochs", "1")
+    before = files(tmp_path)
+    flags = [*flags, "--data", corpus_dir, "--save", "m.pt", "--overwrite"]
+    logs = tmp_path / "logs"
+    logs.mkdir()
+    assert "too few columns" in the_line(3, logs, [*flags, "--batch_size", "2"], script=script)
+    assert "of rank 1 is not the text of rank 0" in the_line(2, logs, flags, other_text, script=script)
+    shutil.rmtree(logs)
+    assert files(tmp_path) == before
 
 
 def test_help_is_printed_once_and_ends_all(tmp_path):
@@ -70,6 +81,18 @@ def other_text(rank):
 def test_another_text_on_another_machine_is_refused(corpus_dir, tmp_path):
     line = the_line(2, tmp_path, command(corpus_dir, tmp_path / "m.pt"), other_text)
     assert "of rank 1 is not the text of rank 0" in line
+
+
+def full_memory(rank):
+    if rank:
+        def evaluate(*_):
+            raise RuntimeError("CUDA out of memory. Tried to allocate 20.00 GiB")
+        distributed.steps.evaluate = evaluate
+
+
+def test_any_process_says_that_memory_is_full(corpus_dir, tmp_path):
+    line = the_line(2, tmp_path, command(corpus_dir, tmp_path / "m.pt", "--epochs", "1"), full_memory)
+    assert "out of memory: CUDA" in line
 
 
 def full_disk(rank):

@@ -80,6 +80,11 @@ def test_a_fast_search_looks_at_the_first_words(trained, corpus_dir, monkeypatch
     assert [line["loss"] for line in alone["dynamic"][2:]] == [line["loss"] for line in found["dynamic"]]
 
 
+def test_a_fast_search_of_one_setting_says_that_there_is_none(trained):
+    assert "--fast is not used" in trained("--rule", "sgd", "--fast")[1]
+    assert "--fast" not in trained("--rule", "sgd", "--fast", "--lr", "0.1", "1")[1]
+
+
 def test_a_grid_computes_the_statistics_once_and_the_next_run_reads_them(trained, passes):
     first, _ = trained("--lr", "1e-4", "1e-3", "--lamb", "0.001", "0.1")
     second, printed = trained("--lr", "1e-4", "1e-3", "--lamb", "0.001", "0.1")

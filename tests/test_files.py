@@ -9,6 +9,7 @@ import pytest
 
 import data
 import files
+import run_files
 
 
 def test_files_that_only_look_like_what_a_killed_run_left_are_kept(tmp_path):
@@ -125,6 +126,24 @@ def test_a_program_that_keeps_the_old_file_open_on_windows_is_an_error(tmp_path,
     with open(tmp_path / "m.pt", "rb"), pytest.raises(PermissionError), files.replacing(tmp_path / "m.pt") as file:
         file.write(b"new")
     assert [path.read_bytes() for path in tmp_path.iterdir()] == [b"old"]
+
+
+@pytest.mark.usefixtures("windows")
+def test_a_run_is_removed_once_nobody_has_its_files_open_or_else_its_model_stays(tmp_path, monkeypatch):
+    for name in ("m.pt", "m.last.pt", "m.metrics.jsonl"):
+        (tmp_path / name).write_bytes(b"old")
+    monkeypatch.setattr(files, "PATIENCE", 0)
+    monkeypatch.setattr(files, "PAUSE", 0.001)
+    with open(tmp_path / "m.metrics.jsonl", "rb"), \
+            pytest.raises(files.BadInput, match="m.metrics.jsonl: could not be removed: Access is denied"):
+        run_files.remove_run(tmp_path / "m.pt")
+    assert (tmp_path / "m.pt").exists()
+    monkeypatch.setattr(files, "PATIENCE", 30)
+    spreadsheet = open(tmp_path / "m.metrics.jsonl", "rb")  # noqa: SIM115  it lets go while we wait
+    monkeypatch.setattr(files.time, "sleep", lambda _: spreadsheet.close())
+    run_files.remove_run(tmp_path / "m.pt")
+    assert spreadsheet.closed
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_folder_that_cannot_be_written_is_asked_once_on_windows(tmp_path, monkeypatch):

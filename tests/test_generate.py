@@ -1,5 +1,7 @@
 """Text is sampled from the model's own distribution, and written whole."""
 
+import math
+
 import pytest
 import torch
 from helpers import write
@@ -162,8 +164,9 @@ def test_a_sampled_column_has_the_probability_of_its_weight():
     for row, weight in zip(drawn, weights):
         torch.testing.assert_close(row.bincount(minlength=6) / 4000, (weight / weight.sum()).float(), atol=0.03, rtol=0)
         assert set(row.tolist()) == set(weight.nonzero().flatten().tolist())
-    with pytest.raises(BadInput, match="no finite probabilities"):
-        generate.sample_rows(torch.tensor([[1.0, float("nan")]]))
+    for row in ([1.0, math.nan], [0.0, 0.0]):  # with temperature 0 no score that is NaN is the largest
+        with pytest.raises(BadInput, match="no finite probabilities"):
+            generate.sample_rows(torch.tensor([row]))
 
 
 @pytest.mark.parametrize("top_p, kept", [(1e-9, [1]), (0.5, [1]), (0.51, [1, 3]), (0.75, [1, 3]), (1.0, [0, 1, 3, 4])])

@@ -167,6 +167,13 @@ def test_text_is_not_written_over_a_checkpoint(trained, tmp_path):
         write(trained, "--outf", tmp_path / "m.last.pt")
 
 
+def test_text_is_not_written_over_its_prompt(trained, tmp_path):
+    (tmp_path / "book.txt").write_text("the  cat\n")
+    with pytest.raises(BadInput, match=r"book\.txt: that is the prompt"):
+        write(trained, "--prompt-file", tmp_path / "book.txt", "--outf", tmp_path / "book.txt")
+    assert (tmp_path / "book.txt").read_text() == "the  cat\n"
+
+
 def test_a_prompt_file_with_a_mark(trained, tmp_path, capsys):
     (tmp_path / "prompt.txt").write_bytes(b"\xef\xbb\xbfthe cat")
     capsys.readouterr()

@@ -18,11 +18,27 @@ import main
 import metrics
 import run_files
 import score
+import training
 from errors import BadInput
 from process import StopSignals
 from text import tokenize
 
 # --- records ---------------------------------------------------------------------------------------------------------
+
+def test_a_record_that_is_moved_away_costs_no_state(train, corpus_dir, tmp_path, monkeypatch):
+    save, step = tmp_path / "m.pt", training.train_step
+
+    def stopped(*inputs, **options):
+        run_files.metrics_path(save).unlink()
+        signal.raise_signal(signal.SIGTERM)
+        return step(*inputs, **options)
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "train_step", stopped)
+        assert main.main([*TINY, "--data", str(corpus_dir), "--save", str(save)]) == 128 + signal.SIGTERM
+    _, record = train(save, "--epochs", "1", "--resume", str(save))
+    assert [(line["kind"], line["batch"]) for line in record["resume"]] == [("resume", 1)]
+    assert [line["epoch"] for line in record["epoch"]] == [1]
+
 
 def test_a_torn_record_goes_on_with_a_line_of_its_own(train, tmp_path):
     train(tmp_path / "m.pt", "--epochs", "1")
@@ -260,7 +276,6 @@ def test_a_disk_that_is_full_while_text_is_written_is_one_line(trained, tmp_path
 
 @pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="no SIGHUP")
 def test_a_terminal_that_goes_stops_training_as_sigterm_does(train, tmp_path, monkeypatch):
-    import training
     step, calls = training.train_step, iter(range(10**6))
 
     def interrupted(*arguments, **flags):

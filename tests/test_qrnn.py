@@ -37,13 +37,16 @@ def test_the_kernels_of_triton_under_its_interpreter():
     assert " passed" in done.stdout, done.stdout
 
 
-@pytest.mark.parametrize("missing", ["Triton", "a GPU", "a compiler"])
-def test_without_triton_a_gpu_or_a_compiler_the_loop_runs(monkeypatch, missing):
+@pytest.mark.parametrize("missing", ["Triton", "a GPU", "a newer GPU", "a compiler"])
+def test_without_triton_a_new_gpu_or_a_compiler_the_loop_runs(monkeypatch, missing):
     """A stand-in for the kernels says whether they were asked; by default all is there."""
     asked = []
     monkeypatch.setattr(qrnn.TritonFoPool, "apply", lambda *_: asked.append(True))
     monkeypatch.setattr(qrnn, "has_compiler", lambda: True)
     monkeypatch.setattr(qrnn, "triton", object())
+    capability = [7, 0]
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: tuple(capability))
+    qrnn.is_new_enough.cache_clear()
     linear_map, start = torch.zeros(2, 1, 9), torch.zeros(1, 3)
     with monkeypatch.context() as patch:
         patch.setattr(torch.Tensor, "is_cuda", True)
@@ -53,9 +56,13 @@ def test_without_triton_a_gpu_or_a_compiler_the_loop_runs(monkeypatch, missing):
             patch.setattr(qrnn, "triton", None)
         elif missing == "a GPU":
             patch.setattr(torch.Tensor, "is_cuda", False)
+        elif missing == "a newer GPU":
+            capability[:] = 6, 1
+            qrnn.is_new_enough.cache_clear()
         else:
             patch.setattr(qrnn, "has_compiler", lambda: False)
         output, _ = fo_pool(linear_map, start)
+    qrnn.is_new_enough.cache_clear()
     assert output.shape == (2, 1, 3)
     assert asked == [True]
 

@@ -78,7 +78,7 @@ class RecordedMasks:
             buffers = []
 
             def new_buffer(mask, p):
-                buffers.append((torch.ones_like(mask), p))
+                buffers.append((torch.empty_like(mask), p))  # a fill would be in the graph
                 return buffers[-1][0]
 
             self.buffer_for = new_buffer
