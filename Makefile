@@ -7,12 +7,13 @@
 # make bench           the speed of each part beside a plain baseline: half an hour, on a machine that does nothing else
 # make gpu-check       whether all is right and fast on the GPU; the PYTHON given has torch, numpy, tqdm, pytest
 # make reproduce ROW=ptb-qrnn   a row of the papers from end to end; MINUTES=8 stops in time, the same command goes on
-# make reproduce ROW=ablation   what each part is worth on a small text: some hours on two cores
+# make reproduce ROW=ablation   what each part is worth on a small text: some hours on two cores; for both,
+#                      EXTRA="--precision tf32" adds flags
 # make clean           forget the environment and the demo
 
 PYTHON ?= python3
-VENV ?= .venv
-DEMO ?= demo
+VENV = .venv
+DEMO = demo
 PY = $(VENV)/bin/python
 
 .PHONY: help demo test test-slow test-long test-machines bench gpu-check reproduce clean
@@ -21,7 +22,7 @@ help:
 	@sed -n 's/^# //p' Makefile
 
 demo: $(VENV)/.installed-plot
-	$(PY) benchmarks/demo.py $(DEMO)
+	$(PY) benchmarks/demo.py "$(DEMO)"
 
 test: $(VENV)/.installed-test
 	$(PY) -m ruff check .
@@ -44,13 +45,15 @@ bench: $(VENV)/.installed
 gpu-check:
 	$(PYTHON) benchmarks/gpu_check.py --json benchmarks/results/gpu.json
 
-reproduce: $(VENV)/.installed
-	$(PY) benchmarks/$(if $(filter ablation,$(ROW)),ablation.py,reproduce.py $(ROW)) $(if $(MINUTES),--minutes $(MINUTES))
+reproduce: $(VENV)/.installed-plot
+	$(PY) benchmarks/$(if $(filter ablation,$(ROW)),ablation.py,reproduce.py $(ROW)) $(if $(MINUTES),--minutes $(MINUTES)) \
+	    $(if $(EXTRA),--extra="$(EXTRA)")
 
 clean:
-	rm -rf $(VENV) $(DEMO)
+	rm -rf $(VENV) "$(DEMO)"
 
 $(VENV)/.installed: requirements.txt
+	@$(PYTHON) -c 'import sys; sys.exit("needs Python 3.10 or newer: make PYTHON=..." if sys.version_info < (3, 10) else 0)'
 	$(PYTHON) -m venv $(VENV)
 	$(PY) -m pip install --quiet -r requirements.txt
 	touch $@

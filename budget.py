@@ -5,6 +5,7 @@ read from the clock, so a slow machine does less and still ends in time.
 """
 
 import math
+import statistics
 import time
 from collections import namedtuple
 
@@ -18,7 +19,7 @@ SLOW_START = 0.02  # the share of a run in which its speed is not measured
 PLAN_AFTER = 0.02  # the share of a run after which its speed is known
 SPARE = 1.05       # epochs that are taken to fit, for each that fits at the speed so far
 MOST_SCORING = 0.75  # the share of the time that validation and test may need
-PIECES = 4         # of --bptt rows each, on which an evaluation is timed
+PIECES, TIMES = 2, 3  # of --bptt rows each, on which an evaluation is timed, and how often
 
 Point = namedtuple("Point", "fraction seconds epochs")  # how far a run has come: of its training, since its start
 
@@ -150,14 +151,20 @@ class Budget:
 
 
 def scoring_seconds(model, source, bptt):
-    """Estimate the seconds that `steps.evaluate` takes over `source` (N, B); 0 where there is none."""
+    """Estimate the seconds that `steps.evaluate` takes over `source` (N, B); 0 where there is none.
+
+    It is the median of a few tries, since the machine may be busy for a moment.
+    """
     if source is None:
         return 0.0
     piece = source[:PIECES * bptt + 1]
     evaluate(model, piece[:bptt + 1], bptt)  # warm-up
-    start = time.perf_counter()
-    evaluate(model, piece, bptt)
-    return (time.perf_counter() - start) * (len(source) - 1) / (len(piece) - 1)
+    seconds = []
+    for _ in range(TIMES):
+        start = time.perf_counter()
+        evaluate(model, piece, bptt)
+        seconds.append(time.perf_counter() - start)
+    return statistics.median(seconds) * (len(source) - 1) / (len(piece) - 1)
 
 
 def format_seconds(seconds):

@@ -22,7 +22,7 @@ import zipfile
 import numpy
 import torch
 
-from errors import BadInput, is_of_device
+from errors import BadInput, is_of_machine
 from files import disk_error, replacing
 from flags import command_line
 from foreign import fastai_state
@@ -67,6 +67,7 @@ def load(path, device="cpu"):
 
     Raises BadInput for a file that is no checkpoint.
     """
+    damaged = None
     try:
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()  # compares checksums; PyTorch would load wrong weights silently
@@ -79,7 +80,7 @@ def load(path, device="cpu"):
         raise BadInput(f"{path}: not a checkpoint of this toolkit (a pickled model, as the original toolkit wrote "
                        "them, could run any code: convert.py reads it without)") from error
     except Exception as error:  # a damaged archive can make these two raise anything
-        if is_of_device(error):
+        if is_of_machine(error) and not damaged:
             raise
         raise BadInput(f"{path}: not a checkpoint, or damaged ({type(error).__name__})") from error
     if damaged:
@@ -157,7 +158,7 @@ def restore_model(content, path, flags=None, device="cpu"):
         model = model.to(device)
         model.load_state_dict(content["model"])
     except (TypeError, ValueError, AttributeError, RuntimeError) as error:
-        if is_of_device(error):
+        if is_of_machine(error):
             raise
         raise BadInput(f"{path}: damaged checkpoint: its flags do not describe its weights") from error
     return model

@@ -21,7 +21,7 @@ from contextlib import contextmanager
 
 import torch
 
-from errors import BadInput
+from errors import BadInput, is_of_machine
 from text import SIGNATURES
 from unpickle import MAX_BYTES, Malformed, Record, Storage, Unpickler, is_count
 
@@ -86,6 +86,8 @@ def reading(path):
     except Malformed as error:
         raise BadInput(f"{path}: {error}") from error
     except Exception as error:  # a damaged archive can make zipfile raise anything
+        if is_of_machine(error):
+            raise
         raise BadInput(f"{path}: damaged ({type(error).__name__})") from error
 
 

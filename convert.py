@@ -26,8 +26,8 @@ import checkpoint
 import containers
 import run_files
 from data import Corpus, check_shares
-from errors import BadInput
-from files import check_writable, disk_error, replacing, same_file
+from errors import BadInput, is_of_machine
+from files import check_writable, disk_error, follow, replacing, same_file
 from flags import Parser, add_data_flags, add_training_flags
 from foreign import fastai_state, other_kind, read_fastai, read_original, resized, to_fastai
 from metrics import log
@@ -144,11 +144,13 @@ def architecture(foreign, path):
             if weights is None:
                 raise ValueError
             foreign.notes.append(f"the softmax is not tied: of the last layer's {max(nhid, emsize)} units "
-                               f"{min(nhid, emsize)} are in use")
+                                 f"{min(nhid, emsize)} are in use")
         flags = {"model": model, "emsize": emsize, "nhid": nhid, "nlayers": nlayers, "tied": tied}
         if parameter_shapes(len(embedding), **flags) != {name: tuple(value.shape) for name, value in weights.items()}:
             raise ValueError
     except (LookupError, ValueError, RuntimeError) as error:
+        if is_of_machine(error):
+            raise
         raise BadInput(f"{path}: its weights have the shapes of no model of this toolkit") from error
     return flags, weights
 
@@ -168,6 +170,8 @@ def convert(args, given):
     """
     contents = containers.read(args.file)
     name = os.fsencode(os.path.basename(args.file)).decode("utf-8", errors="replace")
+    if args.data and "shares" in given:
+        check_shares(args.data)
     text = {"data": args.data or f"the text of {name}", "level": "word", "shares": args.shares}
     if fastai_state(contents.root) is not None:
         if args.level not in (None, "word"):
@@ -188,8 +192,6 @@ def convert(args, given):
         if not args.data:
             raise BadInput(f"{args.file}: a model of the original toolkit, whose vocabulary is that of its corpus; "
                            "--data says where that is")
-        if "shares" in given:
-            check_shares(args.data)
         corpus = Corpus(args.data, args.level, args.shares)
         text["level"] = corpus.level
         log(corpus.describe())
@@ -253,7 +255,7 @@ def main(argv=None):
             raise BadInput(f"--{min(unused)}: not used with --to fastai, whose files do not say what the text was")
         convert_back(args)
     else:
-        args.save = run_files.follow(args.save)
+        args.save = follow(args.save)
         inputs = [path for path in (args.file, args.vocabulary) if path]
         if any(same_file(path, taken) for path in inputs for taken in run_files.all_files(args.save)):
             raise BadInput(f"--save {args.save}: a file to convert is one of those of a run there")

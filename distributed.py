@@ -30,7 +30,7 @@ import locked_dropout
 import process
 import steps
 from device import set_up_device
-from errors import BadInput, line_of
+from errors import BadInput, lacks_memory, line_of
 from run import open_batches, open_corpus
 from run_files import last_path
 from utils import map_hidden
@@ -52,7 +52,7 @@ class Group:
     def __init__(self):
         self.rank, self.size, self.local_rank, self.restarts = (
             int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "TORCHELASTIC_RESTART_COUNT"))
-        self.parent, self.flat, self.columns, self.save = os.getppid(), None, None, None
+        self.parent, self.flat, self.columns, self.state_of = os.getppid(), None, None, None
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() and dist.is_nccl_available() else "gloo"
         try:
             self.job = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), timeout=TIMEOUT)
@@ -64,7 +64,7 @@ class Group:
     def share(self, run):
         """Take the columns of this process from the batch of `run`."""
         total, progress = run.args.batch_size, run.progress
-        self.columns, self.save = self.part(total), run.args.save
+        self.columns = self.part(total)
         locked_dropout.columns = total, self.columns
         if run.budget.limit < math.inf:  # one clock for all
             fraction, epochs_left = run.budget.fraction, run.budget.epochs_left
@@ -90,7 +90,10 @@ class Group:
 
     def meet(self):
         """Wait until all processes have come here. Ends this one when another has ended with an error."""
-        self.reduce(torch.zeros(1))
+        with self.exchanging():
+            if self.store.add("met", 1) == self.size:
+                self.store.set("all met", "1")
+            self.wait("all met")
 
     def of_first(self, number):
         """Return the `number` of rank 0, in every process."""
@@ -102,7 +105,9 @@ class Group:
         try:
             yield
         except RuntimeError as error:
-            again = f"; --resume {self.save} goes on from the last state" if self.save else ""
+            if lacks_memory(error):
+                raise
+            again = f"; --resume {self.state_of} goes on from the last state" if self.state_of else ""
             reason = re.sub(r"^\[.*?\] ", "", str(error).splitlines()[0]).split(". ")[0]  # gloo begins with [its file]
             line = f"another process of this run has gone ({reason}){again}"
             raise SystemExit(self.tell_once(GONE, line)) from error
@@ -132,12 +137,13 @@ class Group:
         return int(self.store.get(key))
 
     def end(self, status):
-        """Wait until rank 0 has finished the work that it does alone, and leave the group."""
+        """Wait until rank 0 has finished the work that it does alone, and leave the group; returns its exit status."""
         with self.exchanging():
             if self.rank == 0:
                 self.store.set("ended", str(status))
-            self.wait("ended")
+            status = self.wait("ended")
         dist.destroy_process_group()
+        return status
 
 
 # --- the command -----------------------------------------------------------------------------------------------------
@@ -157,7 +163,7 @@ def in_group(main, train):
             sys.stdout = None  # rank 0 says all
         try:
             status = train(take_over()) if group.rank else main()
-        except (BadInput, MemoryError, RuntimeError) as error:
+        except Exception as error:
             line = line_of(error)
             if line is None:
                 raise
@@ -166,8 +172,7 @@ def in_group(main, train):
             if group.rank or end.code:
                 raise
             status = 0  # after --help there is no run to hand over
-        group.end(status)
-        return status
+        return group.end(status)
     return run
 
 
@@ -187,7 +192,7 @@ def after_restart(argv, save, stage):
 
 
 def hand_over(run):
-    """Send the run that rank 0 has made to the others, and return it once they have read the text, each by itself.
+    """Send the run that rank 0 has made to the others, and return it once each of them has read the text.
 
     Raises BadInput when some process would have no column.
     """
@@ -196,7 +201,7 @@ def hand_over(run):
     if group.size > run.args.batch_size:
         raise BadInput(f"--batch-size {run.args.batch_size}: too few columns for {group.size} processes")
     content = io.BytesIO()
-    torch.save((replace(run, batches=None, take_place=None), checkpoint.generator_states()), content)
+    torch.save((replace(run, batches=None, prepare_save=None), checkpoint.generator_states()), content)
     content = torch.frombuffer(content.getbuffer(), dtype=torch.uint8)
     group.store.set("on a GPU", str(int(run.batches.train.is_cuda)))
     group.store.set("bytes", str(len(content)))
@@ -278,9 +283,12 @@ def whole_hidden(hidden):
     return map_hidden(gather, hidden)
 
 
-def note_saved():
-    """Note, for a restart by torchrun, that this job has written a state."""
-    if group and group.rank == 0:
+def note_saved(save):
+    """Note, for a restart by torchrun and for messages, that there is a state of the run at `save` to go on from."""
+    if group is None:
+        return
+    group.state_of = save
+    if group.rank == 0:
         group.job.set("saved", "1")
 
 

@@ -14,9 +14,9 @@ def lacks_memory(error):
     return isinstance(error, MemoryError) or any(phrase in str(error) for phrase in phrases)
 
 
-def is_of_device(error):
-    """Return whether an error of PyTorch tells of the machine, whatever the input: of its memory, or of CUDA."""
-    return isinstance(error, RuntimeError) and (lacks_memory(error) or "CUDA error" in str(error))
+def is_of_machine(error):
+    """Return whether an error tells of the machine, whatever the input: of its memory, or of CUDA."""
+    return lacks_memory(error) or any(name in str(error) for name in ("CUDA error", "cuDNN error"))
 
 
 def line_of(error):

@@ -77,8 +77,18 @@ def patiently(replace_or_remove, *paths):
 
 
 def disk_error(error):
-    """Return the disk's error behind an error of `torch.save`, which may hide it in one of PyTorch."""
-    return error if isinstance(error, OSError) else error.__context__
+    """Return the disk's error behind an error of `torch.save`, which may hide it in one of PyTorch; raises others."""
+    cause = error
+    while not isinstance(cause, OSError):
+        if cause is None:
+            raise error
+        cause = cause.__context__
+    return cause
+
+
+def follow(path):
+    """Resolve a link, so that a file has one name whatever it is called by; other paths stay as they are."""
+    return os.path.realpath(path) if path and os.path.islink(path) else path
 
 
 def remove_partial(*paths):

@@ -21,7 +21,7 @@ import run_files
 from data import check_level, check_shares
 from device import set_up_device
 from errors import BadInput
-from files import copy_file, same_file
+from files import copy_file, follow, same_file
 from flags import AS_TRAINED, Parser, add_training_flags, model_path
 from metrics import check_board, format_loss, log
 from model import ARCHITECTURE, DROPOUTS
@@ -71,10 +71,10 @@ def main(argv=None):
     distributed.check_flags(args)
     device = set_up_device(args.cuda, args.cuda_graphs)
     check_board(args.tensorboard, args.dry_run)
-    load = run_files.follow(args.load or args.save)
+    load = follow(args.load or args.save)
     if not (load or args.resume):
         raise BadInput("which model? --save FILE fine-tunes it in place, --load FILE --save OTHER keeps it as it is")
-    save = run_files.follow(args.save or (run_files.best_path(args.resume) if args.resume else load))
+    save = follow(args.save or (run_files.best_path(args.resume) if args.resume else load))
     with run_files.claimed(save, "finetune", args.dry_run):
         argv = distributed.after_restart(argv, save, "finetune")
         again = parse_flags(argv).resume
@@ -126,12 +126,16 @@ def start(argv, load, save, device):
     if not args.dry_run:
         run.progress.best_loss = evaluate(model, batches.valid, args.bptt)
         log(f"| {args.load} as loaded | {format_loss('valid', run.progress.best_loss)}")
-        run.take_place = partial(take_place, run, content["stage"])
+        run.prepare_save = partial(keep_loaded, run, content["stage"])
     return run
 
 
-def take_place(run, stage):
-    """Put the model that was loaded, of `stage`, at --save, as the best so far; tuned in place it is kept beside it."""
+def keep_loaded(run, stage):
+    """Put the model that was loaded, whose stage is `stage`, at --save, as the best so far.
+
+    One that is tuned in place is copied instead, unless it has been tuned before. Raises BadInput when a file cannot be
+    written or removed.
+    """
     load, save = run.args.load, run.args.save
     if not same_file(load, save):
         if run.args.overwrite:

@@ -7,7 +7,7 @@ import sys
 import torch
 
 from errors import BadInput
-from run_files import follow
+from files import follow
 
 AS_TRAINED = "as the model was trained"  # what help says of a flag that comes from a model unless given
 
@@ -34,9 +34,12 @@ class Parser(argparse.ArgumentParser):
 
 
 def with_dashes(argument):
-    """Spell a flag with - between its words: --batch_size=20 is --batch-size=20. A value stays as it is."""
+    """Spell a flag with - between its words: --batch_size=20 is --batch-size=20. A value stays as it is.
+
+    So does a whole command line, which is the value of another flag.
+    """
     name, equals, value = argument.partition("=")
-    return name.replace("_", "-") + equals + value if name.startswith("--") else argument
+    return name.replace("_", "-") + equals + value if name.startswith("--") and " " not in name else argument
 
 
 def command_line(name, value):

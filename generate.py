@@ -207,7 +207,7 @@ def check_output(path, model, prompt):
     check_writable(path)
     if same_file(path, model):
         raise BadInput(f"--outf {path}: that is the model")
-    if prompt is not None and same_file(path, prompt):
+    if prompt not in (None, "-") and same_file(path, prompt):
         raise BadInput(f"--outf {path}: that is the prompt")
     if is_checkpoint(path):
         raise BadInput(f"--outf {path}: a checkpoint lies there")

@@ -194,7 +194,7 @@ get_enwik8() {
     verified "$work/enwik8" enwik8 || fail "enwik8 has the wrong checksum; nothing was kept"
     size=$(wc -c < "$work/enwik8")
     head -c $((size / 20 * 18)) "$work/enwik8" > "$work/train.txt"
-    tail -c $((size / 20 * 2)) "$work/enwik8" | head -c $((size / 20)) > "$work/valid.txt"
+    head -c $((size / 20 * 19)) "$work/enwik8" | tail -c $((size / 20)) > "$work/valid.txt"
     tail -c $((size / 20)) "$work/enwik8" > "$work/test.txt"
     mkdir -p "$DATA_DIR/enwik8"
     echo byte > "$DATA_DIR/enwik8/level"

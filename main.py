@@ -22,6 +22,7 @@ import run_files
 import sizes
 from data import check_shares
 from device import set_up_device
+from files import follow
 from flags import Parser, add_training_flags, positive_float, positive_int
 from metrics import check_board, log
 from optimizers import make_optimizer
@@ -70,9 +71,9 @@ def main(argv=None):
     check_board(args.tensorboard, args.dry_run)
     named = args.save or args.resume
     if args.resume:
-        save = run_files.follow(args.save or run_files.best_path(args.resume))
+        save = follow(args.save or run_files.best_path(args.resume))
     else:
-        save = args.save = run_files.follow(args.save or f"{time.time_ns() // 10**6}.pt")
+        save = args.save = follow(args.save or f"{time.time_ns() // 10**6}.pt")
     with run_files.claimed(save, dry_run=args.dry_run):
         if not (named or args.dry_run):
             log(f"no --save: the model goes to {save}")
@@ -110,7 +111,7 @@ def start(args, argv, device):
     if not args.dry_run:
         run.set_budget()
     if args.overwrite:
-        run.take_place = partial(run_files.remove_run, args.save)
+        run.prepare_save = partial(run_files.remove_run, args.save)
     return run
 
 

@@ -234,7 +234,8 @@ def stage_scores(stage, x, metric):
 
     The point is where the stage ends, at its best loss. The place is the score on validation.
     """
-    best = value_of(min(epoch.valid for epoch in stage.epochs.values()), metric)
+    best = min(epoch.valid for epoch in stage.epochs.values())
+    best = value_of(best if stage.loaded is None else min(best, stage.loaded), metric)
     for kind in MARKS:
         if (kind, "valid") in stage.scores:
             end = stage.end()[x]

@@ -83,17 +83,17 @@ def run_script(main):
     try:
         status = main()
         flush(sys.stdout)
-    except (BadInput, MemoryError, RuntimeError) as error:
-        line = line_of(error)
-        if line is None:
-            raise
-        tell(f"{sys.argv[0]}: error: {line}")
-        status = 2
     except KeyboardInterrupt:
         tell(f"{sys.argv[0]}: interrupted")
         status = INTERRUPTED
     except BrokenPipeError:  # whoever read the output has gone
         status = BROKEN_PIPE
+    except Exception as error:
+        line = line_of(error)
+        if line is None:
+            raise
+        tell(f"{sys.argv[0]}: error: {line}")
+        status = 2
     finally:
         began = None  # what a notebook calls later did not begin then
     if status in (2, BROKEN_PIPE):

@@ -201,7 +201,7 @@ class TritonFoPool(torch.autograd.Function):
 
 @cache
 def is_new_enough(device):
-    """Return whether a GPU has compute capability 7.0, the least that Triton takes."""
+    """Return whether a GPU has compute capability 7.0 or more, which Triton needs."""
     return torch.cuda.get_device_capability(device) >= (7, 0)
 
 

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import checkpoint
 import run_files
-from errors import BadInput, is_of_device
-from files import copy_file, remove, same_file
+from errors import BadInput, is_of_machine
+from files import copy_file, follow, remove, same_file
 from metrics import log
 from optimizers import at_plateau, make_optimizer
 from run import Progress, Run, open_batches, open_corpus
@@ -21,18 +21,18 @@ NOT_RESUMED = {"save", "resume", "cuda", "cuda_graphs", "tensorboard", "dry_run"
 
 
 def resume(parse, argv, stage, device):
-    """Restore the run that the flag `--resume` names, and return it as a Run.
+    """Restore the run that the flag `--resume` names, and return it as a Run, whose files are copied when it begins.
 
     `parse` reads the flags from `argv`, which win over those of the run. Raises BadInput when there is no such state,
     or a flag or the corpus contradicts it.
     """
     args = parse(argv)
-    best = Path(run_files.follow(run_files.best_path(args.resume)))
+    best = Path(follow(run_files.best_path(args.resume)))
     path, content = find_state(best, stage, device)
     state = content["state"]
     names = [name for name in vars(args) if name not in NOT_RESUMED]
     args, changed = checkpoint.merge_flags(parse, argv, content, path, names)
-    args.save = str(run_files.follow(args.save or best))
+    args.save = str(follow(args.save or best))
     in_place = same_file(args.save, best)
     if not (in_place or args.dry_run):
         run_files.check_free(args.save, args.overwrite)
@@ -54,7 +54,7 @@ def resume(parse, argv, stage, device):
     run = Run(stage, args, corpus.dictionary.idx2word, batches, model, optimizer, progress, checksum=corpus.checksum)
     if not args.dry_run:
         run.set_budget()
-        run.take_place = partial(carry_on, path, best, args.save, stage, source)
+        run.prepare_save = partial(carry_on, path, best, args.save, stage, source)
     return run
 
 
@@ -73,7 +73,7 @@ def restore(content, path, args, changed, device):
         checkpoint.restore_optimizer(optimizer, state["optimizer"])
         checkpoint.restore_generators(state["generators"])
     except (AttributeError, LookupError, TypeError, ValueError, RuntimeError) as error:
-        if is_of_device(error):
+        if is_of_machine(error):
             raise
         raise BadInput(f"{path}: damaged checkpoint: its state cannot be restored") from error
     if progress.row and "batch_size" in changed:

@@ -99,7 +99,7 @@ class Run:
     checksum: str = ""                              # of the text
     stop: int = 0                                   # the signal that ends it, in all processes; 0: none
     budget: Budget = field(default_factory=Budget)  # of time
-    take_place: Callable = lambda: None             # makes room at --save, when no more bad input can turn up
+    prepare_save: Callable = lambda: None           # removes or writes files at --save, before the first batch
 
     def epochs(self):
         """Return the epochs trained, with the fraction of one that has begun, less the rows that were left out."""

@@ -41,11 +41,6 @@ def old_last_paths(path):
     return [last_path(path), path.with_name(f"{path.stem}.last{path.suffix}")]
 
 
-def follow(path):
-    """Resolve a link, so that a run has one name whatever it is called by; other paths stay as they are."""
-    return os.path.realpath(path) if path and os.path.islink(path) else path
-
-
 def best_path(path):
     """Return the path of the best model, given it or that of a state to resume from."""
     path = named(path)

@@ -92,8 +92,10 @@ def begin(run):
     resumed = run.progress.metrics_bytes > 0
     if distributed.is_first():
         log.check()
-        run.take_place()
+        run.prepare_save()  # not before all processes have read the text
         open_record(run, resumed)
+    if resumed:
+        distributed.note_saved(run.args.save)
     set_pass(run)
     run.saved_at = time.monotonic()
     if run.stage == "finetune" and not resumed:
@@ -187,10 +189,7 @@ def train_batches(run):
 
 @contextmanager
 def explained(run, words):
-    """Turn a loss that is not finite, or a lack of memory, on the batch `words` (T, B) into BadInput.
-
-    The message says where it happened and what may help.
-    """
+    """Turn a loss that is not finite, or a lack of memory, on `words` (T, B) into BadInput that says what may help."""
     where = f"epoch {run.progress.epoch + 1}, batch {run.progress.batch + 1}"
     try:
         yield
@@ -294,7 +293,7 @@ def save_state(run):
              "generators": checkpoint.generator_states(), "corpus": run.checksum}
     loss = progress.history[-1] if progress.history else math.inf
     save_model(run, run_files.last_path(run.args.save, run.stage), loss, state=state)
-    distributed.note_saved()
+    distributed.note_saved(run.args.save)
     run.saved_at = time.monotonic()
 
 

@@ -20,6 +20,7 @@ from collections import namedtuple
 from contextlib import suppress
 from pathlib import Path
 
+import torch
 from records import is_end, records
 from reproduce import ROOT, command, deadline_in, is_done
 from table import rows
@@ -318,14 +319,14 @@ def main(argv=None):
                         help="folder with train.txt, valid.txt and test.txt (default: data/penn)")
     parser.add_argument("--folder", type=Path, default=ROOT / "runs" / "ablation", metavar="PATH",
                         help="where the files go (default: runs/ablation)")
-    parser.add_argument("--jobs", type=positive_int, default=os.cpu_count(), metavar="N",
-                        help="runs at a time, each on one thread (default: as many as there are cores)")
+    parser.add_argument("--jobs", type=positive_int, default=1 if torch.cuda.is_available() else os.cpu_count(),
+                        metavar="N", help="runs at a time, each on one thread (default: one a core; on a GPU 1)")
     parser.add_argument("--minutes", type=positive_float, metavar="N",
                         help="stop in time; the same command goes on (default: to the end)")
     parser.add_argument("--rows", nargs="+", choices=TRAINED, default=TRAINED, metavar="ROW",
                         help=f"the runs to take to their end (default: all): {', '.join(TRAINED)}")
     parser.add_argument("--extra", type=str, default="", metavar="FLAGS",
-                        help="further flags of all rows, for a smaller trial")
+                        help="further flags of all rows: --extra=\"--no-cuda\"")
     parser.add_argument("--report", type=Path, metavar="PATH",
                         help="run nothing: the table and the picture (PATH/ablation.png) of the records in a folder")
     args = parser.parse_args(argv)

@@ -30,6 +30,7 @@ from metrics import log, read_metrics
 from model import ARCHITECTURE, DROPOUTS, RNNModel
 from optimizers import make_optimizer
 from process import run_script
+from run_files import remove_run
 from steps import choose_pass, train_step
 from utils import get_batch
 
@@ -113,8 +114,7 @@ def main(argv=None):
     folder = parser.parse_args(argv).folder
     make_sample(folder / "sample")
     check_writable(folder / "demo.pt")
-    for path in folder.glob("demo.*"):
-        path.unlink()
+    remove_run(folder / "demo.pt")
     steps = commands(folder)
     seconds = estimate(train_script.parse_flags(steps[0][1:]))
     log(f"demo: training, fine-tuning, cache and text: about {format_seconds(seconds)} on this machine")

@@ -42,6 +42,8 @@ def parse_flags():
     args = parser.parse_args()
     if not args.report and not (args.data and args.folder):
         parser.error("--data and --folder are needed, or --report")
+    if args.report and not read_runs(args.report):
+        parser.error(f"--report {args.report}: there is no record of a finished run in it")
     if args.data and len({Path(path).stem for path in args.data}) < len(args.data):
         parser.error("--data: texts of one name would have one record")
     return args

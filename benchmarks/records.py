@@ -20,4 +20,4 @@ def is_done(path):
 
 def is_end(line):
     """Return whether a line of a record is the test of a run that came to its end."""
-    return line["kind"] == "test" and line["finished"]
+    return line["kind"] == "test" and line.get("finished", False)

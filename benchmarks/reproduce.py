@@ -20,10 +20,14 @@ from pathlib import Path
 
 from recipes import GRID, RECIPES
 from records import is_end, records
-from scripts import ROOT, run
+from scripts import ROOT, flags_of, run
 from table import perplexity, rows
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # the scripts of the project are no package
+import finetune as finetune_script
+import main as train_script
+from errors import BadInput
+from files import replacing
 from flags import Parser, positive_float
 from process import run_script
 from run_files import last_path, metrics_path
@@ -62,9 +66,23 @@ def command(stage, recipe, folder, extra):
         return [SCORES[stage], "--save", str(folder / "finetune.pt"), *resume, *shlex.split(flags)]
     script = {"train": "main.py", "finetune": "finetune.py"}[stage]
     if (ROOT / last_path(save, stage)).exists():
-        return [script, "--resume", str(save)]
+        return [script, "--resume", str(save), *extra]
     load = ["--load", str(folder / "train.pt")] if stage == "finetune" else []
     return [script, *shlex.split(recipe[stage]), *extra, *load, "--save", str(save)]
+
+
+def check_extra(extra, recipe, folder):
+    """Raise BadInput when a script does not take the flags `extra`, or the run in `folder` began with others."""
+    for stage, script in (("train", train_script), ("finetune", finetune_script)):
+        if stage in recipe:
+            script.parse_flags(shlex.split(recipe[stage]) + extra)
+    path, said = ROOT / folder / "extra.txt", shlex.join(extra)
+    begun = path.read_text(encoding="utf-8") if path.exists() else ""
+    if begun != said and records_of(folder / "train.pt"):
+        raise BadInput(f"{folder}: began with {f'--extra={begun!r}' if begun else 'no --extra'}; another --folder "
+                       "begins anew")
+    with replacing(path) as file:
+        file.write(said.encode())
 
 
 def deadline_in(minutes):
@@ -103,19 +121,20 @@ def main():
     parser.add_argument("row", choices=list(RECIPES))
     parser.add_argument("--minutes", type=positive_float, metavar="N", help="stop in time (default: run to the end)")
     parser.add_argument("--folder", type=Path, help="where the files go (default: runs/ROW)")
-    parser.add_argument("--extra", type=str, default="", metavar="FLAGS",
-                        help="further flags for training and fine-tuning, for a smaller trial")
+    parser.add_argument("--extra", type=flags_of, default=[], metavar="FLAGS",
+                        help="further flags for training and fine-tuning: --extra=\"--epochs 2\"")
     args = parser.parse_args()
     deadline = deadline_in(args.minutes)
     folder = args.folder.resolve() if args.folder else Path("runs", args.row)  # the latter below ROOT, as all commands
     (ROOT / folder).mkdir(parents=True, exist_ok=True)
     recipe = RECIPES[args.row]
+    check_extra(args.extra, recipe, folder)
     stages = [stage for stage in ("train", "finetune", *SCORES)
               if stage in recipe or (stage == "grid" and "cache" in recipe)]
     for stage in stages:
         if is_done(stage, folder):
             continue
-        if not finish(command(stage, recipe, folder, shlex.split(args.extra)), deadline):
+        if not finish(command(stage, recipe, folder, args.extra), deadline):
             print(f"stopped in the stage {stage}; the same command goes on")
             return 0 if deadline and time.monotonic() >= deadline else 128 + signal.SIGTERM
     print(row(args.row, folder))

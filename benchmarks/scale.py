@@ -27,6 +27,7 @@ import distributed
 import locked_dropout
 from device import keep_memory, use_onednn
 from errors import BadInput
+from files import check_writable
 from flags import Parser, positive_int
 from optimizers import make_optimizer
 from process import run_script
@@ -162,6 +163,8 @@ def main():
     for recipe in args.only:
         if args.processes > (columns := speed.flags_of(recipe).batch_size):
             raise BadInput(f"--processes {args.processes}: a batch of {recipe} has {columns} columns")
+    if args.json:
+        check_writable(args.json)
     store = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
     torch.multiprocessing.spawn(worker, (store.port, args), nprocs=args.processes)
 

@@ -30,6 +30,7 @@ from timing import as_pytorch, as_shipped, machine, medians, multiply_adds, peak
 
 import main
 import score
+from errors import BadInput
 from flags import Parser, positive_int
 from model import ARCHITECTURE, RNNModel
 from process import run_script
@@ -92,6 +93,7 @@ def measure(recipe, lines, few, repetitions, peak):
     args = main.parse_flags(RECIPES[recipe]["train"].split())
     words = {word.decode(): None for line in lines for word in line.split()}
     dictionary = Dictionary([END, *words])
+    few = min(few, len(lines))
     flags = {name: getattr(args, name) for name in ARCHITECTURE}
     plain, model = baseline.PlainModel(len(dictionary), args).eval(), RNNModel(len(dictionary), **flags).eval()
     weights = plain.state_dict()
@@ -124,8 +126,13 @@ def run():
     torch.manual_seed(0)
     lines = make_lines(args.lines)
     if args.text:
-        with open(args.text, "rb") as file:
-            lines = list(islice(file, args.lines))
+        try:
+            with open(args.text, "rb") as file:
+                lines = list(islice(file, args.lines))
+        except OSError as error:
+            raise BadInput(f"--text {args.text}: cannot be read: {error.strerror}") from error
+        if not lines:
+            raise BadInput(f"--text {args.text}: is empty")
     print(", ".join(f"{name} {value}" for name, value in machine().items()))
     print(f"\n{len(lines):,} lines; lines/s, and in brackets how many times a line at a time\n")
     peak = peaks(args.repetitions)["fp32"]

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from argparse import ArgumentTypeError
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # the scripts of the project are no package
@@ -14,6 +15,14 @@ from errors import BadInput
 ROOT = Path(__file__).parent.parent
 GRACE = 60  # seconds that a script gets to end by itself after Ctrl-C, which tests the best model
 STOPPED = [128 + number for number in (signal.SIGINT, signal.SIGTERM)]  # exit statuses of a script that was told to end
+
+
+def flags_of(text):
+    """Read a flag whose value is a command line; returns its arguments."""
+    try:
+        return shlex.split(text)
+    except ValueError as error:
+        raise ArgumentTypeError(f"is no command line ({error}): {text!r}") from error
 
 
 def run(arguments, deadline=None, folder=None):

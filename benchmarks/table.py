@@ -9,6 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # the scripts of the project are no package
+from flags import Parser
 from metrics import loss_metrics, read_metrics
 from process import run_script
 
@@ -56,7 +57,9 @@ def table(lines):
 
 
 def main():
-    for path in sys.argv[1:]:
+    parser = Parser(description="Print the stages of runs as tables.")
+    parser.add_argument("records", nargs="+", metavar="FILE", help="the metrics file of a run")
+    for path in parser.parse_args().records:
         print("\n".join(table(read_metrics(path))))
 
 

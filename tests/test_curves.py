@@ -3,6 +3,7 @@
 import json
 
 import curves
+import plot
 
 
 def stages_of(path, *lines):
@@ -21,3 +22,9 @@ def test_a_stage_that_was_begun_twice_and_goes_on_is_drawn_once(tmp_path):
     stages = stages_of(tmp_path / "m.metrics.jsonl", ("run", {"stage": "train"}), epoch(1, 3.0), *begun, *begun,
                        ("resume", {"stage": "finetune", "epoch": 1}), epoch(1, 2.0), epoch(2, 1.0))
     assert [(stage.name, list(stage.epochs)) for stage in stages] == [("train", [1]), ("finetune", [1, 2])]
+
+
+def test_scores_hang_from_the_loaded_model_where_no_tuned_epoch_is_better(tmp_path):
+    stage, = stages_of(tmp_path / "m.metrics.jsonl", ("run", {"stage": "finetune"}), ("loaded", {"loss": 3.0}),
+                       epoch(1, 3.2), ("pointer", {"split": "valid", "loss": 2.5}))
+    assert list(plot.stage_scores(stage, "epochs", "loss")) == [("pointer", (1, 3.0), (1, 2.5))]

@@ -59,6 +59,7 @@ def test_a_time_is_named_roughly(seconds, text):
 def test_every_stage_runs_and_the_table_and_the_text_come_last(tiny, capfd):
     pytest.importorskip("matplotlib")
     (tiny / "demo.last.pt").write_text("of an earlier demo")
+    (tiny / "demo.key").write_text("of someone's talk")
     assert demo.main([str(tiny)]) == 0
     printed = capfd.readouterr().out
     table, text, picture = printed.split("\n\n")[-3:]
@@ -66,6 +67,7 @@ def test_every_stage_runs_and_the_table_and_the_text_come_last(tiny, capfd):
     assert text + "\n" == (tiny / "generated.txt").read_text()
     assert picture == f"the curves are in {tiny / 'curves.png'}\n"
     assert (tiny / "curves.png").exists()
+    assert (tiny / "demo.key").read_text() == "of someone's talk"
     assert len(text.split()) == 5
     assert re.search(r"about \d+ (seconds|minutes) on this machine", printed)
     assert printed.count("\n+ python ") == 5

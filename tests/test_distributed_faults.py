@@ -6,20 +6,21 @@ import signal
 import time
 
 import pytest
-from helpers import TINY, files, script
+from helpers import TINY, files, script, tune
 from processes import command, together
 
 import checkpoint
 import distributed
+import resume
 import run_files
 import training
 
 pytestmark = pytest.mark.usefixtures("forks")
 
 
-def the_line(size, folder, flags, *how, script="main"):
+def the_line(size, folder, flags, *how, name="main"):
     """The one line that bad input gives, with exit status 2 of all."""
-    statuses, _, errors = together(size, folder, script, flags, *how)
+    statuses, _, errors = together(size, folder, name, flags, *how)
     assert statuses == [2] * size, errors
     assert errors.count("\n") == 1, errors
     return errors
@@ -35,21 +36,39 @@ def test_what_is_wrong_with_all_is_one_line(corpus_dir, tmp_path, flags, line):
     assert line in the_line(3, tmp_path, command(corpus_dir, tmp_path / "m.pt", *flags))
 
 
-@pytest.mark.parametrize("script, flags", [("main", TINY), ("finetune", ["--no-cuda", "--load", "old.pt"]),
-                                           ("main", [*TINY, "--resume", "old.pt"])])
-def test_what_is_wrong_in_the_group_leaves_the_old_run(train, corpus_dir, tmp_path, monkeypatch, script, flags):
-    """... too few columns, or another text at rank 1."""
+@pytest.mark.parametrize("name, flags", [
+    ("main", [*TINY, "--save", "old.pt"]), ("main", [*TINY, "--save", "old.pt", "--resume", "run.pt"]),
+    ("main", [*TINY, "--resume", "tuned.pt"]), ("finetune", ["--no-cuda", "--save", "run.pt"]),
+    ("finetune", ["--no-cuda", "--load", "run.pt", "--save", "old.pt"])])
+def test_what_is_wrong_in_the_group_leaves_the_old_run(train, corpus_dir, tmp_path, monkeypatch, name, flags):
+    """Wrong are too few columns, and another text at rank 1."""
     monkeypatch.chdir(tmp_path)
-    for name in ("old.pt", "m.pt"):
-        train(name, "--epochs", "1")
+    for save in ("old.pt", "run.pt", "tuned.pt"):
+        train(save, "--epochs", "1")
+    tune(corpus_dir, "--save", "tuned.pt", "--epochs", 1)
     before = files(tmp_path)
-    flags = [*flags, "--data", corpus_dir, "--save", "m.pt", "--overwrite"]
+    flags = [*flags, "--data", corpus_dir, "--overwrite"]
     logs = tmp_path / "logs"
     logs.mkdir()
-    assert "too few columns" in the_line(3, logs, [*flags, "--batch_size", "2"], script=script)
-    assert "of rank 1 is not the text of rank 0" in the_line(2, logs, flags, other_text, script=script)
+    assert "too few columns" in the_line(3, logs, [*flags, "--batch_size", "2"], name=name)
+    assert "of rank 1 is not the text of rank 0" in the_line(2, logs, flags, other_text, name=name)
     shutil.rmtree(logs)
     assert files(tmp_path) == before
+
+
+def full_at_first(_):
+    """Let the disk of rank 0 be full when the files of the run are to be copied, while rank 1 already trains."""
+    def full(*_):
+        time.sleep(1)
+        raise checkpoint.BadInput("m.last.pt: could not be written")
+    resume.carry_on = full
+
+
+def test_rank_0_ends_all_when_it_cannot_write_the_first_files(train, corpus_dir, tmp_path):
+    train(tmp_path / "old.pt", "--epochs", "1")
+    line = the_line(2, tmp_path, command(corpus_dir, tmp_path / "m.pt", "--resume", tmp_path / "old.pt"), full_at_first)
+    assert "m.last.pt: could not be written" in line
+    assert "--resume" not in line
 
 
 def test_help_is_printed_once_and_ends_all(tmp_path):
@@ -83,16 +102,22 @@ def test_another_text_on_another_machine_is_refused(corpus_dir, tmp_path):
     assert "of rank 1 is not the text of rank 0" in line
 
 
-def full_memory(rank):
-    if rank:
-        def evaluate(*_):
-            raise RuntimeError("CUDA out of memory. Tried to allocate 20.00 GiB")
-        distributed.steps.evaluate = evaluate
+def full_memory(rank, victim, place):
+    def full(*_):
+        raise RuntimeError("NCCL error\nCuda failure 2 'out of memory'")
+    if rank == victim:
+        training.begin = {"exchange": lambda run: setattr(distributed.dist, "all_reduce", full) or begin(run),
+                          "validation": lambda run: setattr(distributed.steps, "evaluate", full) or begin(run),
+                          "test": lambda run: setattr(training, "evaluate", full) or begin(run)}[place]
 
 
-def test_any_process_says_that_memory_is_full(corpus_dir, tmp_path):
-    line = the_line(2, tmp_path, command(corpus_dir, tmp_path / "m.pt", "--epochs", "1"), full_memory)
-    assert "out of memory: CUDA" in line
+begin = training.begin
+
+
+@pytest.mark.parametrize("victim, place", [(0, "exchange"), (1, "exchange"), (1, "validation"), (0, "test")])
+def test_any_process_says_that_memory_is_full(corpus_dir, tmp_path, victim, place):
+    flags = command(corpus_dir, tmp_path / "m.pt", "--epochs", "1")
+    assert "out of memory: NCCL error" in the_line(2, tmp_path, flags, full_memory, victim, place)
 
 
 def full_disk(rank):

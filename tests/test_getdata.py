@@ -210,7 +210,7 @@ def test_wikitext_comes_out_of_its_archive(getdata, served, tmp_path, name):
 
 
 def test_enwik8_is_cut_into_18_1_and_1_twentieths_of_its_bytes(getdata, served, tmp_path):
-    text = bytes(range(200)) * 2
+    text = bytes(range(200)) * 10_000  # so long that a part of it does not fit into a pipe
     content = zipped(enwik8=text)
     (served[0] / "enwik8.zip").write_bytes(content)
     ended = getdata("enwik8", known={"enwik8": text})
@@ -220,9 +220,9 @@ def test_enwik8_is_cut_into_18_1_and_1_twentieths_of_its_bytes(getdata, served, 
     assert ended.returncode == 0, ended.stderr
     parts = [(tmp_path / f"data/enwik8/{split}.txt").read_bytes() for split in SPLITS]
     assert b"".join(parts) == text
-    assert [len(part) for part in parts] == [360, 20, 20]
+    assert [len(part) for part in parts] == [1_800_000, 100_000, 100_000]
     corpus = Corpus(tmp_path / "data" / "enwik8")
-    assert (corpus.level, len(corpus.train), len(corpus.dictionary)) == ("byte", 360, 200)
+    assert (corpus.level, len(corpus.train), len(corpus.dictionary)) == ("byte", 1_800_000, 200)
 
 
 def test_unknown_corpus_and_list(getdata):

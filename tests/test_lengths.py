@@ -113,7 +113,7 @@ def test_a_report_shows_what_is_finished(make, tmp_path, monkeypatch, capsys):
 
 @pytest.mark.parametrize("flags", [[], ["--data", "a.txt"], ["--folder", "l"],
                                    ["--data", "a.txt", "--folder", "l", "--minutes", "0"],
-                                   ["--data", "a/b.txt", "c/b.txt", "--folder", "l"]])
+                                   ["--data", "a/b.txt", "c/b.txt", "--folder", "l"], ["--report", "nowhere"]])
 def test_bad_flags_end_in_a_line_and_status_2(monkeypatch, capsys, flags):
     monkeypatch.setattr(sys, "argv", ["lengths.py", *flags])
     with pytest.raises(SystemExit) as end:

@@ -13,6 +13,7 @@ import torch
 from helpers import ROOT, TINY, read_metrics, same_weights, script, write
 
 import checkpoint
+import flags
 import generate
 import main
 import metrics
@@ -203,6 +204,13 @@ def test_flags_of_the_original_that_generation_does_not_need(trained, capsys):
 ])
 def test_a_flag_has_both_spellings(flags, name, value):
     assert getattr(main.parse_flags(flags), name) == value
+
+
+def test_a_command_line_as_the_value_of_a_flag_stays_as_it_is():
+    parser = flags.Parser()
+    parser.add_argument("--extra")
+    assert parser.parse_args(["--extra=--data my_corpus"]).extra == "--data my_corpus"
+    assert flags.with_dashes("--data my_corpus --batch_size 3") == "--data my_corpus --batch_size 3"
 
 
 def test_when_minus_1_is_never(train, tmp_path):

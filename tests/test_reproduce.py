@@ -12,6 +12,7 @@ import dynamic
 import finetune
 import main
 import pointer
+from errors import BadInput
 
 TINY = "--emsize 5 --nhid 6 --nlayers 2 --batch_size 4 --bptt 7 --lr 1 --epochs 30 --nonmono 3 --no-cuda"
 DYNAMIC = "--batch_size 4 --lr 1e-4 1e-3 1e-2 --lamb 0.01 0.1"
@@ -70,6 +71,34 @@ def test_its_exit_status_says_why_it_stopped(monkeypatch, tmp_path, capsys, stat
         found = error.code
     assert found == ends
     assert ("the same command goes on" in capsys.readouterr().out) == (status == 143)
+
+
+def test_a_trial_is_not_taken_for_the_row(tmp_path):
+    recipe, trial = reproduce.RECIPES["ptb-lstm"], ["--epochs", "2"]
+    reproduce.check_extra(["--epochs", "3"], recipe, tmp_path)  # and no run took it
+    reproduce.check_extra(trial, recipe, tmp_path)
+    (tmp_path / "train.metrics.jsonl").write_text('{"kind": "run"}\n')
+    reproduce.check_extra(trial, recipe, tmp_path)
+    with pytest.raises(BadInput, match="began with --extra='--epochs 2'; another --folder"):
+        reproduce.check_extra([], recipe, tmp_path)
+    (tmp_path / "extra.txt").unlink()  # as an earlier version left it
+    reproduce.check_extra([], recipe, tmp_path)
+    with pytest.raises(BadInput, match="began with no --extra"):
+        reproduce.check_extra(trial, recipe, tmp_path)
+
+
+@pytest.mark.parametrize("extra", ["--minutes 5", "--emsizee 3", "it's"])
+def test_further_flags_are_those_of_all_scripts_that_get_them(tmp_path, monkeypatch, extra):
+    monkeypatch.setattr(sys, "argv", ["reproduce.py", "ptb-lstm", "--folder", str(tmp_path), f"--extra={extra}"])
+    with pytest.raises(BadInput):
+        reproduce.main()
+
+
+@pytest.mark.parametrize("stage", ["train", "finetune"])
+def test_further_flags_are_given_again_when_a_stage_goes_on(tmp_path, stage):
+    (tmp_path / {"train": "train.last.pt", "finetune": "finetune.finetune.last.pt"}[stage]).touch()
+    command = reproduce.command(stage, reproduce.RECIPES["ptb-lstm"], tmp_path, ["--cuda-graphs"])
+    assert command[1:] == ["--resume", str(tmp_path / f"{stage}.pt"), "--cuda-graphs"]
 
 
 def test_a_row_has_the_figures_of_the_record_beside_the_published_ones(monkeypatch, tmp_path):
