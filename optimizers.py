@@ -62,7 +62,7 @@ def make_optimizer(name, model, lr, wdecay):
 
     How ASGD is set:
 
-    - It averages from the start (t0 = 0). By PyTorch's default the average begins at the second step.
+    - It averages from the start (t0 = 0). In PyTorch's ASGD the second step has weight 1, and replaces the first.
     - It never decays the learning rate (lambd = 0).
     - It steps with the learning rate of the step before, as PyTorch's ASGD does. Under variable-length BPTT that rate
       is scaled for the batch before. The published numbers were made that way, so it is kept.
