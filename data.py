@@ -132,7 +132,8 @@ def load_split(corpus, split, batch_size, device, rows=2):
         return batchify(getattr(corpus, split), batch_size, device, rows)
     except BadInput as error:
         spaces = "; text without spaces between its words needs --level char" if corpus.level == "word" else ""
-        raise BadInput(f"{corpus.path}, {split}: {error}{spaces}") from error
+        parts = "; --shares sets the parts of the text" if split != "train" and os.path.isfile(corpus.path) else ""
+        raise BadInput(f"{corpus.path}, {split}: {error}{parts}{spaces}") from error
 
 
 def folder_level(path):

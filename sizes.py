@@ -21,6 +21,7 @@ from flags import NO_LIMIT, command_line
 from model import ARCHITECTURE, DROPOUTS, parameter_shapes
 from optimizers import make_optimizer
 from run import make_model
+from splitcross import splits_for
 from steps import choose_pass, train_step
 
 LADDER = (64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536)  # units of a layer
@@ -51,6 +52,8 @@ PROBED = {"nlayers": 1, "nhid": 256, "emsize": 256, **dict.fromkeys((*DROPOUTS, 
 MOST_PROBED, PROBE_STEPS = 10_000, 4
 MOST_PROBING = 0.02        # the share of the time after which no further step is timed
 
+SAVES, LEAST_INTERVAL = 10, 1.0  # states saved within a run, in case it is killed, and the least minutes between two
+
 
 def choose_level(args, given):
     """Set the level of a text in one file to characters, unless it is given.
@@ -67,20 +70,31 @@ def choose_flags(args, given, corpus, device, processes=1):
     A small model does fewer multiply-adds a second than a large one. So the chosen model is timed, and all is chosen
     again at its speed.
     """
-    ntoken, tokens = len(corpus.dictionary), max(1, len(corpus.train))  # no text at all is refused later
-    asked, probed = dict(vars(args)), {**PROBED, "bptt": BPTT, "batch_size": batch_size(tokens)}
+    words, tokens = softmax_words(corpus), max(1, len(corpus.train))  # no text at all is refused later
+    asked, probed = dict(vars(args)), {**PROBED, "bptt": BPTT, "batch_size": batch_size(tokens, processes)}
     vars(args).update({name: value for name, value in probed.items() if name not in given})
     for _ in range(2):
-        speed = probe(args, min(ntoken, MOST_PROBED), device)
+        speed = processes * probe(args, min(words, MOST_PROBED), device, processes)
         vars(args).update(asked)
         left = 60 * Budget(args.minutes).minutes_left()
-        choose_by(OF_THE_TIME * left * speed, args, given, ntoken, tokens, processes if device.type == "cpu" else None)
+        choose_by(OF_THE_TIME * left * speed, args, given, words, tokens, processes, on_cpu=device.type == "cpu")
 
 
-def choose_by(budget, args, given, ntoken, tokens, processes):
+def softmax_words(corpus):
+    """Return the words whose logits a token takes: all, or of a split softmax the head and the mean over its tails."""
+    ntoken = len(corpus.dictionary)
+    bounds = [*(split for split in splits_for(ntoken) if split < ntoken), ntoken]
+    words = bounds[0] + len(bounds) - 1  # with a tombstone for each tail
+    for start, end in zip(bounds, bounds[1:]):
+        in_tail = int(((corpus.train >= start) & (corpus.train < end)).sum())
+        words += round((end - start) * in_tail / max(1, len(corpus.train)))
+    return words
+
+
+def choose_by(budget, args, given, ntoken, tokens, processes, on_cpu):
     """Set the flags of `args` that are not in `given` to what suits `tokens` of a text and `budget` multiply-adds.
 
-    `processes` is their number on a CPU, else None.
+    `ntoken` are the words of the softmax that a token takes.
     """
     def choose(**chosen):
         for name, value in chosen.items():
@@ -88,16 +102,18 @@ def choose_by(budget, args, given, ntoken, tokens, processes):
                 setattr(args, name, value)
 
     choose(nlayers=2 if args.model == "QRNN" and args.level != "word" else 1)
-    choose(epochs=MOST_EPOCHS[args.level], bptt=BPTT, batch_size=batch_size(tokens))
+    choose(epochs=MOST_EPOCHS[args.level], bptt=BPTT, batch_size=batch_size(tokens, processes))
+    choose(save_interval=min(args.save_interval, max(args.minutes / SAVES, LEAST_INTERVAL)))
 
     def choose_size():
-        fitting = [size for size in LADDER if sees_enough(size, args, ntoken, tokens, budget)]
+        fitting = [size for size in LADDER if sees_enough(sized(args, given, size), ntoken, tokens, budget)]
         choose(nhid=fitting[-1] if fitting else LADDER[0])
         choose(emsize=embedding_size(args.nhid, args.level))
         return min(tokens_seen(args, ntoken, budget) / tokens, args.epochs)
 
     epochs = choose_size()
-    if epochs >= MANY_EPOCHS[args.level] or args.nhid != args.emsize:  # one tied layer is as wide as the embedding
+    too_wide = args.tied and args.nhid != args.emsize  # a single tied layer is as wide as the embedding
+    if epochs >= MANY_EPOCHS[args.level] or too_wide:
         choose(nlayers=2)
         epochs = choose_size()
     strain = epochs * weights(args, ntoken, recurrent=True) / tokens if epochs > 1 else 0.0
@@ -109,17 +125,26 @@ def choose_by(budget, args, given, ntoken, tokens, processes):
         choose(lr=SGD_LR, nonmono=NO_LIMIT)
     else:
         choose(lr=learning_rate(args.nhid), clip=1.0, alpha=0.0, beta=0.0)
-    if processes:  # on a CPU few columns take little more time
+    if on_cpu:  # there few columns take little more time
         rows = epochs * tokens / args.bptt  # of all batches
         steps = ENOUGH_STEPS[args.optimizer]
         choose(batch_size=fewer_columns(args.batch_size, rows, steps, FEWEST_COLUMNS[args.level] * processes))
 
 
-def sees_enough(size, args, ntoken, tokens, budget):
-    """Return whether layers of `size` units see enough tokens in the time and in --epochs of a text of `tokens`."""
-    sized = Namespace(**{**vars(args), "nhid": size, "emsize": embedding_size(size, args.level)})
-    seen = min(tokens_seen(sized, ntoken, budget), args.epochs * tokens)
-    return seen >= TOKENS_PER_WEIGHT * weights(sized, ntoken, recurrent=True)
+def sized(args, given, nhid):
+    """Return `args` with layers of `nhid` units, and an embedding that goes with them if none is in `given`.
+
+    That of a single tied layer always does.
+    """
+    fixed = "emsize" in given and not (args.tied and args.nlayers == 1)
+    emsize = args.emsize if fixed else embedding_size(nhid, args.level)
+    return Namespace(**{**vars(args), "nhid": nhid, "emsize": emsize})
+
+
+def sees_enough(args, ntoken, tokens, budget):
+    """Return whether a model of these flags sees enough tokens in the time and in --epochs of a text of `tokens`."""
+    seen = min(tokens_seen(args, ntoken, budget), args.epochs * tokens)
+    return seen >= TOKENS_PER_WEIGHT * weights(args, ntoken, recurrent=True)
 
 
 def tokens_seen(args, ntoken, budget):
@@ -138,9 +163,9 @@ def weights(args, ntoken, recurrent=False):
                if len(shape) == 2 and name != "encoder.weight" and (name.startswith("rnns") or not recurrent))
 
 
-def batch_size(tokens):
-    """Choose the columns of a batch: fewer for a short text, so that they are long."""
-    return 16 if tokens < 2**22 else 32
+def batch_size(tokens, processes):
+    """Choose the columns of a batch: fewer for a short text, so that they are long, and one for each process."""
+    return max(16 if tokens < 2**22 else 32, processes)
 
 
 def fewer_columns(columns, rows, steps, fewest):
@@ -167,14 +192,14 @@ def dropouts(strain, level):
     return {name: round(p + share * (strong[name] - p), 2) for name, p in WEAK_DROPOUTS.items()}
 
 
-def probe(args, ntoken, device):
-    """Measure the multiply-adds that a training step of these flags does in a second on this machine.
+def probe(args, ntoken, device, processes=1):
+    """Measure the multiply-adds a second of a training step of these flags, on the columns of one of `processes`.
 
     Raises BadInput when there is no memory for it, or its loss is not finite.
     """
     with torch.random.fork_rng(devices=[]):
         model = make_model(ntoken, args, device).train()
-        tokens = torch.randint(ntoken, (args.bptt, args.batch_size), device=device)
+        tokens = torch.randint(ntoken, (args.bptt, max(1, args.batch_size // processes)), device=device)
         try:
             return PASSES * tokens.numel() * weights(args, ntoken) / step_seconds(model, tokens, args)
         except RuntimeError as error:
@@ -207,8 +232,8 @@ def step_seconds(model, tokens, args):
 
 def describe(args, given):
     """Spell the command whose flags say what was chosen."""
-    names = ["data", "minutes", "level", *ARCHITECTURE, *DROPOUTS, "alpha", "beta", "optimizer", "lr", "clip",
-             *(["nonmono"] if args.optimizer == "sgd" else []), "batch_size", "bptt", "epochs"]
+    names = ["data", "minutes", "save_interval", "level", *ARCHITECTURE, *DROPOUTS, "alpha", "beta", "optimizer", "lr",
+             "clip", *(["nonmono"] if args.optimizer == "sgd" else []), "batch_size", "bptt", "epochs"]
     names += sorted(given - {*names, "overwrite", "resume", "dry_run"})
     flags = [word for name in names for word in command_line(name, getattr(args, name))]
     join = subprocess.list2cmdline if sys.platform == "win32" else shlex.join

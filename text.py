@@ -23,9 +23,9 @@ BLOCK = 2**22             # bytes read at a time
 LONGEST_WORD = 2**20      # bytes; a longer one is not a word
 IDS = 2**20               # ids handed on at a time
 
-TO_UTF8 = "convert it (iconv -f UTF-16 -t UTF-8; on Windows save it as UTF-8 in Notepad)"
+TO_UTF8 = "convert it (iconv -f {} -t UTF-8; on Windows save it as UTF-8 in Notepad)"
 SIGNATURES = (  # how a file begins, what it then is, and what to do
-    (b"\xff\xfe", "UTF-16", TO_UTF8), (b"\xfe\xff", "UTF-16", TO_UTF8),
+    (b"\xff\xfe", "UTF-16", TO_UTF8.format("UTF-16")), (b"\xfe\xff", "UTF-16", TO_UTF8.format("UTF-16")),
     (b"\x1f\x8b", "a gzip archive", "unpack it (gunzip)"), (b"PK\x03\x04", "a zip archive", "unpack it (unzip)"),
     (b"BZh", "a bzip2 archive", "unpack it (bunzip2)"), (b"\xfd7zXZ", "an xz archive", "unpack it (unxz)"),
 )
@@ -214,14 +214,15 @@ def check_head(path):
     with open(path, "rb") as file:
         head = file.read(4096)
     if head.count(0) * 10 > len(head):
-        raise not_text(path, "is binary, or UTF-16 without a mark: it ")
+        raise not_text(path, "is binary, or UTF-16 without a mark: it ", "UTF-16LE")
 
 
-def not_text(path, where=""):
-    """Make the BadInput for a file that is not UTF-8; it names what the file looks like."""
+def not_text(path, where="", encoding="WINDOWS-1252"):
+    """Make the BadInput for a file that is not UTF-8; it names what the file looks like, else a likely `encoding`."""
     with open(path, "rb") as file:
         what = archive_or_utf16(file.read(8))
-    return BadInput(f"{path}: {what or f'{where}is not UTF-8 text (--level byte takes any bytes)'}")
+    remedy = f"{TO_UTF8.format(encoding)}, or --level byte takes any bytes"
+    return BadInput(f"{path}: {what or f'{where}is not UTF-8 text: {remedy}'}")
 
 
 def archive_or_utf16(head):

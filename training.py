@@ -195,7 +195,8 @@ def explained(run, words):
         yield
     except FloatingPointError as error:
         again = f"--resume {run.args.save}" if run.progress.metrics_bytes else "the same command"
-        raise BadInput(f"{where}: {error}; the best checkpoint is as it was; {again} replays it "
+        again += " replays it" if run.budget.limit == math.inf else " goes that way again, but not to the last bit"
+        raise BadInput(f"{where}: {error}; the best checkpoint is as it was; {again} "
                        f"(seed {run.args.seed}); a smaller --lr or a --clip may help") from error
     except RuntimeError as error:
         if not lacks_memory(error):

@@ -59,7 +59,7 @@ def train(data, folder, budget, seconds, number, flags):
     if is_done(metrics_path(save)):
         return save
     if last_path(save).exists():
-        run_whole("main.py", "--resume", save)
+        run_whole("main.py", "--resume", save, "--no-cuda")
     else:
         minutes = f"{budget * seconds / 60:.3f}"
         run_whole("main.py", "--data", data, "--shares", 90, 10, "--minutes", minutes, "--seed", number,

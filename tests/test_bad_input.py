@@ -121,7 +121,13 @@ def test_too_few_tokens_for_the_batch(run, place):
     err = refused(run, place, "main", *TINY, "--data", "corpus", "--save", "m.pt", "--batch_size", "500")
     assert "540 tokens are too few for a batch of 500: it needs 1500 or more" in err
     (place / "corpus" / "valid.txt").write_text("the cat\n")
-    assert "too few for a batch of 10" in refused(run, place, "main", *TINY, "--data", "corpus", "--save", "m.pt")
+    err = refused(run, place, "main", *TINY, "--data", "corpus", "--save", "m.pt")
+    assert "too few for a batch of 10" in err
+    assert "--shares" not in err
+    (place / "book.txt").write_text("the cat sat\n" * 30, encoding="utf-8")
+    err = refused(run, place, "main", *TINY, "--data", "book.txt", "--save", "m.pt", "--batch_size", "4")
+    assert "book.txt, valid: 6 tokens are too few for a batch of 10" in err
+    assert "--shares" in err
 
 
 def test_one_character_is_too_few_for_any_minutes(run, place):

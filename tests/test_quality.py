@@ -136,7 +136,7 @@ def test_what_was_stopped_goes_on(make, runs, stop_at):
     assert len(begun) == stop_at
     assert len(commands) == whole - stop_at + 1
     if begun[-1][0] == "main.py":
-        assert commands[0] == ["main.py", "--resume", value(begun[-1], "--save")]
+        assert commands[0] == ["main.py", "--resume", value(begun[-1], "--save"), "--no-cuda"]
     else:
         assert commands[0] == begun[-1]
     assert f"| 1.700, 1.710 | 1.600, 1.610 | 1.500, 1.510 | {CHOSEN} |" in printed
@@ -148,7 +148,7 @@ def test_a_run_that_was_interrupted_is_not_done(make, tmp_path):
     path = tmp_path / "q" / "4T.seed2.metrics.jsonl"
     path.write_text(path.read_text().replace('"finished": true', '"finished": false'))
     commands, _ = make()
-    assert commands == [["main.py", "--resume", str(tmp_path / "q" / "4T.seed2.pt")]]
+    assert commands == [["main.py", "--resume", str(tmp_path / "q" / "4T.seed2.pt"), "--no-cuda"]]
 
 
 def test_a_run_that_died_before_its_first_state_begins_again(make, tmp_path):

@@ -209,8 +209,8 @@ def test_line_ends_at_the_border_of_a_block(tmp_path, monkeypatch, size):
 @pytest.mark.parametrize("content, message", [
     ("some words\n".encode("utf-16"), "is UTF-16, not UTF-8 text: convert it .*Notepad"),
     (b"\x1f\x8b\x08\x00rest", "is a gzip archive, not UTF-8 text: unpack it"),
-    (b"good\n\xff\n", "line 2 is not UTF-8 text"),
-    ("some words\n".encode("utf-16-le"), "is binary, or UTF-16 without a mark: it is not UTF-8 text"),
+    (b"good\n\xff\n", "line 2 is not UTF-8 text: convert it .*WINDOWS-1252 .*, or --level byte"),
+    ("some words\n".encode("utf-16-le"), "is binary, or UTF-16 without a mark: it is not UTF-8 text: .*UTF-16LE "),
 ])
 def test_a_file_that_is_no_text_is_named(tmp_path, content, message):
     (tmp_path / "book.txt").write_bytes(content)

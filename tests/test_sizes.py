@@ -22,7 +22,7 @@ def book(tmp_path):
 
 class FakeCorpus:
     def __init__(self, ntoken, tokens):
-        self.dictionary, self.train = range(ntoken), range(tokens)
+        self.dictionary, self.train = range(ntoken), torch.arange(tokens)
 
 
 def choose(monkeypatch, products, *flags, tokens=10**6, ntoken=65, device="cpu", processes=1):
@@ -148,6 +148,52 @@ def test_fewer_columns_are_for_a_cpu_and_some_for_each_process(monkeypatch):
     assert columns(device="cuda") == columns("--batch_size", "16") == 16
     assert columns(processes=2) == 8
     assert columns(processes=8) == columns(processes=2, level="char") == 16
+    assert columns(processes=40) == columns(processes=40, device="cuda") == 40
+
+
+def test_processes_together_are_as_fast_as_one_of_their_speed_each(monkeypatch):
+    sizes_of = [choose(monkeypatch, 4e10 / processes, "--batch_size", "64", processes=processes)[0].nhid
+                for processes in (1, 2, 4)]
+    assert sizes_of[0] == sizes_of[1] == sizes_of[2] > choose(monkeypatch, 1e10, "--batch_size", "64")[0].nhid
+
+
+@pytest.mark.parametrize("processes, columns", [(1, 12), (4, 3), (5, 2), (20, 1)])
+def test_what_is_timed_are_the_columns_of_one_process(monkeypatch, processes, columns):
+    monkeypatch.setattr(sizes, "step_seconds", lambda _, tokens, __: tokens.size(1))
+    args = parse_flags(["--bptt", "7", "--batch_size", "12", "--nhid", "8", "--emsize", "8", "--nlayers", "1"])
+    assert sizes.probe(args, 65, torch.device("cpu"), processes) == 3 * 7 * (8 * 8**2 + 65 * 8)
+    monkeypatch.setattr(sizes, "step_seconds", lambda *_: 1)
+    assert sizes.probe(args, 65, torch.device("cpu"), processes) == columns * 3 * 7 * (8 * 8**2 + 65 * 8)
+
+
+def test_of_a_split_softmax_a_token_takes_the_head_and_its_own_tail():
+    """80,000 words: 2,800, then 17,200, 56,000 and 4,000. Of ten tokens two are in the first tail, one in the last."""
+    corpus = FakeCorpus(80_000, 10)
+    corpus.train = torch.tensor([0, 5, 7, 2799, 2800, 19_999, 76_000, 1, 1, 1])
+    assert sizes.softmax_words(corpus) == 2800 + 3 + 17_200 * 2 // 10 + 4_000 // 10
+    assert sizes.softmax_words(FakeCorpus(75_000, 10)) == 75_000
+    assert sizes.softmax_words(FakeCorpus(75_001, 10)) == 2800 + 2
+
+
+def test_the_layers_suit_an_embedding_that_is_given(monkeypatch):
+    """2 x 192 units beside 1500 are 4 * 192 * 1692 weights in the first layer, and 4 * 1500 * 1692 in the second."""
+    layers, softmax = 4 * (192 + 1500) * (1500 + 192), 65 * 1500
+    enough = 3 * (layers + softmax) * 2 * layers / 60 / sizes.OF_THE_TIME
+    for speed, nhid in ((1.001, 192), (0.999, 128)):
+        args, _ = choose(monkeypatch, enough * speed, "--emsize", "1500", tokens=10**8)
+        assert (args.nlayers, args.nhid) == (2, nhid)
+
+
+def test_one_layer_that_is_not_tied_may_be_wider_than_the_embedding(monkeypatch):
+    flags = ["--level", "word", "--nhid", "600"]
+    assert choose(monkeypatch, 1e10, *flags, "--no-tied")[0].nlayers == 1
+    assert choose(monkeypatch, 1e10, *flags)[0].nlayers == 2
+
+
+@pytest.mark.parametrize("minutes, interval", [("0.5", 1), ("15", 1.5), ("300", 30), ("900", 30)])
+def test_a_run_that_is_killed_loses_a_tenth_of_its_time_at_most(monkeypatch, minutes, interval):
+    assert choose(monkeypatch, 1e10, "--minutes", minutes)[0].save_interval == interval
+    assert choose(monkeypatch, 1e10, "--minutes", minutes, "--save-interval", "0")[0].save_interval == 0
 
 
 def test_what_is_dropped_goes_by_the_layers_that_are_trained(monkeypatch):
@@ -269,7 +315,7 @@ def test_few_steps_are_timed_where_they_take_much_of_the_time(monkeypatch):
 def test_no_large_vocabulary_is_timed(monkeypatch, ntoken, probed):
     """Its softmax alone would take much of the time."""
     seen = []
-    monkeypatch.setattr(sizes, "probe", lambda _, words, __: seen.append(words) or 1e10)
+    monkeypatch.setattr(sizes, "probe", lambda _, words, *__: seen.append(words) or 1e10)
     argv = ["--minutes", "1", "--level", "word", "--save", "m.pt"]
     sizes.choose_flags(parse_flags(argv), make_parser().given(argv), FakeCorpus(ntoken, 10**6), torch.device("cpu"))
     assert seen == [probed, probed]

@@ -84,6 +84,8 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_best_model(train,
         train(tmp_path / "m.pt", "--resume", str(tmp_path / "m.pt"), "--epochs", "2",
               "--clip", "0", "--lr", "9e29")
     assert (tmp_path / "m.pt").read_bytes() == before
+    with pytest.raises(BadInput, match="the same command goes that way again, but not to the last bit"):
+        train(tmp_path / "timed.pt", "--minutes", "1000", "--clip", "0", "--lr", "9e29")
 
 
 def signal_at(monkeypatch, number, step):
