@@ -33,7 +33,7 @@ from steps import evaluate, seed_everything
 from training import save_model, train
 from vocabulary import ALWAYS, Dictionary
 
-LR = 30.0
+LR, CLIP = 30.0, 0.25
 
 # Flags that come from the model unless given.
 INHERITED = (*ARCHITECTURE, *DROPOUTS, "data", "level", "shares", "alpha", "beta", "wdecay", "clip", "batch_size",
@@ -45,8 +45,11 @@ FIXED = (*ARCHITECTURE, "level")  # the rest may change with the text
 class ModelsOwn:
     """Say in the help what the default of an inherited flag is."""
 
+    def __init__(self, otherwise=""):
+        self.text = AS_TRAINED + otherwise
+
     def __str__(self):
-        return AS_TRAINED
+        return self.text
 
 
 def make_parser():
@@ -59,6 +62,7 @@ def make_parser():
     parser.add_argument("--load", type=model_path, metavar="FILE",
                         help="the model to fine-tune (default: that of --save)")
     parser.set_defaults(minutes=None, **dict.fromkeys(INHERITED, ModelsOwn()))
+    parser.set_defaults(clip=ModelsOwn(f" if by SGD, else {CLIP}"))
     return parser
 
 
@@ -106,6 +110,8 @@ def start(argv, load, save, device):
     if args.vocab == "model" and (args.min_count or args.max_vocab or args.vocab_order != "appearance"):
         raise BadInput("--min-count, --max-vocab and --vocab-order choose a vocabulary: with --vocab corpus")
     args.load, args.save, args.lr = load, save, args.lr or LR
+    if content["flags"].get("optimizer") == "adam" and "clip" not in make_parser().given(argv):
+        args.clip = CLIP  # Adam's step does not grow with the gradient, so what it was clipped at says nothing here
     if not args.dry_run:
         check_place(load, save, args.vocab, args.overwrite)
     checkpoint.check_data(content, load, args.data)

@@ -31,6 +31,14 @@ def test_in_place_with_every_flag_inherited(trained, corpus_dir):
     assert len(metrics["test"]) == 2
 
 
+@pytest.mark.parametrize("given, clip", [([], 0.25), (["--clip", 0.75], 0.75)])
+def test_the_clipping_of_adam_is_not_that_of_sgd(train, corpus_dir, tmp_path, given, clip):
+    train(tmp_path / "m.pt", "--epochs", "1", "--optimizer", "adam", "--lr", "0.01", "--clip", "1", "--alpha", "0.5")
+    tune(corpus_dir, "--load", tmp_path / "m.pt", "--save", tmp_path / "tuned.pt", "--epochs", 1, *given)
+    flags = read_metrics(tmp_path / "tuned.pt")["run"][0]["flags"]
+    assert (flags["clip"], flags["alpha"]) == (clip, 0.5)
+
+
 def test_into_another_file(trained, corpus_dir, tmp_path):
     before, other = trained.read_bytes(), tmp_path / "tuned.pt"
     tune(corpus_dir, "--load", trained, "--save", other, "--epochs", 1, "--wdrop", 0.3)
