@@ -33,7 +33,7 @@ class Stage:
     epochs: dict = field(default_factory=dict)     # Epoch by its number
     windows: dict = field(default_factory=dict)    # tokens of log intervals, by epoch, then by last batch
     events: dict = field(default_factory=dict)     # set of "switch" and "decay" by the epoch that they followed
-    scores: dict = field(default_factory=dict)     # loss of "pointer" and "dynamic", by kind and split
+    scores: dict = field(default_factory=dict)     # loss of "pointer", "dynamic" and "both", by kind and split
 
     def forget_from(self, epoch):
         """Drop the epochs from `epoch` on, which a run that goes on there repeats."""
@@ -118,6 +118,7 @@ def add_figures(stage, kind, record):
     if kind == "loaded":
         stage.loaded = figure_of(record, "loss", 0)
     elif kind in ("pointer", "dynamic"):
+        kind = "both" if kind == "dynamic" and "window" in record else kind
         stage.scores[kind, record.get("split")] = figure_of(record, "loss", 0)
     elif kind == "batch":
         window = stage.windows.setdefault(figure_of(record, "epoch", 1), {})

@@ -34,7 +34,7 @@ ENDING = ".metrics.jsonl"
 
 # What is marked: the kind of its line in the record, its letter, its meaning.
 MARKS = {"switch": ("A", "ASGD begins"), "decay": ("R", "learning rate drops"), "finetune": ("F", "fine-tuning begins"),
-         "pointer": ("C", "with the cache"), "dynamic": ("D", "with dynamic evaluation")}
+         "pointer": ("C", "with the cache"), "dynamic": ("D", "with dynamic evaluation"), "both": ("B", "with both")}
 
 # Of the runs, in turn. The colours differ for colour-blind readers too (Okabe and Ito), the first ones also in grey.
 COLOURS = ("#000000", "#d55e00", "#0072b2", "#009e73", "#cc79a7", "#e69f00")
@@ -243,7 +243,7 @@ def stage_scores(stage, x, metric):
 
 
 def is_score(mark):
-    return mark.kind in ("pointer", "dynamic")
+    return mark.kind in ("pointer", "dynamic", "both")
 
 
 def place_marks(axes, marks):

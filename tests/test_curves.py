@@ -28,3 +28,12 @@ def test_scores_hang_from_the_loaded_model_where_no_tuned_epoch_is_better(tmp_pa
     stage, = stages_of(tmp_path / "m.metrics.jsonl", ("run", {"stage": "finetune"}), ("loaded", {"loss": 3.0}),
                        epoch(1, 3.2), ("pointer", {"split": "valid", "loss": 2.5}))
     assert list(plot.stage_scores(stage, "epochs", "loss")) == [("pointer", (1, 3.0), (1, 2.5))]
+
+
+def test_dynamic_evaluation_with_the_cache_is_a_score_of_its_own(tmp_path):
+    stage, = stages_of(tmp_path / "m.metrics.jsonl", ("run", {"stage": "finetune"}), epoch(1, 3.0),
+                       ("pointer", {"split": "valid", "loss": 2.5, "window": 500}),
+                       ("dynamic", {"split": "valid", "loss": 2.6}),
+                       ("dynamic", {"split": "valid", "loss": 2.4, "window": 500}))
+    assert [(kind, place[1]) for kind, _, place in plot.stage_scores(stage, "epochs", "loss")] == [
+        ("pointer", 2.5), ("dynamic", 2.6), ("both", 2.4)]
