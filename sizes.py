@@ -21,7 +21,6 @@ from flags import NO_LIMIT, command_line
 from model import ARCHITECTURE, DROPOUTS, parameter_shapes
 from optimizers import make_optimizer
 from run import make_model
-from splitcross import splits_for
 from steps import choose_pass, train_step
 
 LADDER = (64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536)  # units of a layer
@@ -70,32 +69,18 @@ def choose_flags(args, given, corpus, device, processes=1):
     A small model does fewer multiply-adds a second than a large one. So the chosen model is timed, and all is chosen
     again at its speed.
     """
-    words, tokens = softmax_words(corpus), max(1, len(corpus.train))  # no text at all is refused later
+    ntoken, tokens = len(corpus.dictionary), max(1, len(corpus.train))  # no text at all is refused later
     asked, probed = dict(vars(args)), {**PROBED, "bptt": BPTT, "batch_size": batch_size(tokens, processes)}
     vars(args).update({name: value for name, value in probed.items() if name not in given})
     for _ in range(2):
-        speed = processes * probe(args, min(words, MOST_PROBED), device, processes)
+        speed = processes * probe(args, min(ntoken, MOST_PROBED), device, processes)
         vars(args).update(asked)
         left = 60 * Budget(args.minutes).minutes_left()
-        choose_by(OF_THE_TIME * left * speed, args, given, words, tokens, processes, on_cpu=device.type == "cpu")
-
-
-def softmax_words(corpus):
-    """Return the words whose logits a token takes: all, or of a split softmax the head and the mean over its tails."""
-    ntoken = len(corpus.dictionary)
-    bounds = [*(split for split in splits_for(ntoken) if split < ntoken), ntoken]
-    words = bounds[0] + len(bounds) - 1  # with a tombstone for each tail
-    for start, end in zip(bounds, bounds[1:]):
-        in_tail = int(((corpus.train >= start) & (corpus.train < end)).sum())
-        words += round((end - start) * in_tail / max(1, len(corpus.train)))
-    return words
+        choose_by(OF_THE_TIME * left * speed, args, given, ntoken, tokens, processes, on_cpu=device.type == "cpu")
 
 
 def choose_by(budget, args, given, ntoken, tokens, processes, on_cpu):
-    """Set the flags of `args` that are not in `given` to what suits `tokens` of a text and `budget` multiply-adds.
-
-    `ntoken` are the words of the softmax that a token takes.
-    """
+    """Set the flags of `args` that are not in `given` to what suits `tokens` of a text and `budget` multiply-adds."""
     def choose(**chosen):
         for name, value in chosen.items():
             if name not in given:
@@ -103,7 +88,7 @@ def choose_by(budget, args, given, ntoken, tokens, processes, on_cpu):
 
     choose(nlayers=2 if args.model == "QRNN" and args.level != "word" else 1)
     choose(epochs=MOST_EPOCHS[args.level], bptt=BPTT, batch_size=batch_size(tokens, processes))
-    choose(save_interval=min(args.save_interval, max(args.minutes / SAVES, LEAST_INTERVAL)))
+    choose(save_interval=min(args.save_interval, max(round(args.minutes / SAVES, 2), LEAST_INTERVAL)))
 
     def choose_size():
         fitting = [size for size in LADDER if sees_enough(sized(args, given, size), ntoken, tokens, budget)]
