@@ -50,9 +50,8 @@ def make_parser():
                        help="sgd, which turns into ASGD at a plateau, or adam (default: %(default)s)")
     group.add_argument("--minutes", type=positive_float, metavar="N",
                        help="time for the whole run, test included: the learning rate falls to nothing by then, and "
-                            "level, sizes, dropouts, batch, optimizer, its flags and --save-interval are chosen where no flag "
-                            "says, and "
-                            f"words are read {most['word']} times at most, characters {most['char']} "
+                            "level, sizes, dropouts, batch, optimizer, its flags and --save-interval are chosen where "
+                            f"no flag says, and words are read {most['word']} times at most, characters {most['char']} "
                             "(default: no limit, and no choice)")
     group.add_argument("--when", type=epoch_or_never, nargs="+", default=[], metavar="E",
                        help="epochs after which a copy of the model is kept as SAVE.eE and the rate is divided "
